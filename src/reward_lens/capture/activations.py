@@ -1,0 +1,128 @@
+"""Raw access to activations: `capture` runs texts or pairs once and hands back named tensors."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from reward_lens import data
+from reward_lens.capture.run import passes
+from reward_lens.errors import DataError
+from reward_lens.model.reward_model import RewardModel
+from reward_lens.model.sites import Site
+from reward_lens.model.tokens import Tokens
+
+CHUNK_BYTES = 512 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Activations:
+    """Activations of several runs. For pairs the runs are chosen and rejected in turn."""
+
+    tokens: tuple[Tokens, ...]
+    """One a run."""
+    tensors: dict[Site, Tensor | tuple[Tensor, ...]]
+    """At one position: [run, ...]. At several: one [pos, ...] a run."""
+    at: str
+    """"final", "response" or "all"."""
+    pairs: data.Pairs | None = None
+    """The pairs, where pairs were given."""
+
+    def __getitem__(self, site: "Site | str") -> Tensor | tuple[Tensor, ...]:
+        return self.tensors[Site.parse(site)]
+
+    def chosen(self, site: "Site | str"):
+        """The chosen runs' activations at a site."""
+        return self[site][::2]
+
+    def rejected(self, site: "Site | str"):
+        """The rejected runs' activations at a site."""
+        return self[site][1::2]
+
+    def __repr__(self) -> str:
+        return f"Activations({len(self.tokens)} runs, {len(self.tensors)} sites, at={self.at!r})"
+
+
+@torch.no_grad()
+def capture(rm: RewardModel, texts_or_pairs, sites="components", at: str = "final", batch_size=None) -> Activations:
+    """Run texts or pairs through the model once and return what stands at the sites.
+
+    Parameters
+    ----------
+    texts_or_pairs: pairs; or (prompt, response) tuples; or raw strings, which are tokenised without a template.
+    sites: `Site` objects or their written forms (``"L3.attn"``, ``"L5.resid_pre"``, ``"L2.head"`` for all heads of a
+        block); ``"components"`` means what the lens and the component split need: every residual and every write.
+    at: "final" (the reward position), "response" (the response's tokens) or "all".
+
+    Returns `Activations` in the readout's precision (float32): [run, d_model] a site at "final", a tuple of
+    [pos, d_model] otherwise; heads [.., n_heads, head_dim] (z, before the output map), neurons [.., d_mlp].
+    Raises `StructureError` for a site the model does not have. Values are what the pass computed: padding is cut off.
+    """
+    if at not in ("final", "response", "all"):
+        raise DataError("The positions were not understood", found=repr(at), expected="'final', 'response' or 'all'",
+                        do="pass one of these")  # fmt: skip
+    tokens, pairs = runs_of(rm, texts_or_pairs)
+    wanted = component_sites(rm) if sites == "components" else [Site.parse(s) for s in sites]
+    kept: dict[Site, list] = {site: [None] * len(tokens) for site in wanted}
+    for batch, tensors in passes(rm, tokens, wanted, everywhere=at != "final", batch_size=batch_size):
+        for site, tensor in tensors.items():
+            for row, (run, start) in enumerate(zip(batch.rows, batch.offset.tolist(), strict=True)):
+                span = tokens[run].response if at == "response" else range(len(tokens[run]))
+                one = tensor[row]
+                kept[site][run] = one if at == "final" else one[start + span.start : start + span.stop].clone()
+    stacked = {s: torch.stack(v) if at == "final" else tuple(v) for s, v in kept.items()}
+    return Activations(tuple(tokens), stacked, at, pairs)
+
+
+def component_sites(rm: RewardModel) -> list[Site]:
+    """Every residual (depth 0 to n_layers) and every write."""
+    sites = [Site("embed")]
+    for layer in range(rm.n_layers):
+        sites += [Site("attn", layer), Site("mlp", layer), Site("resid_post", layer)]
+    return sites
+
+
+def captured(rm: RewardModel, pairs, sites: Sequence[Site]) -> Iterator[Activations]:
+    """Activations at the reward position of all pairs, in chunks that fit a memory budget and in the pairs' order.
+
+    What already is an `Activations` of pairs that holds the sites is handed on: one pass can serve several methods.
+    """
+    if isinstance(pairs, Activations):
+        lacking = [str(site) for site in sites if site not in pairs.tensors]
+        if pairs.pairs is None or pairs.at != "final" or lacking:
+            raise DataError(
+                "These activations cannot answer the question",
+                found=f"at={pairs.at!r}" + ("" if pairs.pairs is not None else ", not of pairs")
+                + (f", without {', '.join(lacking[:4])}" if lacking else ""),
+                expected="activations of pairs at 'final' with every site the method reads",
+                do="pass the pairs themselves, or capture(rm, pairs, 'components')",
+            )  # fmt: skip
+        yield pairs
+        return
+    pairs = data.as_pairs(pairs)
+    widths = (4 * rm.d_model if site.kind == "neuron" else rm.d_model for site in sites)
+    a_pair = 2 * 4 * max(1, sum(widths))  # two runs in float32
+    step = max(1, CHUNK_BYTES // a_pair)
+    for start in range(0, len(pairs), step):
+        yield capture(rm, pairs[start : start + step], sites)
+
+
+def runs_of(rm: RewardModel, inputs) -> tuple[list[Tokens], data.Pairs | None]:
+    """The tokenised runs of texts or pairs, and the pairs if that is what they are."""
+    if isinstance(inputs, str | data.Pair):
+        inputs = [inputs]
+    if isinstance(inputs, Iterable) and not isinstance(inputs, data.Pairs):
+        inputs = list(inputs)
+    if isinstance(inputs, data.Pairs) or all(isinstance(x, data.Pair) for x in inputs):
+        pairs = data.as_pairs(inputs)
+        return [t for both in rm.tokenize_pairs(pairs) for t in both], pairs
+    tokens = []
+    for item in inputs:
+        if isinstance(item, Tokens):
+            tokens.append(item)
+        elif isinstance(item, str):
+            tokens.append(rm.tokenizer.text(item, rm.truncation))
+        else:
+            tokens.append(rm.tokenize(*item))
+    return tokens, None

@@ -1,0 +1,171 @@
+"""Which form a result takes, decided by dims and coordinates; and charts as objects and as files."""
+
+import dataclasses
+from pathlib import Path
+
+import altair as alt
+import numpy as np
+import vl_convert
+import xarray as xr
+
+from reward_lens.charts import forms
+from reward_lens.charts.forms import Panel
+from reward_lens.charts.rows import is_numeric, rows
+from reward_lens.charts.theme import theme
+from reward_lens.errors import DataError
+from reward_lens.result import Result
+
+WIDE = 12  # above this many components a grid of layers reads better than a list
+MAX_LABELS = 80  # a heat map with more labels on a side is no longer read; the table is
+MAX_PANELS = 8  # small multiples of one result
+STILL_WIDTH = 720  # pixels of a chart in a file, where no container gives the width
+SUFFIXES = (".svg", ".png", ".pdf", ".html")
+
+
+def chart(result: Result, dark: bool = False) -> alt.TopLevelMixin:
+    """The chart of a result, chosen by its dims and coordinates.
+
+    Returns an Altair chart, as wide as its container; several panels are stacked. It shows the mean over pairs, and
+    of a heat map or list the margin where there are sides. It cannot show more than the result holds: without `low`
+    and `high` there is no band.
+    """
+    parts = [_titled(panel) for panel in panels(result)] or [_table(result)]
+    if len(parts) > 1:
+        return alt.vconcat(*(_fixed(part) for part in parts)).properties(config=theme(dark))
+    return parts[0].properties(config=theme(dark))
+
+
+def save_chart(result: Result, path: str | Path, dark: bool = False) -> Path:
+    """Write the chart of a result to `path` as its suffix says: .svg, .png, .pdf or .html (self-contained).
+
+    Raises `DataError` for another suffix. Needs neither a browser nor a network.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise DataError(
+            f"A chart cannot be written to {path.name}",
+            found=f"the suffix '{path.suffix}'",
+            expected=" or ".join(SUFFIXES),
+            do="choose one of these suffixes",
+        )
+    drawn = _fixed(chart(result, dark)).to_dict()
+    version = schema_version()
+    if suffix == ".png":
+        path.write_bytes(vl_convert.vegalite_to_png(drawn, vl_version=version, scale=2))
+    elif suffix == ".pdf":
+        path.write_bytes(vl_convert.vegalite_to_pdf(drawn, vl_version=version))
+    elif suffix == ".svg":
+        path.write_text(vl_convert.vegalite_to_svg(drawn, vl_version=version), encoding="utf-8")
+    else:
+        path.write_text(vl_convert.vegalite_to_html(drawn, vl_version=version, bundle=True), encoding="utf-8")
+    return path
+
+
+def schema_version() -> str:
+    """The Vega-Lite version that Altair writes, in vl-convert's form (major.minor)."""
+    return alt.SCHEMA_VERSION.removeprefix("v").rpartition(".")[0]
+
+
+def kind(result: Result) -> str:
+    """The form of a result: tokens, calibration, scores, lines, components, grid, list or table."""
+    dims, coords = set(result.value.dims), result.dataset.coords
+    if result.value.dtype.kind not in "fiu" or "check" in dims:
+        return "table"
+    if "position" in dims and "piece" in coords:
+        return "tokens"
+    if dims == {"bin"} and {"predicted", "observed"} <= set(coords):
+        return "calibration"
+    if "pair" in dims and dims <= {"pair", "side"}:
+        return "scores"
+    summary = result.summary()
+    counted = [d for d in summary.dims if is_numeric(summary, d)]
+    labels = [d for d in summary.dims if d not in counted and d != "side"]
+    if len(counted) == 1 and summary.sizes[counted[0]] > 1 and "component" not in labels:
+        return "lines"
+    if labels == ["component"] and not counted and "layer" in coords and summary.sizes["component"] > WIDE:
+        return "components"
+    if len(counted) + len(labels) > 1:
+        return "table" if max(summary.sizes[d] for d in (*counted, *labels)) > MAX_LABELS else "grid"
+    return "list" if summary.dims else "table"
+
+
+def panels(result: Result) -> list[Panel]:
+    """The charts of a result without a theme, each as wide as its container; none where a table says it better."""
+    form = kind(result)
+    if form == "table":
+        return []
+    if form in ("tokens", "calibration", "scores"):
+        return getattr(forms, form)(result)
+    data = _summary(result)
+    if form == "lines":
+        axis = next(d for d in data["value"].dims if is_numeric(data["value"], d))
+        labels = sorted((d for d in data["value"].dims if d != axis), key=lambda d: d != "side")
+        return _split(result, data, [axis, *labels[:1]], forms.lines)
+    if "side" in data.dims and len(data["value"].dims) > 1 and "margin" in data["side"].values:
+        data = data.sel(side="margin", drop=True)
+    dims = [d for d in data["value"].dims if d != "side"] or ["side"]
+    main, build = {
+        "components": (["component"], forms.components),
+        "grid": (dims[:2], forms.grid),
+        "list": (dims[:1], forms.listing),
+    }[form]
+    return _split(result, data, main, build)
+
+
+def _summary(result: Result) -> xr.Dataset:
+    """The mean over pairs as `value`, with its interval where the result has one over the same dims."""
+    data = xr.Dataset({"value": result.summary()})
+    low, high = result.low, result.high
+    if low is None or high is None or set(low.dims) != set(data["value"].dims):
+        return data
+    return data.assign(low=low, high=high)
+
+
+def _split(result: Result, data: xr.Dataset, main: list[str], build) -> list[Panel]:
+    """One group of panels for each label of the dims that one chart has no room for."""
+    rest = [d for d in data["value"].dims if d not in main]
+    numbers = np.concatenate([data[k].values.ravel() for k in data.data_vars])
+    if not np.isfinite(numbers).any():
+        return []
+    limits = (float(np.nanmin(numbers)), float(np.nanmax(numbers)))
+    if not rest:
+        return build(result, data, main, limits)
+    cells = list(np.ndindex(*(data.sizes[d] for d in rest)))
+    out = []
+    for index in cells[:MAX_PANELS]:
+        where = dict(zip(rest, index, strict=True))
+        names = (f"{d} {data[d].values[i] if d in data.coords else i}" for d, i in where.items())
+        label = ", ".join(names)
+        for panel in build(result, data.isel(where, drop=True), main, limits):
+            out.append(dataclasses.replace(panel, title=f"{label}: {panel.title}" if panel.title else label))
+    if len(cells) > MAX_PANELS:
+        left = f"{len(cells) - MAX_PANELS} of {len(cells)} panels ({', '.join(rest)}) are not drawn."
+        out[-1] = dataclasses.replace(out[-1], note=f"{out[-1].note} {left}".strip())
+    return out
+
+
+def _table(result: Result) -> alt.Chart:
+    """The largest cells as text, for a result that no chart fits."""
+    top = result.top(20)
+    cells = [
+        {"row": i, "column": str(c), "text": f"{v:.4g}" if isinstance(v, float) else str(v)}
+        for i, record in enumerate(top.to_dict("records"))
+        for c, v in record.items()
+    ]
+    x = alt.X("column:N", sort=[str(c) for c in top.columns], title=None, axis=alt.Axis(orient="top", labelAngle=0))
+    base = alt.Chart(rows(cells)).mark_text(style="celltext")
+    return base.encode(x=x, y=alt.Y("row:O", axis=None), text="text:N").properties(
+        width="container", height=max(24, 22 * len(top))
+    )
+
+
+def _titled(panel: Panel) -> alt.TopLevelMixin:
+    if not (panel.title or panel.note):
+        return panel.chart
+    return panel.chart.properties(title=alt.Title(panel.title, subtitle=panel.note or alt.Undefined))
+
+
+def _fixed(drawn: alt.TopLevelMixin) -> alt.TopLevelMixin:
+    """A file has no container: its width is a number."""
+    return drawn.properties(width=STILL_WIDTH) if getattr(drawn, "width", None) == "container" else drawn

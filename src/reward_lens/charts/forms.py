@@ -1,0 +1,208 @@
+"""One function a form: from labelled numbers to an Altair chart that names no colour and no method."""
+
+import dataclasses
+
+import altair as alt
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from reward_lens.charts.rows import frame, is_numeric, rows, sized, tooltip, unit_of, words, zero
+from reward_lens.charts.strip import strip_chart
+from reward_lens.result import Result
+
+MAX_ROWS = 40  # rows of one list; the largest are kept and the note says so
+Limits = tuple[float, float]  # smallest and largest number of the result: neighbouring panels share their scales
+WRITTEN = 60  # up to this many cells a heat map writes its numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One chart of a result: what sets it apart from its neighbours (may be empty), the chart, what it leaves out."""
+
+    title: str
+    chart: alt.TopLevelMixin
+    note: str = ""
+
+
+def lines(result: Result, data: xr.Dataset, dims: list[str], limits: Limits) -> list[Panel]:
+    """`dims`: the number line, and the labels told apart by colour (if any). Bands where there is an interval."""
+    axis, series = dims[0], dims[1] if len(dims) > 1 else None
+    table = frame(data, x=axis, series=series)
+    titles = {"series": series, "x": axis, "value": unit_of(result)}
+    base = alt.Chart(rows(table)).encode(
+        x=alt.X("x:Q", title=words(axis), scale=alt.Scale(nice=False), axis=alt.Axis(grid=False, tickMinStep=1)),
+        y=alt.Y("value:Q", title=unit_of(result), scale=alt.Scale(domain=limits, zero=False)),
+        tooltip=tooltip(table, titles),
+    )
+    if series:
+        names = [str(name) for name in data[series].values]
+        dashes = [[5, 3] if name == "rejected" else [1, 0] for name in names]
+        base = base.encode(color=alt.Color("series:N", scale=alt.Scale(domain=names, range="category"), title=None))
+        dash = alt.StrokeDash("series:N", scale=alt.Scale(domain=names, range=dashes), title=None)
+    line = base.mark_line()
+    layers = [line.encode(strokeDash=dash) if series else line, base.mark_point(size=260, opacity=0, filled=True)]
+    if "low" in table:
+        layers.insert(0, base.mark_area(style="band").encode(y=alt.Y("low:Q", title=unit_of(result)), y2="high:Q"))
+    if limits[0] <= 0 <= limits[1]:
+        layers.insert(0, zero("y"))
+    return [Panel("", sized(alt.layer(*layers), 320))]
+
+
+def components(result: Result, data: xr.Dataset, dims: list[str], limits: Limits) -> list[Panel]:
+    """Heads as layer x head, block writes as layer x kind, and what belongs to no block (embed, bias) as a list."""
+    coords = data["component"].coords
+    layer = coords["layer"].values
+    head = coords["head"].values if "head" in coords else np.full(len(layer), -1)
+    sort = coords["kind"].values.astype(str) if "kind" in coords else np.full(len(layer), "component")
+    heads = head >= 0
+    repeated = [k for k in set(sort[~heads]) if (~heads & (sort == k)).sum() > 2]
+    blocks = np.isin(sort, repeated) & ~heads
+    values = data["value"].values[heads | blocks]
+    limits = (float(np.nanmin(values)), float(np.nanmax(values))) if values.size else limits
+    out = []
+    for members, row, name, title in ((heads, head, "head", "Heads"), (blocks, sort, None, "Blocks")):
+        if not members.any():
+            continue
+        part = data.isel(component=members)
+        if pd.DataFrame({"layer": layer, "row": row})[members].duplicated().any():
+            out += listing(result, part, dims, limits)  # several units of one layer and kind: no cell of their own
+            continue
+        table = frame(part.assign_coords(row_=("component", row[members])), x="layer", y="row_", label="component")
+        out.append(Panel(title, _heat(table, result, "layer", name, "component", limits)))
+    if (rest := ~heads & ~blocks).any():
+        outside = listing(result, data.isel(component=rest), dims, limits)
+        out += [dataclasses.replace(panel, title="Outside the blocks" if out else "") for panel in outside]
+    return out
+
+
+def grid(result: Result, data: xr.Dataset, dims: list[str], limits: Limits) -> list[Panel]:
+    """Two dims as a heat map. Numbers read from left to right, else the longer set of labels runs down the page."""
+    down, across = sorted(dims, key=lambda d: (is_numeric(data["value"], d), -data.sizes[d]))
+    return [Panel("", _heat(frame(data, x=across, y=down), result, across, down, None, limits))]
+
+
+def listing(result: Result, data: xr.Dataset, dims: list[str], limits: Limits) -> list[Panel]:
+    """One row a label: points with intervals where there are any, else bars."""
+    table = frame(data, y=dims[0])
+    count = len(table)
+    if count > MAX_ROWS:
+        table = table.loc[table["value"].abs().sort_values(ascending=False, kind="stable").index[:MAX_ROWS]]
+    base = alt.Chart(rows(table)).encode(
+        y=alt.Y("y:N", title=None, sort=[str(y) for y in table["y"]]),
+        tooltip=tooltip(table, {"y": dims[0], "value": unit_of(result)}),
+    )
+    title = unit_of(result)
+    if "low" in table:
+        from_zero = bool((table["low"] <= 0).any())
+        x = alt.X("value:Q", title=title, scale=alt.Scale(zero=from_zero))
+        layers = [
+            base.mark_rule(style="interval").encode(x=alt.X("low:Q", title=title), x2="high:Q"),
+            base.mark_point(style="dot", filled=True).encode(x=x),
+        ]
+        layers = [zero("x"), *layers] if from_zero else layers
+    else:
+        layers = [base.mark_bar(style="bar").encode(x=alt.X("value:Q", title=title)), zero("x")]
+    note = f"The {MAX_ROWS} largest of {count:,} by absolute value." if count > MAX_ROWS else ""
+    return [Panel("", sized(alt.layer(*layers), max(60, 24 * len(table))), note)]
+
+
+def scores(result: Result) -> list[Panel]:
+    """One number a pair: a histogram, and a row of ticks for each subset."""
+    value, name = result.value, unit_of(result)
+    if "side" in value.dims:
+        side = "margin" if "margin" in value["side"].values else str(value["side"].values[0])
+        value, name = value.sel(side=side), f"{side}, {name}"
+    numbers = value.values[np.isfinite(value.values)]
+    if not len(numbers):
+        return []
+    edges = _edges(numbers)
+    line = [zero("x")] if edges[0] < 0 < edges[-1] else []
+    x = {"title": name, "scale": alt.Scale(domain=[float(edges[0]), float(edges[-1])], nice=False)}
+    bins = pd.DataFrame({"from": edges[:-1], "to": edges[1:], "pairs": np.histogram(numbers, edges)[0]})
+    bars = (
+        alt.Chart(rows(bins))
+        .mark_bar(style="bar")
+        .encode(
+            x=alt.X("from:Q", bin="binned", **x),
+            x2="to:Q",
+            y=alt.Y("pairs:Q", title="pairs", axis=alt.Axis(tickMinStep=1)),
+            tooltip=tooltip(bins, {"from": "from", "to": "to", "pairs": "pairs"}),
+        )
+    )
+    out = [Panel("All pairs", sized(alt.layer(bars, *line), 200))]
+    if "subset" in value.coords and 1 < len(set(value["subset"].values)) <= MAX_ROWS:
+        out.append(_by_subset(value, x, line))
+    return out
+
+
+def calibration(result: Result) -> list[Panel]:
+    """Observed against predicted, a point a bin; the dashed line is where the two agree."""
+    data = result.dataset[[k for k in ("value", "low", "high") if k in result.dataset]]
+    count = next((c for c in ("n", "count") if c in data.coords), None)
+    table = frame(data, x="predicted", y="observed", n=count)
+    if "low" in table:  # an interval is of `value`, which may be the observed rate or its distance from the predicted
+        shift = table["y"] - table["value"]
+        table["low"], table["high"] = table["low"] + shift, table["high"] + shift
+    ends = [float(table[["x", "y"]].min().min()), float(table[["x", "y"]].max().max())]
+    diagonal = alt.Chart(rows([{"x": e, "y": e} for e in ends])).mark_line(style="reference")
+    y = {"title": "observed", "scale": alt.Scale(zero=False)}
+    base = alt.Chart(rows(table)).encode(
+        x=alt.X("x:Q", title="predicted", scale=alt.Scale(zero=False)),
+        tooltip=tooltip(table, {"x": "predicted", "y": "observed", "n": "pairs"}),
+    )
+    layers = [diagonal.encode(x="x:Q", y="y:Q"), base.mark_point(style="dot", filled=True).encode(y=alt.Y("y:Q", **y))]
+    if "low" in table:
+        layers.insert(1, base.mark_rule(style="interval").encode(y=alt.Y("low:Q", **y), y2="high:Q"))
+    return [Panel("", sized(alt.layer(*layers), 320))]
+
+
+def tokens(result: Result) -> list[Panel]:
+    """Text with a coloured background. A page writes it as text of its own; this is the form for anywhere else."""
+    chart, note = strip_chart(result)
+    return [Panel("", chart, note)]
+
+
+def _heat(
+    table: pd.DataFrame, result: Result, across: str, down: str | None, label: str | None, limits: Limits
+) -> alt.LayerChart:
+    xs, ys = list(dict.fromkeys(table["x"])), list(dict.fromkeys(table["y"]))
+    counted = all(isinstance(x, int | float | np.number) for x in xs)
+    step = 1 if len(xs) <= 12 else 5 if len(xs) <= 60 else 10
+    flat = counted or (len(xs) <= 4 and max(len(str(x)) for x in xs) <= 14)
+    axis = alt.Axis(labelAngle=0 if flat else -35, values=xs[::step] if counted else alt.Undefined)
+    base = alt.Chart(rows(table)).encode(
+        x=alt.X("x:O", title=words(across), sort=xs, axis=axis),
+        y=alt.Y("y:O", title=down and words(down), sort=ys),
+        tooltip=tooltip(table, {"label": label, "y": down or "kind", "x": across, "value": unit_of(result)}),
+    )
+    size, signed = max(map(abs, limits)) or 1.0, limits[0] < 0
+    ends, colours = ([-size, size], "diverging") if signed else ([0, size], "heatmap")
+    scale = alt.Scale(domain=ends, range=colours, interpolate="rgb")
+    layers = [base.mark_rect(style="cell").encode(color=alt.Color("value:Q", scale=scale, title=unit_of(result)))]
+    if len(table) <= WRITTEN and len(xs) <= 6:
+        layers.append(base.mark_text(style="celltext").encode(text=alt.Text("value:Q", format=".2~g")))
+    return sized(alt.layer(*layers), max(52, (15 if len(ys) > 20 else 26) * len(ys)))
+
+
+def _by_subset(value: xr.DataArray, x: dict, line: list) -> Panel:
+    pair = value["pair"].values.astype(str) if "pair" in value.coords else np.arange(value.sizes["pair"]).astype(str)
+    table = pd.DataFrame({"y": value["subset"].values.astype(str), "value": value.values, "pair": pair}).dropna()
+    means = table.groupby("y", sort=False).agg(mean=("value", "mean"), pairs=("value", "size")).reset_index()
+    order = list(means.sort_values("mean", ascending=False)["y"])
+    y = alt.Y("y:N", title=None, sort=order)
+    ticks = alt.Chart(rows(table)).mark_tick(style="mark", thickness=1.5)
+    ticks = ticks.encode(x=alt.X("value:Q", **x), y=y, tooltip=tooltip(table, {"pair": "pair", "y": "subset", "value": "value"}))
+    dots = alt.Chart(rows(means)).mark_point(style="dot", filled=True)
+    dots = dots.encode(x=alt.X("mean:Q", **x), y=y, tooltip=tooltip(means, {"y": "subset", "mean": "mean", "pairs": "pairs"}))
+    layers = alt.layer(*line, ticks, dots)
+    return Panel("By subset", sized(layers, 26 * len(order)), "A tick is one pair, a dot the mean of the subset.")
+
+
+def _edges(numbers: np.ndarray) -> np.ndarray:
+    """Bin edges of equal width; one lies at zero, so that no bin mixes won and lost pairs."""
+    edges = np.histogram_bin_edges(numbers, bins=min(40, max(8, int(2 * len(numbers) ** 0.5))))
+    if not edges[0] < 0 < edges[-1]:
+        return edges
+    width = edges[1] - edges[0]
+    return np.arange(np.floor(edges[0] / width), np.ceil(edges[-1] / width) + 1) * width

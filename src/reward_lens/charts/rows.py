@@ -1,0 +1,70 @@
+"""What every chart form needs: tidy rows under plain field names, axis titles, a zero line, a size."""
+
+import math
+
+import altair as alt
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from reward_lens.result import Result
+
+
+def rows(table: pd.DataFrame | list[dict]) -> alt.InlineData:
+    """Rows as inline data, numbers cut to six digits (a page holds many) and undefined ones written as null."""
+    records = table.to_dict("records") if isinstance(table, pd.DataFrame) else table
+    return alt.InlineData(values=[{k: _plain(v) for k, v in record.items()} for record in records])
+
+
+def frame(data: xr.Dataset, **fields: str | None) -> pd.DataFrame:
+    """The cells of `data` with a value. `fields` maps a plain field name to a dim or coordinate; None is left out."""
+    table = data.to_dataframe().reset_index()
+    named = {field: table[source] for field, source in fields.items() if source is not None}
+    numbers = {k: table[k] for k in ("value", "low", "high") if k in data.data_vars}
+    out = pd.DataFrame(named | numbers)
+    return out[out["value"].notna()].reset_index(drop=True)
+
+
+def tooltip(table: pd.DataFrame, titles: dict[str, str | None]) -> list[alt.Tooltip]:
+    """One line a field of `table` that has a title, and the interval where there is one."""
+    titles = {k: t for k, t in titles.items() if t is not None and k in table}
+    if "low" in table:
+        titles |= {"low": "interval from", "high": "to"}
+    return [_line(table, field, title) for field, title in titles.items()]
+
+
+def words(name: str) -> str:
+    """The name of a dim or unit as it is read on an axis."""
+    return name.replace("_", " ")
+
+
+def unit_of(result: Result) -> str:
+    """The unit in words, for axes and legends."""
+    return words(result.unit)
+
+
+def is_numeric(array: xr.DataArray, dim: str) -> bool:
+    """Whether a dim counts something (depth, step) and is no set of labels."""
+    return dim not in array.coords or array[dim].dtype.kind in "iuf"
+
+
+def zero(channel: str) -> alt.Chart:
+    """A line at zero across the chart."""
+    return alt.Chart(alt.InlineData(values=[{}])).mark_rule(style="zero").encode(**{channel: alt.datum(0)})
+
+
+def sized(chart: alt.LayerChart, height: int) -> alt.LayerChart:
+    """As wide as what contains it, `height` pixels high."""
+    return chart.properties(width="container", height=height)
+
+
+def _line(table: pd.DataFrame, field: str, title: str) -> alt.Tooltip:
+    if table[field].dtype.kind in "fiu":
+        return alt.Tooltip(field=field, type="quantitative", title=words(title), format=".4~g")
+    return alt.Tooltip(field=field, type="nominal", title=words(title))
+
+
+def _plain(value):
+    if isinstance(value, float | np.floating):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value.item() if isinstance(value, np.generic) else value

@@ -1,0 +1,106 @@
+"""Token strips: text in which every token carries a value. The blocks here feed both the chart and the report's page."""
+
+import dataclasses
+import math
+
+import altair as alt
+import numpy as np
+
+from reward_lens.charts.rows import rows, unit_of
+from reward_lens.result import Result
+
+COLUMNS, BLOCKS = 92, 6  # of the chart form: characters a row, texts shown
+CHARACTER, ROW = 7.3, 21  # pixels of one monospaced character and of one row
+CLIP = 0.99  # the colour scale ends at this quantile of the absolute values; the legend says so where it matters
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One text: its pair and side (empty where the result has no such dim), and one entry a token in the tuples."""
+
+    pair: str
+    side: str
+    pieces: tuple[str, ...]
+    roles: tuple[str, ...]
+    values: tuple[float, ...]
+    depth: str = ""
+
+
+def blocks(result: Result) -> list[Block]:
+    """The texts of a result with `position` and `piece`, in order of pair and side.
+
+    Positions past `n_positions` are padding and are left out, and so is a side without any token (a margin exists
+    only where two texts are aligned). Of a further dim, such as depth, the last label is taken: its label is `depth`.
+    """
+    data = result.dataset[["value"]]
+    extra = [d for d in data["value"].dims if d not in ("pair", "side", "position")]
+    label = ", ".join(f"{d} {data[d].values[-1]}" if d in data.coords else d for d in extra)
+    data = data.isel({d: -1 for d in extra})
+    for dim in ("side", "pair"):
+        if dim not in data["value"].dims:
+            fixed = str(data[dim].item()) if dim in data.coords else ""
+            data = data.drop_vars(dim, errors="ignore").expand_dims({dim: [fixed]})
+    names = {"value": data["value"], "piece": data["piece"]} | ({"role": data["role"]} if "role" in data.coords else {})
+    table = {k: v.broadcast_like(data["value"]).transpose("pair", "side", "position").values for k, v in names.items()}
+    lengths = np.full(table["value"].shape[:2], data.sizes["position"])
+    if "n_positions" in data.coords:
+        counts = data["n_positions"].broadcast_like(data["value"].isel(position=0)).transpose("pair", "side")
+        lengths = np.nan_to_num(counts.values.astype(float)).astype(int)
+    out = []
+    for (p, s), n in np.ndenumerate(lengths):
+        if n:
+            cut = {k: v[p, s, :n] for k, v in table.items()}
+            roles = tuple(str(r) for r in cut["role"]) if "role" in cut else ("",) * n
+            pair, side = str(data["pair"].values[p]), str(data["side"].values[s])
+            values = tuple(float(v) for v in cut["value"])
+            out.append(Block(pair, side, tuple(str(t) for t in cut["piece"]), roles, values, label))
+    return out
+
+
+def colour_limit(texts: list[Block]) -> tuple[float, float]:
+    """Where the symmetric colour scale ends, and the largest absolute value (0, 0 if no token has a value)."""
+    sizes = np.abs([v for block in texts for v in block.values if math.isfinite(v)])
+    if not sizes.any():
+        return 0.0, 0.0
+    largest, usual = float(sizes.max()), float(np.quantile(sizes, CLIP))
+    return (usual if largest > 1.5 * usual > 0 else largest), largest
+
+
+def readable(piece: str) -> str:
+    """A piece as it is shown: what has no glyph of its own gets one, so that no token is invisible."""
+    if not piece:
+        return "\u00b7"
+    return "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in piece)
+
+
+def strip_chart(result: Result) -> tuple[alt.LayerChart, str]:
+    """The chart form (notebook, SVG, PNG): monospaced rows of a fixed width; and a note on what is left out."""
+    texts = blocks(result)
+    limit, _ = colour_limit(texts)
+    cells, headings, row = [], [], 0
+    for block in texts[:BLOCKS]:
+        headings.append({"row": row, "text": "  ".join(t for t in (block.pair, block.side, block.depth) if t)})
+        row, column = row + 1, 0
+        for piece, role, value in zip(block.pieces, block.roles, block.values, strict=True):
+            shown = readable(piece).replace("\n", "\u21b5").replace("\t", " ")
+            for start in range(0, len(shown), COLUMNS):
+                part = shown[start : start + COLUMNS]
+                if column + len(part) > COLUMNS:
+                    row, column = row + 1, 0
+                cells.append({"row": row, "x": column, "end": column + len(part), "text": part.replace(" ", "\u00a0"), "value": value, "role": role})
+                column += len(part)
+            if piece.endswith("\n"):
+                row, column = row + 1, 0
+        row += 2
+    where = {"x": alt.X("x:Q", axis=None, scale=alt.Scale(domain=[0, COLUMNS], nice=False)),
+             "y": alt.Y("row:O", axis=None, scale=alt.Scale(domain=list(range(row)), paddingInner=0.08))}
+    scale = alt.Scale(domain=[-limit or -1, limit or 1], range="diverging", clamp=True, interpolate="rgb")
+    tip = [alt.Tooltip("text:N", title="token"), alt.Tooltip("value:Q", format="+.3~g"), alt.Tooltip("role:N")]
+    base = alt.Chart(rows(cells)).encode(**where, tooltip=tip)
+    layers = [
+        base.mark_rect().encode(x2="end:Q", color=alt.Color("value:Q", scale=scale, title=unit_of(result))),
+        base.mark_text(style="token").encode(text="text:N"),
+        alt.Chart(rows(headings)).mark_text(style="heading").encode(y=where["y"], x=alt.datum(0), text="text:N"),
+    ]
+    note = f"The first {BLOCKS} of {len(texts)} texts." if len(texts) > BLOCKS else ""
+    return alt.layer(*layers).properties(width=int(COLUMNS * CHARACTER), height=ROW * row), note

@@ -1,0 +1,180 @@
+"""How the writes to the residual stream are cut into components: whole, by head, or by neuron.
+
+A split answers one question for `contributions`: the dot product of every component's write with a direction, one
+direction a run. Vectors of single heads or neurons are never formed: the direction is pulled back through the block's
+output map (and its post-norm, scale frozen) to where heads and neurons live.
+"""
+
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from reward_lens.capture.activations import Activations
+from reward_lens.capture.run import out_map
+from reward_lens.model.norm import Norm, measure_norm
+from reward_lens.model.reward_model import RewardModel
+from reward_lens.model.sites import Site
+from reward_lens.model.structure import is_linear, linear_bias, linear_weight
+
+Labels = tuple[list[str], list[int], list[str], list[int]]
+
+
+class Split(Protocol):
+    """A way to cut the writes."""
+
+    sites: list[Site]
+    """What must be captured; the last one is the pre-norm residual."""
+
+    def labels(self, scale: str) -> Labels:
+        """Of each component: label, layer (-1 before block 0, n_layers after the last), kind, index in its layer."""
+        ...
+
+    def dots(self, acts: Activations, u: Float[Tensor, "run d_model"]) -> Float[Tensor, "run component"]:
+        """Each run's component writes times that run's row of `u`, without the bias row."""
+        ...
+
+    def finer_gap(self, acts: Activations, u: Float[Tensor, "run d_model"]) -> Float[Tensor, " run"]:
+        """Largest distance between a write and the sum of its parts along `u`; NaN where nothing is split further."""
+        ...
+
+
+class ComponentSplit:
+    """embed, then each block's attention and MLP write."""
+
+    def __init__(self, rm: RewardModel):
+        self.rm = rm
+        self.sites = [Site("embed")]
+        for layer in range(rm.n_layers):
+            self.sites += [Site("attn", layer), Site("mlp", layer)]
+        self.sites.append(Site("resid_post", rm.n_layers - 1))
+
+    def labels(self, scale: str) -> Labels:
+        sites = self.sites[:-1]
+        rows = [(str(s), -1 if s.layer is None else s.layer, s.kind, -1) for s in sites]
+        return _columns(rows + _closing_rows(self.rm, scale))
+
+    def dots(self, acts: Activations, u):
+        rows = [(acts[site] * u).sum(-1) for site in self.sites[:-1]]
+        return self._with_rounding(torch.stack(rows, 1), acts, u)
+
+    def finer_gap(self, acts: Activations, u):
+        return torch.full_like(u[:, 0], torch.nan, dtype=torch.float64)
+
+    def _with_rounding(self, rows: Tensor, acts: Activations, u) -> Tensor:
+        """In 16 bits additions and output maps round; what they lost is a row of its own (its size is checked)."""
+        if not self.rm.sixteen_bit:
+            return rows
+        h = acts[self.sites[-1]]
+        lost = (h.double() * u).sum(-1, keepdim=True) - rows.double().sum(1, keepdim=True)
+        return torch.cat([rows, lost.to(rows)], 1)
+
+
+class _UnitSplit(ComponentSplit):
+    """One kind of write cut into units that its output map adds up; the other kind stays whole."""
+
+    kind: str  # "attn" or "mlp"
+    unit: str  # "head" or "neuron"
+    letter: str
+
+    def __init__(self, rm: RewardModel):
+        super().__init__(rm)
+        self.unit_sites = [Site(self.unit, layer) for layer in range(rm.n_layers)]
+        self.maps = [out_map(rm, layer, self.kind) for layer in range(rm.n_layers)]
+        self.norms = [self._post_norm(layer) for layer in range(rm.n_layers)]
+        self.sites = [*self.unit_sites, *self.sites]
+
+    def _post_norm(self, layer: int) -> Norm | None:
+        """The norm between the output map and the residual stream in sandwich-norm blocks."""
+        writer = self.rm.trunk.writers[self.kind][layer]
+        if is_linear(writer) or any(m is self.maps[layer] for m in writer.modules()):
+            return None
+        return measure_norm(writer, self.rm.d_model, self.rm.readout.weight, f"post-norm of block {layer}")
+
+    def n_units(self, layer: int) -> int:
+        raise NotImplementedError
+
+    def labels(self, scale: str) -> Labels:
+        rows = [("embed", -1, "embed", -1)]
+        for layer in range(self.rm.n_layers):
+            units = [(f"L{layer}.{self.letter}{i}", layer, self.unit, i) for i in range(self.n_units(layer))]
+            bias = [(f"L{layer}.{self.kind}_bias", layer, f"{self.kind}_bias", -1)] * self._has_constant(layer)
+            whole = [(f"L{layer}.{k}", layer, k, -1) for k in ("attn", "mlp") if k != self.kind]
+            rows += [*units, *bias, *whole] if self.kind == "attn" else [*whole, *units, *bias]
+        return _columns(rows + _closing_rows(self.rm, scale))
+
+    def dots(self, acts: Activations, u):
+        columns = [(acts[Site("embed")] * u).sum(-1, keepdim=True)]
+        for layer in range(self.rm.n_layers):
+            units, constant = self._layer(acts, u, layer)
+            other = Site("mlp" if self.kind == "attn" else "attn", layer)
+            whole = [(acts[other] * u).sum(-1, keepdim=True)]
+            parts = [units, *([constant[:, None]] * self._has_constant(layer))]
+            columns += [*parts, *whole] if self.kind == "attn" else [*whole, *parts]
+        return self._with_rounding(torch.cat(columns, 1), acts, u)
+
+    def finer_gap(self, acts: Activations, u):
+        gaps = []
+        for layer in range(self.rm.n_layers):
+            units, constant = self._layer(acts, u, layer)
+            write = (acts[Site(self.kind, layer)] * u).sum(-1)
+            gaps.append((units.double().sum(1) + constant - write).abs())
+        return torch.stack(gaps).max(0).values
+
+    def _has_constant(self, layer: int) -> bool:
+        norm = self.norms[layer]
+        return linear_bias(self.maps[layer]) is not None or (norm is not None and bool(norm.shift.any()))
+
+    def _layer(self, acts: Activations, u, layer: int) -> tuple[Tensor, Tensor]:
+        """[run, unit] and the constant [run] of one block: the post-norm and the output map pulled back."""
+        x = acts[self.unit_sites[layer]]
+        weight = linear_weight(self.maps[layer]).to(u)
+        bias = linear_bias(self.maps[layer])
+        bias = torch.zeros_like(u[0]) if bias is None else bias.to(u)
+        norm = self.norms[layer]
+        constant = 0.0
+        if norm is not None:
+            before = x.flatten(1) @ weight.T + bias
+            constant = u @ norm.shift
+            u = norm.pull_back(u, norm.scale(before))
+        scale = self.rm.structure.write_scale
+        pulled = (u @ weight) * scale
+        return self._units(x, pulled), (u @ bias + constant) * scale
+
+    def _units(self, x: Tensor, pulled: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class HeadSplit(_UnitSplit):
+    """Attention writes by head."""
+
+    kind, unit, letter = "attn", "head", "H"
+
+    def n_units(self, layer: int) -> int:
+        return self.rm.n_heads
+
+    def _units(self, x, pulled):
+        return (x * pulled.view_as(x)).sum(-1)
+
+
+class NeuronSplit(_UnitSplit):
+    """MLP writes by neuron."""
+
+    kind, unit, letter = "mlp", "neuron", "N"
+
+    def n_units(self, layer: int) -> int:
+        return linear_weight(self.maps[layer]).shape[1]
+
+    def _units(self, x, pulled):
+        return x * pulled
+
+
+def _closing_rows(rm: RewardModel, scale: str) -> list[tuple[str, int, str, int]]:
+    names = ["rounding"] * rm.sixteen_bit + ["bias"] + ["norm"] * (scale == "shared")
+    return [(name, rm.n_layers, name, -1) for name in names]
+
+
+def _columns(rows) -> Labels:
+    labels, layers, kinds, units = zip(*rows, strict=True)
+    return list(labels), list(layers), list(kinds), list(units)

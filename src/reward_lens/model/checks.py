@@ -1,0 +1,218 @@
+"""The load report: what must hold before a reward model's numbers mean anything. `rl.load` refuses if a test fails.
+
+Each row is a measured gap with its tolerance. Scale S of the reward tests: the larger of |r| and the standard
+deviation of the reward over the probe texts.
+"""
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor, nn
+
+from reward_lens.capture import hooks
+from reward_lens.errors import LoadError
+from reward_lens.model.forward import at_rows, make_batch, record, replay
+from reward_lens.model.structure import is_linear, linear_weight
+from reward_lens.model.tokens import Tokens
+from reward_lens.result import Check, Result
+
+if TYPE_CHECKING:
+    from reward_lens.model.reward_model import RewardModel
+
+PROBES = (
+    ("What is the capital of France?", "The capital of France is Paris."),
+    ("Name a prime number.", "Seven"),
+    ("Is it safe to mix bleach and vinegar?", "No. It releases chlorine gas."),
+    ("Write a haiku about rain.", "Soft rain on the roof,"),
+    ("How do I boil an egg?", "I don't know."),
+    ("2 + 2?", "2 + 2 = 5"),
+)
+COMPARED = 2  # texts whose rewards are compared; the others only give the reward's spread
+CHECKS_HELP = {
+    "head in checkpoint": "load a checkpoint that holds its reward head; a head filled with random numbers scores noise",
+    "own reward": "the model's forward does more than trunk, norm and head: pass readout= or structure=",
+    "template tokens": "set tokenizer.chat_template to the template the model was trained with",
+    "no doubled BOS": "remove the BOS from the chat template or set tokenizer.add_bos_token=False, whichever the "
+    "model's authors trained without",
+    "padding": "run without padding (batch_size=1); please report the model's class",
+    "batching": "run with batch_size=1; please report the model's class",
+    "writes close": "pass structure= naming the submodules that write to the residual stream",
+    "decomposition": "pass structure= naming final_norm, attn and mlp",
+    "replay": "the blocks depend on more than their arguments; please report the model's class",
+}
+
+
+def run_probe(module: nn.Module, device: torch.device) -> Tensor:
+    """Run two short rows of seeded random tokens and return the logits; nothing is padded."""
+    vocabulary = module.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(min(8, vocabulary // 2), vocabulary, (2, 7), generator=generator).to(device)
+    pad = module.config.pad_token_id
+    if pad is not None:
+        ids[ids == pad] = (pad + 1) % vocabulary
+    arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if pad is None:  # Hugging Face refuses to pool a batch without a padding token
+        arguments = {"input_ids": ids[:1]}
+    return module(**arguments).logits
+
+
+def require_usable_weights(module: nn.Module, name: str) -> None:
+    """Raise for NaN or infinite weights, and for a quantised reward head."""
+    for path, tensor in module.named_parameters():
+        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor.sum())):
+            bad = int((~torch.isfinite(tensor)).sum())
+            if bad:
+                raise LoadError(
+                    f"The weights of {name} are not finite",
+                    found=f"{bad} NaN or infinite values in {path}",
+                    expected="finite weights",
+                    do="download the checkpoint again, or take one from before training diverged",
+                )
+    heads = [(n, m) for n, m in module.named_children() if n in ("score", "classifier", "v_head", "regression_head")]
+    for path, head in heads:
+        weight = getattr(head, "weight", None)
+        if isinstance(weight, Tensor) and not (is_linear(head) or weight.is_floating_point()):
+            raise LoadError(
+                f"The reward head of {name} is quantised",
+                found=f"{path} is a {type(head).__name__} with {weight.dtype} weights",
+                expected="a floating-point head: quantising it changes the reward direction itself",
+                do=f"keep the head out of quantisation (llm_int8_skip_modules=['{path}'] or your method's like option)",
+            )
+
+
+def load_report(rm: "RewardModel") -> Result:
+    """Run the tests; returns value (check,) = gaps, with tolerances and findings as coordinates, or raises."""
+    tokens = [rm.tokenize(prompt, response) for prompt, response in PROBES]
+    rows = list(_from_checkpoint(rm))
+    rows += _tokenisation(rm, tokens)
+    rewards = rm.rewards(tokens).double()
+    scale = torch.maximum(rewards.abs(), rewards.std())
+    rows += _own_reward(rm, tokens[:COMPARED], scale)
+    rows += _padding(rm, tokens, scale)
+    rows += _residuals(rm, tokens[0])
+    for name, gap, tolerance, found in rows:
+        if not gap <= tolerance:
+            raise LoadError(
+                f"{rm.name} failed the test '{name}' of its load report",
+                found=f"{found} (gap {gap:.3g})",
+                expected=f"a gap of at most {tolerance:.3g}",
+                do=CHECKS_HELP.get(name.split(":")[0], "please report the model's class"),
+            )
+    value = xr.DataArray(
+        np.array([r[1] for r in rows]),
+        dims="check",
+        coords={
+            "check": np.array([r[0] for r in rows], dtype=object),
+            "tolerance": ("check", np.array([r[2] for r in rows])),
+            "found": ("check", np.array([r[3] for r in rows], dtype=object)),
+        },
+    )
+    meta = rm.describe(
+        "load_report", title="Load report", parameters=sum(p.numel() for p in rm.module.parameters()),
+        architecture=type(rm.module).__name__, layers=rm.n_layers, heads=rm.n_heads,
+        shows="Whether the numbers below are the model's own: its head, its tokens, its padding, and that its parts "
+        "add up to its reward.",
+        cannot_show="Whether the chat template is the one the model was trained with: that stands on the model's card.",
+    )  # fmt: skip
+    checks = [Check(name, gap, tolerance, found) for name, gap, tolerance, found in rows]
+    return Result("load_report", value, unit="gap", checks=checks, meta=meta)
+
+
+def reward_tolerance(rm: "RewardModel", reward: float, scale: float) -> float:
+    """E1 in reward units: 1e-5 S in float32; the larger of 2 steps of the format and 2e-2 S in 16 bits."""
+    if not rm.sixteen_bit:
+        return 1e-5 * scale
+    bits = 7 if rm.dtype == torch.bfloat16 else 10
+    step = 2.0 ** (math.floor(math.log2(max(abs(reward), 1e-6))) - bits)
+    return max(2 * step, 2e-2 * scale)
+
+
+def _from_checkpoint(rm):
+    if "missing_keys" in rm.loading:
+        missing = rm.loading["missing_keys"]
+        yield "head in checkpoint", float(len(missing)), 0.0, f"missing keys: {', '.join(missing) or 'none'}"
+    else:
+        yield "head in checkpoint", 0.0, math.inf, "not tested: the module was built by the caller"
+    yield "head not quantised", 0.0, 0.0, f"{type(rm.head).__name__} in {linear_weight(rm.head).dtype}"
+
+
+def _tokenisation(rm, tokens: list[Tokens]):
+    hf = rm.tokenizer.hf
+    prompt, response = PROBES[0]
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    official = hf(rm.tokenizer.render(messages), add_special_tokens=False)["input_ids"]
+    differing = sum(a != b for a, b in zip(official, tokens[0].ids, strict=False)) + abs(len(official) - len(tokens[0]))
+    yield "template tokens", float(differing), 0.0, f"{len(official)} tokens of the official chat template"
+    bos = hf.bos_token_id
+    doubled = bos is not None and len(tokens[0]) > 1 and tokens[0].ids[0] == tokens[0].ids[1] == bos
+    opening = hf.decode(list(tokens[0].ids[:3]))
+    yield "no doubled BOS", float(doubled), 0.0, f"the text begins {opening!r}"
+    at = tokens[0].reward_pos
+    around = "".join(tokens[0].pieces[max(0, at - 3) : at]), tokens[0].pieces[at], "".join(tokens[0].pieces[at + 1 :])
+    pad = "pad == eos" if hf.pad_token_id is not None and hf.pad_token_id == hf.eos_token_id else "pad is its own token"
+    found = f"reads {around[1]!r} after {around[0]!r}, before {around[2]!r}; {pad}, masks come from lengths"
+    yield "reward position", 0.0, math.inf, found
+
+
+def _own_reward(rm, tokens: list[Tokens], scale: Tensor):
+    own = torch.tensor([rm.hf_score(*probe) for probe in PROBES[:COMPARED]], dtype=torch.float64)
+    alone = torch.stack([rm.rewards([t])[0] for t in tokens]).double()
+    gap = (alone - own).abs()
+    allowed = [reward_tolerance(rm, float(r), float(s)) for r, s in zip(own, scale, strict=False)]
+    worst = int(torch.argmax(gap / torch.tensor(allowed)))
+    found = f"{alone[worst]:.6g} here, {own[worst]:.6g} from the model"
+    yield "own reward", float(gap[worst]), allowed[worst], found
+
+
+def _padding(rm, tokens: list[Tokens], scale: Tensor):
+    """In 16 bits padding changes the order of sums, so one text may move by several roundings: the root mean square
+    over the probe texts is held against the tolerance, which a wrong mask or position exceeds on every text."""
+    alone = torch.stack([rm.rewards([t])[0] for t in tokens]).double()
+    for name, padding, text in (("batching", "right", "right-padded"), ("padding", "left", "left-padded")):
+        batch = make_batch(tokens, range(len(tokens)), rm.pad_id, rm.device, padding)
+        kept: list[Tensor] = []
+        pick = at_rows(batch.reward_pos)
+        rm.trunk.run(batch, rm.trunk.read_residual(rm.n_layers, lambda x, pick=pick, kept=kept: kept.append(pick(x))))
+        gap = (rm.readout.reward(kept[0]).double().cpu() - alone).abs()
+        if rm.sixteen_bit:
+            measured = float(gap.square().mean().sqrt())
+            allowed = reward_tolerance(rm, float(alone.abs().max()), float(scale.square().mean().sqrt()))
+        else:
+            worst = int(torch.argmax(gap / scale))
+            measured, allowed = float(gap[worst]), float(1e-4 * scale[worst])
+        yield name, measured, allowed, f"{text} in a batch of {len(tokens)} against alone"
+
+
+def _residuals(rm, tokens: Tokens):
+    worst = max(rm.structure.gaps)
+    found = f"({rm.structure.attn}, {rm.structure.mlp}) in each of {rm.n_layers} blocks"
+    yield "writes close", worst, 0.02, found
+    batch = make_batch([tokens], [0], rm.pad_id, rm.device)
+    writes: list[Tensor] = []
+    pick = at_rows(batch.reward_pos)
+    wanted = [rm.trunk.read_residual(0, lambda x: writes.append(pick(x).to(rm.readout.weight)))]
+    for layer in range(rm.n_layers):
+        for kind in ("attn", "mlp"):
+            wanted.append(
+                rm.trunk.read_write(batch, layer, kind, lambda x: writes.append(pick(x).to(rm.readout.weight)))
+            )
+    with hooks.attached(wanted):
+        recording = record(rm.trunk, batch)
+    final = pick(recording.last)
+    reward = rm.readout.reward(final)
+    direction = rm.readout.direction(final)
+    parts = torch.stack([(direction.u * w).sum(-1) for w in writes])
+    total = parts.sum(0) + direction.constant
+    scale = float((parts.abs().sum(0) + direction.constant.abs())[0])
+    found = f"{len(writes)} writes and the bias sum to {float(total[0]):.6g}, the reward is {float(reward[0]):.6g}"
+    yield "decomposition", float((total - reward).abs()[0]) / scale, 1e-2 if rm.sixteen_bit else 1e-5, found
+    middle = rm.n_layers // 2
+    again = rm.readout.reward(pick(replay(rm.trunk, recording, middle, recording.resid(middle))))
+    allowed = reward_tolerance(rm, float(reward[0]), max(abs(float(reward[0])), 1e-3))
+    found = f"blocks {middle} to {rm.n_layers - 1} run again from the recorded residual"
+    yield "replay", float((again - reward).abs()[0]), allowed, found
+
+

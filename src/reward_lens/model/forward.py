@@ -1,0 +1,168 @@
+"""One pass through the trunk: batches under a token budget, explicit positions, and replay from any layer.
+
+The trunk is the Hugging Face model without its head. Its attention mask and position ids come from the texts'
+lengths, never from `ids != pad`; the reward head is applied by the readout, in float32, to the pre-norm residual.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from reward_lens.capture import hooks
+from reward_lens.model.tokens import Tokens
+
+TOKENS_PER_BATCH = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Padded token ids of several texts."""
+
+    ids: Int[Tensor, "batch pos"]
+    mask: Int[Tensor, "batch pos"]
+    positions: Int[Tensor, "batch pos"]
+    offset: Int[Tensor, " batch"]
+    """Index of each text's first token (0 with right padding)."""
+    reward_pos: Int[Tensor, " batch"]
+    rows: tuple[int, ...]
+    """Where each text stood in the list the batch was made from."""
+
+    @property
+    def lengths(self) -> list[int]:
+        return self.mask.sum(1).tolist()
+
+
+def make_batch(
+    tokens: Sequence[Tokens], rows: Iterable[int], pad_id: int, device: torch.device, padding: str = "right"
+) -> Batch:
+    """Pad `tokens` to one rectangle."""
+    longest = max(len(t) for t in tokens)
+    ids = torch.full((len(tokens), longest), pad_id)
+    mask = torch.zeros(len(tokens), longest, dtype=torch.long)
+    offsets = [longest - len(t) if padding == "left" else 0 for t in tokens]
+    for i, (text, start) in enumerate(zip(tokens, offsets, strict=True)):
+        ids[i, start : start + len(text)] = torch.tensor(text.ids)
+        mask[i, start : start + len(text)] = 1
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    reward_pos = torch.tensor([start + t.reward_pos for t, start in zip(tokens, offsets, strict=True)])
+    tensors = (ids, mask, positions, torch.tensor(offsets), reward_pos)
+    return Batch(*(t.to(device) for t in tensors), tuple(rows))
+
+
+def batches(
+    tokens: Sequence[Tokens], pad_id: int, device: torch.device, batch_size: int | None = None
+) -> Iterator[Batch]:
+    """Length-bucketed batches: at most `TOKENS_PER_BATCH` padded tokens, or `batch_size` texts if given."""
+    order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+    start = 0
+    while start < len(order):
+        stop = start + 1
+        while stop < len(order) and (
+            stop - start < batch_size
+            if batch_size is not None
+            else (stop - start + 1) * len(tokens[order[stop]]) <= TOKENS_PER_BATCH
+        ):
+            stop += 1
+        rows = order[start:stop]
+        yield make_batch([tokens[i] for i in rows], rows, pad_id, device)
+        start = stop
+
+
+@dataclasses.dataclass
+class Trunk:
+    """The network up to the pre-norm residual, addressed by its proven structure."""
+
+    module: nn.Module
+    """Called with token ids."""
+    blocks: list[nn.Module]
+    final_norm: nn.Module | None
+    writers: dict[str, list[nn.Module]]
+    """The modules whose outputs are the "attn" and the "mlp" writes, one a block."""
+    write_scale: float = 1.0
+
+    def __post_init__(self):
+        self._accepts = inspect.signature(self.module.forward).parameters
+
+    def run(self, batch: Batch, *wanted: hooks.Hook) -> None:
+        """One forward pass with the given hooks; whoever wants a tensor reads it through a hook."""
+        extra = {}
+        if "position_ids" in self._accepts:
+            extra["position_ids"] = batch.positions
+        with hooks.attached(wanted):
+            self.module(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, **extra)
+
+    def read_residual(self, depth: int, read: hooks.Read) -> hooks.Hook:
+        """Hook on the residual that enters block `depth`; depth n_layers is the pre-norm residual."""
+        if depth < len(self.blocks):
+            return hooks.read_input(self.blocks[depth], read)
+        if self.final_norm is not None:
+            return hooks.read_input(self.final_norm, read)
+        return hooks.read_output(self.blocks[-1], read)
+
+    def read_write(self, batch: Batch, layer: int, kind: str, read: hooks.Read) -> hooks.Hook:
+        """Hook on what attention or the MLP of a block adds to the residual stream, [batch, pos, d_model]."""
+
+        def scaled(x: Tensor) -> None:
+            x = x.reshape(*batch.ids.shape, x.shape[-1])
+            read(x if self.write_scale == 1.0 else x * self.write_scale)
+
+        return hooks.read_output(self.writers[kind][layer], scaled)
+
+    def edit_residual(self, depth: int, edit: hooks.Edit) -> hooks.Hook:
+        """Hook that replaces the residual entering block `depth` (n_layers: what the final norm reads)."""
+        if depth < len(self.blocks):
+            return hooks.edit_input(self.blocks[depth], edit)
+        return hooks.edit_output(self.blocks[-1], edit)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """The arguments every block was called with in one pass, so that any tail of the network can be run again."""
+
+    calls: tuple[tuple[tuple, dict], ...]
+    last: Float[Tensor, "batch pos d_model"]
+    """The pre-norm residual of the recorded pass."""
+
+    def resid(self, depth: int) -> Float[Tensor, "batch pos d_model"]:
+        """The residual that entered block `depth`."""
+        return hooks.first_input(*self.calls[depth]) if depth < len(self.calls) else self.last
+
+
+def record(trunk: Trunk, batch: Batch) -> Recording:
+    """Run the trunk once and keep what each block was called with."""
+    calls: list[tuple[tuple, dict]] = []
+    last: list[Tensor] = []
+
+    def keep(args, kwargs):
+        x = hooks.first_input(args, kwargs).clone()
+        calls.append(hooks.with_first_input(args, kwargs, x))
+
+    wanted = [hooks.read_call(block, keep) for block in trunk.blocks]
+    wanted.append(trunk.read_residual(len(trunk.blocks), lambda t: last.append(t.clone())))
+    trunk.run(batch, *wanted)
+    return Recording(tuple(calls), last[0])
+
+
+def replay(
+    trunk: Trunk, recording: Recording, depth: int, resid: Float[Tensor, "batch pos d_model"], *wanted: hooks.Hook
+) -> Float[Tensor, "batch pos d_model"]:
+    """The pre-norm residual when `resid` enters block `depth` and the later blocks run as they were called before."""
+    with hooks.attached(wanted):
+        for block, (args, kwargs) in zip(trunk.blocks[depth:], recording.calls[depth:], strict=True):
+            args, kwargs = hooks.with_first_input(args, kwargs, resid)
+            resid = hooks.first_output(block(*args, **kwargs))
+    return resid
+
+
+def at_rows(positions: Int[Tensor, " batch"]) -> Callable[[Tensor], Tensor]:
+    """Pick one position a row from [batch, pos, d]: a copy, so the full tensor can be freed."""
+
+    def pick(x: Tensor) -> Tensor:
+        index = positions.to(x.device)
+        return x[torch.arange(x.shape[0], device=x.device), index]
+
+    return pick

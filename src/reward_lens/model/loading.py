@@ -1,0 +1,182 @@
+"""`load`: from a hub id, a local folder, a PEFT adapter or "demo" to a `RewardModel` whose load report passed."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reward_lens.errors import LoadError
+from reward_lens.model.reward_model import RewardModel
+from reward_lens.model.structure import Structure
+
+
+def load(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    device_map: Any = None,
+    objective: str | int | None = None,
+    structure: Structure | None = None,
+    readout: Any = None,
+    truncation: str | None = None,
+) -> RewardModel:
+    """Load a reward model and prove that its numbers can be trusted.
+
+    Parameters
+    ----------
+    path: ``"demo"``, a hub id, a local folder, or a PEFT adapter of either kind (merged into its base).
+    device, device_map: where to put it; `device_map="auto"` shards it over what there is.
+    dtype: default is the checkpoint's own.
+    objective: row of a head with several.
+    structure, readout: describe an unusual network; both are put to the same proof.
+    truncation: None raises on a conversation longer than the model reads, "left" cuts the prompt, "right" the response.
+
+    Raises
+    ------
+    LoadError if the checkpoint has no usable reward head or a test of the load report fails; StructureError if the
+    network's parts cannot be found. Nothing is loaded in their place.
+    """
+    if str(path) == "demo":
+        from reward_lens.model.demo import load_demo
+
+        return load_demo(device=device, dtype=dtype, attn_implementation=attn_implementation)
+    path = str(path)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    settings = {"dtype": dtype or "auto", "device_map": device_map, "attn_implementation": attn_implementation}
+    settings = {k: v for k, v in settings.items() if v is not None}
+    try:
+        if _is_adapter(path, revision):
+            module, missing, base = _load_adapter(path, options, settings)
+        else:
+            module, missing = _load_classifier(path, options, settings)
+            base = None
+        tokenizer = _load_tokenizer(path, base, options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise LoadError(
+            f"{path} could not be loaded",
+            found=f"{type(error).__name__}: {_first_lines(error)}",
+            expected="'demo', a hub id such as 'org/name', a folder with config.json and weights, or a PEFT adapter",
+            do="check the name and the connection; for a model with code of its own read that code, then pass "
+            "trust_remote_code=True",
+        ) from error
+    if device is not None:
+        module = module.to(device)
+    return RewardModel(
+        module,
+        tokenizer,
+        objective=objective,
+        structure=structure,
+        readout=readout,
+        truncation=truncation,
+        name=path if not Path(path).exists() else Path(path).resolve().name,
+        revision=revision or getattr(module.config, "_commit_hash", None),
+        loading={"missing_keys": missing},
+    )
+
+
+def _load_classifier(path: str, options: dict, settings: dict):
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    config = AutoConfig.from_pretrained(path, **options)
+    architectures = getattr(config, "architectures", None) or []
+    module, info = AutoModelForSequenceClassification.from_pretrained(
+        path, config=config, output_loading_info=True, **options, **settings
+    )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        causal = [a for a in architectures if a.endswith(("ForCausalLM", "LMHeadModel"))]
+        raise LoadError(
+            f"{path} has no trained reward head" if not causal else f"{path} is a language model, not a reward model",
+            found=f"the checkpoint lacks {', '.join(missing[:5])}"
+            + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            + (f"; its architecture is {causal[0]}" if causal else ""),
+            expected="every weight of the reward model in the checkpoint; a head filled with random numbers scores noise",
+            do="load the reward model itself (its config names ...ForSequenceClassification), or pass readout= for a "
+            "reward read from a language model's vocabulary",
+        )
+    return module, missing
+
+
+def _load_adapter(path: str, options: dict, settings: dict):
+    """A PEFT adapter merged into its base, the head taken from the adapter if it was saved there."""
+    from peft import PeftConfig, PeftModel
+    from safetensors import safe_open
+    from transformers import AutoModelForSequenceClassification
+
+    adapter = PeftConfig.from_pretrained(path, revision=options["revision"])
+    base = adapter.base_model_name_or_path
+    weights = _adapter_file(path, options["revision"])
+    with safe_open(weights, framework="pt") as opened:
+        saved = list(opened.keys())
+        heads = [opened.get_slice(k).get_shape()[0] for k in saved if k.endswith(_HEAD_SUFFIXES)]
+    base_options = {"trust_remote_code": options["trust_remote_code"]}
+    module, info = AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=heads[0] if heads else 1, output_loading_info=True, **base_options, **settings
+    )
+    missing = sorted(k for k in info["missing_keys"] if not any(_same_parameter(k, s) for s in saved))
+    if missing:
+        raise LoadError(
+            f"The adapter {path} has no trained reward head",
+            found=f"neither the adapter nor its base {base} holds {', '.join(missing[:5])}",
+            expected="the head among the adapter's weights (modules_to_save=['score']) or in the base",
+            do="save the head with the adapter, or load a base that is a reward model",
+        )
+    if adapter.task_type is None or str(adapter.task_type).endswith("SEQ_CLS"):
+        module = PeftModel.from_pretrained(module, path, revision=options["revision"]).merge_and_unload()
+        return module, missing, base
+    raise LoadError(
+        f"The adapter {path} is not one of a reward model",
+        found=f"task type {adapter.task_type}",
+        expected="SEQ_CLS",
+        do="load an adapter that was trained on a sequence classifier",
+    )
+
+
+_HEAD_SUFFIXES = ("score.weight", "classifier.weight", "v_head.weight", "regression_head.weight")
+
+
+def _same_parameter(key: str, saved: str) -> bool:
+    """Whether an adapter's key names a parameter of the base (`base_model.model.score.weight`: `score.weight`)."""
+    return saved.replace(".modules_to_save.default", "").replace(".original_module", "").endswith("." + key)
+
+
+def _is_adapter(path: str, revision: str | None) -> bool:
+    folder = Path(path)
+    if folder.exists():
+        return (folder / "adapter_config.json").exists()
+    from huggingface_hub import file_exists
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        return file_exists(path, "adapter_config.json", revision=revision)
+    except HFValidationError as error:
+        raise ValueError(f"no folder of that name, and {error}") from error
+    except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError, OSError):
+        from huggingface_hub import try_to_load_from_cache
+
+        return isinstance(try_to_load_from_cache(path, "adapter_config.json", revision=revision), str)
+
+
+def _adapter_file(path: str, revision: str | None) -> str:
+    if Path(path).exists():
+        return str(Path(path) / "adapter_model.safetensors")
+    from huggingface_hub import hf_hub_download
+
+    return hf_hub_download(path, "adapter_model.safetensors", revision=revision)
+
+
+def _load_tokenizer(path: str, base: str | None, options: dict):
+    from transformers import AutoTokenizer
+
+    folder = Path(path)
+    own = not folder.exists() or any((folder / n).exists() for n in ("tokenizer.json", "tokenizer_config.json"))
+    return AutoTokenizer.from_pretrained(path if own or base is None else base, **options)
+
+
+def _first_lines(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) < 300 else text[:300] + " ..."

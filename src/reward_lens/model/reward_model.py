@@ -1,0 +1,329 @@
+"""A reward model with its structure proven, its readout exact and its load report attached."""
+
+import functools
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from reward_lens import data
+from reward_lens.errors import LoadError
+from reward_lens.model import checks, structure as structures
+from reward_lens.model.forward import Batch, Trunk, at_rows, batches
+from reward_lens.model.norm import measure_norm
+from reward_lens.model.readout import LinearReadout, linear_readout, objective_names
+from reward_lens.model.structure import Structure
+from reward_lens.model.tokens import Tokenizer, Tokens
+from reward_lens.result import Result
+
+SIDES = ("chosen", "rejected", "margin")
+
+
+class RewardModel:
+    """Wrap a Hugging Face sequence classifier with one scalar head (or one named row of several).
+
+    Parameters
+    ----------
+    module: the model, as `AutoModelForSequenceClassification` returns it; put in eval mode, otherwise untouched.
+    tokenizer: its fast tokenizer, with the chat template the model was trained with.
+    objective: name or index of the head's row, for heads with several; their mean is never called a reward.
+    structure: paths of an unusual network's parts; put to the same proof as what the search finds.
+    readout: a `Readout` for a reward that is not a linear head.
+    truncation: what to do with a conversation longer than the model reads: None raises, "left" cuts the prompt's
+        beginning, "right" the response's end.
+
+    Building one runs the load report's tests and raises `LoadError` if one fails. Source of the exactness
+    contract: the reward is a linear read-out of the final residual stream, r = w . N(h) + b.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        tokenizer: Any,
+        *,
+        objective: str | int | None = None,
+        structure: Structure | None = None,
+        readout: Any = None,
+        truncation: str | None = None,
+        name: str | None = None,
+        revision: str | None = None,
+        loading: Mapping[str, Any] | None = None,
+    ):
+        self.module = module.eval()
+        self.config = module.config
+        self.name = name or getattr(self.config, "name_or_path", "") or type(module).__name__
+        self.revision = revision
+        self.truncation = truncation
+        self.loading = dict(loading or {})
+        checks.require_usable_weights(module, self.name)
+        text_config = self.config.get_text_config()
+        pad_id = self.config.pad_token_id if self.config.pad_token_id is not None else text_config.pad_token_id
+        limit = getattr(text_config, "max_position_embeddings", None)
+        self.tokenizer = Tokenizer(tokenizer, pad_id, limit)
+        self.pad_id = next((i for i in (pad_id, tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+        probe = functools.partial(checks.run_probe, module, self.device)
+        with torch.no_grad():
+            found = structure or structures.find_structure(
+                module, probe, text_config.num_hidden_layers, text_config.num_attention_heads
+            )
+            self.structure = structures.prove(module, found, probe)
+            self._norm = None if found.final_norm is None else module.get_submodule(found.final_norm)
+            self.head = module.get_submodule(found.head)
+            blocks = list(module.get_submodule(found.blocks))
+            writers = {
+                kind: [block.get_submodule(path) for block in blocks]
+                for kind, path in (("attn", found.attn), ("mlp", found.mlp))
+            }
+            trunk_module = _trunk_module(module, found.blocks)
+            self.trunk = Trunk(trunk_module, blocks, self._norm, writers, found.write_scale)
+            self.readout = readout or self._linear_readout(objective)
+            self.load_report: Result = checks.load_report(self)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return len(self.trunk.blocks)
+
+    @property
+    def n_heads(self) -> int:
+        """Attention heads of a block."""
+        return self.structure.n_heads
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return structures.linear_weight(self.head).shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first parameter (the embedding); inputs go there."""
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the trunk."""
+        return next(self.module.parameters()).dtype
+
+    @property
+    def sixteen_bit(self) -> bool:
+        """Whether the trunk runs in bfloat16 or float16, with their tolerances."""
+        return self.dtype in (torch.bfloat16, torch.float16)
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Names of the head's rows."""
+        return objective_names(self.config, structures.linear_weight(self.head).shape[0])
+
+    @property
+    def noise_floor(self) -> float:
+        """Reward differences under this are numerical: the largest of the load report's reward gaps, and never less
+        than the tail's rounding at the size of the rewards seen there."""
+        gaps = self.load_report.value.sel(check=["own reward", "batching", "padding"])
+        return max(float(gaps.max()), float(self.load_report.value.sel(check="own reward").tolerance) / 10)
+
+    def tokenize(self, prompt: "str | Sequence[Mapping]", response: str) -> Tokens:
+        """Tokens of a conversation: ids, pieces, spans of prompt, response and template tail, reward position."""
+        return self.tokenizer.conversation(data.as_messages(prompt), response, self.truncation)
+
+    def score(self, prompt: "str | Sequence[Mapping]", response: str) -> float:
+        """Reward of one response (trunk in the model's precision; norm and head in float32)."""
+        return float(self.rewards([self.tokenize(prompt, response)])[0])
+
+    @torch.no_grad()
+    def hf_score(self, prompt: "str | Sequence[Mapping]", response: str) -> float:
+        """The wrapped model's own output on the same tokens, unpadded."""
+        ids = torch.tensor([self.tokenize(prompt, response).ids], device=self.device)
+        return float(self.module(input_ids=ids).logits[0, self.row])
+
+    @property
+    def row(self) -> int:
+        """Index of the head's row that is read."""
+        return self.objectives.index(self.readout.objective)
+
+    @torch.no_grad()
+    def rewards(self, tokens: Sequence[Tokens], batch_size: int | None = None) -> Float[Tensor, " n"]:
+        """Rewards of tokenised texts, batched by length, on the CPU in the order given."""
+        out = torch.empty(len(tokens), dtype=self.readout.weight.dtype)
+        for batch in self.batches(tokens, batch_size):
+            kept: list[Tensor] = []
+            pick = at_rows(batch.reward_pos)
+            self.trunk.run(batch, self.trunk.read_residual(self.n_layers, lambda x: kept.append(pick(x))))
+            out[list(batch.rows)] = self.readout.reward(kept[0]).cpu()
+        return out
+
+    def batches(self, tokens: Sequence[Tokens], batch_size: int | None = None) -> Iterable[Batch]:
+        """Length-bucketed batches on the model's device. Texts on either side of a length at which the rotary
+        factors change (longrope, dynamic) never share one."""
+        threshold = _rotary_threshold(self.config.get_text_config())
+        for long in (False, True):
+            rows = [i for i, t in enumerate(tokens) if (threshold is not None and len(t) > threshold) == long]
+            for batch in batches([tokens[i] for i in rows], self.pad_id, self.device, batch_size):
+                yield Batch(batch.ids, batch.mask, batch.positions, batch.offset, batch.reward_pos,
+                            tuple(rows[i] for i in batch.rows))  # fmt: skip
+
+    def tokenize_pairs(self, pairs: "data.Pairs") -> list[tuple[Tokens, Tokens]]:
+        """(chosen, rejected) tokens of every pair."""
+        return [
+            tuple(self.tokenizer.conversation(p.messages, r, self.truncation) for r in (p.chosen, p.rejected))
+            for p in pairs
+        ]
+
+    def score_pairs(self, pairs: Iterable["data.Pair"], batch_size: int | None = None) -> Result:
+        """Rewards of both responses and their margin.
+
+        Returns value (pair, side) in reward units; side = chosen, rejected, margin = r(chosen) - r(rejected).
+        """
+        pairs = data.as_pairs(pairs)
+        flat = [t for both in self.tokenize_pairs(pairs) for t in both]
+        rewards = self.rewards(flat, batch_size).double().numpy().reshape(-1, 2)
+        values = np.column_stack([rewards, rewards[:, 0] - rewards[:, 1]])
+        lengths = np.array([len(t.response) for t in flat]).reshape(-1, 2)
+        coords = {**pair_coords(pairs), "side": list(SIDES), "n_tokens": (("pair", "two"), lengths)}
+        del coords["n_tokens"]
+        value = xr.DataArray(values, dims=("pair", "side"), coords=coords).assign_coords(
+            chosen_tokens=("pair", lengths[:, 0]), rejected_tokens=("pair", lengths[:, 1])
+        )
+        meta = self.describe(
+            "score_pairs", pairs, title="Rewards and margins",
+            shows="The reward of each response and the margin between chosen and rejected.",
+            cannot_show="Rewards of different prompts are not on a common scale: only margins within a prompt compare.",
+        )  # fmt: skip
+        return Result("score_pairs", value, unit="reward", meta=meta)
+
+    def score_many(self, groups: Iterable["data.Group"], batch_size: int | None = None) -> Result:
+        """Rewards of k responses a prompt.
+
+        Returns value (group, response) in reward units, padded with NaN past `n_responses`; the coordinate `label`
+        carries the labels (the higher the better; the first response is the best where a group has none).
+        """
+        groups = list(groups)
+        tokens = [self.tokenizer.conversation(g.messages, r, self.truncation) for g in groups for r in g.responses]
+        rewards = iter(self.rewards(tokens, batch_size).tolist())
+        width = max(len(g.responses) for g in groups)
+        value = np.full((len(groups), width), np.nan)
+        labels = np.full((len(groups), width), np.nan)
+        for i, group in enumerate(groups):
+            n = len(group.responses)
+            value[i, :n] = [next(rewards) for _ in range(n)]
+            labels[i, :n] = group.labels if group.labels is not None else [1.0] + [0.0] * (n - 1)
+        array = xr.DataArray(
+            value, dims=("group", "response"),
+            coords={
+                "group": np.array([g.id or str(i + 1) for i, g in enumerate(groups)], dtype=object),
+                "response": np.arange(width),
+                "label": (("group", "response"), labels),
+                "prompt_id": ("group", np.array([g.prompt_key for g in groups], dtype=object)),
+                "subset": ("group", np.array([g.subset or "" for g in groups], dtype=object)),
+                "n_responses": ("group", np.array([len(g.responses) for g in groups])),
+            },
+        )  # fmt: skip
+        meta = self.describe("score_many", groups, title="Rewards of lists of responses",
+                             shows="The reward of every response of a prompt.",
+                             cannot_show="Rewards of different prompts are not on a common scale.")  # fmt: skip
+        ragged = len({len(g.responses) for g in groups}) > 1
+        reason = "groups have different numbers of responses" if ragged else None
+        return Result("score_many", array, unit="reward", meta=meta, undefined=reason)
+
+    def for_objective(self, objective: str | int) -> "RewardModel":
+        """The same model read by another row of its head; weights are shared."""
+        other = object.__new__(RewardModel)
+        other.__dict__.update(self.__dict__)
+        with torch.no_grad():
+            other.readout = other._linear_readout(objective)
+            other.load_report = checks.load_report(other)
+        return other
+
+    def describe(self, method: str, inputs: Sequence | None = None, **meta: Any) -> dict[str, Any]:
+        """Provenance that every result carries; `meta` adds settings, title, shows and cannot_show."""
+        out: dict[str, Any] = {
+            "method": method,
+            "model": self.name,
+            "revision": self.revision,
+            "objective": self.readout.objective,
+            "readout": self.readout.kind,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "versions": _versions(),
+        }
+        if inputs is not None:
+            out["n_pairs"] = len(inputs)
+            out["n_prompts"] = len({item.prompt_key for item in inputs})
+            out["inputs_hash"] = data.inputs_hash(inputs)
+        return out | meta
+
+    def _linear_readout(self, objective: str | int | None) -> LinearReadout:
+        names = self.objectives
+        if objective is None and len(names) > 1:
+            raise LoadError(
+                f"The head of {self.name} has {len(names)} rows and none was chosen",
+                found="objective=None; rows " + ", ".join(names),
+                expected="the name or index of one row (a mean over rows is no reward the model was trained for)",
+                do=f"pass objective={names[0]!r}, or another row",
+            )
+        row = 0 if objective is None else names.index(objective) if objective in names else objective
+        if not isinstance(row, int) or not -len(names) <= row < len(names):
+            raise LoadError(
+                f"The head of {self.name} has no row {objective!r}",
+                found="rows " + ", ".join(names),
+                expected="one of these names or its index",
+                do="correct objective=",
+            )
+        like = structures.linear_weight(self.head)
+        norm = measure_norm(self._norm, like.shape[1], like)
+        return linear_readout(norm, self.head, row % len(names), names[row])
+
+    def __repr__(self) -> str:
+        return (
+            f"RewardModel({self.name!r}, {type(self.module).__name__}, {self.n_layers} layers x {self.n_heads} heads, "
+            f"d_model {self.d_model}, {str(self.dtype).removeprefix('torch.')} on {self.device.type})"
+        )
+
+
+def pair_coords(pairs: "data.Pairs") -> dict[str, Any]:
+    """Coordinates of the `pair` dim: id, prompt (the unit of statistics), subset, and a readable prompt."""
+    texts = {
+        "pair": [p.id for p in pairs],
+        "prompt_id": [p.prompt_key for p in pairs],
+        "subset": [p.subset or "" for p in pairs],
+        "prompt": [p.messages[-1]["content"] for p in pairs],
+    }
+    return {name: ("pair", np.array(values + [None], dtype=object)[:-1]) for name, values in texts.items()}
+
+
+def _trunk_module(module: nn.Module, blocks_path: str) -> nn.Module:
+    """The headless network: what Hugging Face calls the base model."""
+    base = getattr(module, "base_model", module)
+    if base is module:
+        base = module.get_submodule(blocks_path.split(".")[0])
+    return base
+
+
+def _rotary_threshold(config) -> int | None:
+    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else None
+    if kind not in ("longrope", "dynamic"):
+        return None
+    original = scaling.get("original_max_position_embeddings") or getattr(
+        config, "original_max_position_embeddings", None
+    )
+    return original or config.max_position_embeddings
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    names = ("reward-lens", "torch", "transformers", "numpy")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,218 @@
+"""From a prompt and a response to token ids: the official chat template, tokenised once, with the spans it needs.
+
+The template is rendered with a unique marker in the response's place; what stands before the marker is the prompt
+part, what stands after it the template's tail. So the spans hold for every template, whatever the texts contain.
+"""
+
+import dataclasses
+import datetime
+import uuid
+from typing import Any, Literal
+
+from reward_lens.errors import AlignmentError, DataError, LoadError
+
+TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
+"""Templates that print today's date (Llama 3) get this one, so that a reward does not depend on the day."""
+
+Role = Literal["prompt", "response", "tail"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokens:
+    """One tokenised conversation."""
+
+    ids: tuple[int, ...]
+    pieces: tuple[str, ...]
+    """Text of each token; a character cut into several byte tokens stands whole at its first, "" at the others."""
+    starts: tuple[int, ...]
+    """Character offset of each token in the rendered text (equal for the byte tokens of one character)."""
+    prompt: range
+    response: range
+    tail: range
+    """Token positions of the three spans; together they cover all positions."""
+    reward_pos: int
+    """Position the reward head reads."""
+    truncated: int = 0
+    """Tokens cut off by an explicit `truncation`."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def role(self, position: int) -> Role:
+        """The span a position belongs to."""
+        if position in self.response:
+            return "response"
+        return "prompt" if position in self.prompt else "tail"
+
+    def fragment(self, position: int) -> bool:
+        """Whether the token continues a character begun by the token before."""
+        return position > 0 and self.starts[position] == self.starts[position - 1] and self.pieces[position] == ""
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer seen as a map from conversations to `Tokens`."""
+
+    def __init__(self, tokenizer: Any, pooled_skips: int | None, max_length: int | None):
+        self.hf = tokenizer
+        self.pooled_skips = pooled_skips
+        self.max_length = max_length
+
+    def conversation(self, messages: list[dict], response: str, truncation: str | None = None) -> Tokens:
+        """Tokens of a prompt's messages and a response, rendered by the official chat template."""
+        check_text(response, "response")
+        before, after = self._frame(messages)
+        rendered = self.render([*messages, {"role": "assistant", "content": response}])
+        if not (rendered.startswith(before) and rendered.endswith(after)):
+            # The template changes its frame with the response's content (think blocks): no marker can find the span.
+            raise DataError(
+                "The response could not be found in the rendered chat template",
+                found="a template that changes the text around the response depending on the response",
+                expected="the same text around every response",
+                do="remove reasoning markup from the response, or set a plainer tokenizer.chat_template",
+            )
+        return self._encode(rendered, len(before), len(rendered) - len(after), truncation)
+
+    def text(self, text: str, truncation: str | None = None) -> Tokens:
+        """Tokens of a raw text with the tokenizer's own special tokens and no template; all of it is `response`."""
+        check_text(text, "text")
+        return self._encode(text, 0, len(text), truncation, special=True)
+
+    def render(self, messages: list[dict]) -> str:
+        """The official chat template's text, with the date pinned."""
+        if getattr(self.hf, "chat_template", None) is None:
+            raise LoadError(
+                "The tokenizer has no chat template",
+                found="tokenizer.chat_template is None",
+                expected="the template the reward model was trained with",
+                do="set tokenizer.chat_template to the Jinja template named by the model's authors and build "
+                "rl.RewardModel(module, tokenizer)",
+            )
+        return self.hf.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=False,
+            date_string=TEMPLATE_DATE.strftime("%d %b %Y"),
+            strftime_now=TEMPLATE_DATE.strftime,
+        )
+
+    def _frame(self, messages: list[dict]) -> tuple[str, str]:
+        for message in messages:
+            check_text(message["content"], f"{message['role']} message")
+        marker = f"response{uuid.uuid4().hex}"
+        before, _, after = self.render([*messages, {"role": "assistant", "content": marker}]).partition(marker)
+        return before, after
+
+    def _encode(self, text: str, start: int, stop: int, truncation: str | None, special: bool = False) -> Tokens:
+        encoded = self.hf(
+            text, add_special_tokens=special, return_offsets_mapping=True, truncation=False, verbose=False
+        )
+        ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
+        if not ids:
+            raise DataError(
+                "A text has no tokens",
+                found=repr(text[:80]),
+                expected="at least one token for the reward head to read",
+                do="pass a non-empty text",
+            )
+        first = next((i for i, (a, b) in enumerate(offsets) if b > start and b > a), len(ids))
+        end = next((i for i, (a, b) in enumerate(offsets) if i >= first and a >= stop and b > a), len(ids))
+        if start == stop:
+            end = first
+        keep, cut = self._fit(len(ids), first, end, truncation)
+        gone_before, gone_inside = sum(1 for i in cut if i < first), sum(1 for i in cut if first <= i < end)
+        first, end = first - gone_before, end - gone_before - gone_inside
+        ids, offsets = [ids[i] for i in keep], [offsets[i] for i in keep]
+        return Tokens(
+            ids=tuple(ids),
+            pieces=_pieces(text, offsets, [self.hf.convert_ids_to_tokens(i) for i in ids]),
+            starts=tuple(a for a, _ in offsets),
+            prompt=range(0, first),
+            response=range(first, end),
+            tail=range(end, len(ids)),
+            reward_pos=self._reward_position(ids),
+            truncated=len(cut),
+        )
+
+    def _fit(self, length: int, first: int, end: int, truncation: str | None) -> tuple[list[int], list[int]]:
+        """Positions kept and cut. "left" cuts the prompt's beginning (its first token stays), "right" the response's end."""
+        if truncation not in (None, "left", "right"):
+            raise DataError(
+                "truncation was not understood",
+                found=repr(truncation),
+                expected="None (raise), 'left' (cut the prompt's beginning) or 'right' (cut the response's end)",
+                do="pass one of these",
+            )
+        excess = 0 if self.max_length is None else length - self.max_length
+        if excess <= 0:
+            return list(range(length)), []
+        room = {"left": range(1, first), "right": range(first, end), None: range(0)}[truncation]
+        if excess > len(room):
+            raise DataError(
+                "A conversation is longer than the model can read",
+                found=f"{length} tokens ({first} of prompt, {end - first} of response)"
+                + (f" of which truncation={truncation!r} may cut {len(room)}" if truncation else ""),
+                expected=f"at most {self.max_length} tokens (config.max_position_embeddings)",
+                do="shorten the text, or pass truncation='left' (cuts the prompt's beginning) or 'right' (cuts the "
+                "response's end, which changes what is judged)",
+            )
+        cut = list(room[:excess]) if truncation == "left" else list(room[len(room) - excess :])
+        gone = set(cut)
+        return [i for i in range(length) if i not in gone], cut
+
+    def _reward_position(self, ids: list[int]) -> int:
+        """Hugging Face pools the last token that is not the padding token; unpadded, that is what it intends."""
+        for position in range(len(ids) - 1, -1, -1):
+            if ids[position] != self.pooled_skips:
+                return position
+        return len(ids) - 1
+
+
+def common_prefix(a: Tokens, b: Tokens) -> int:
+    """Length of the longest common token prefix."""
+    for i, (x, y) in enumerate(zip(a.ids, b.ids, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
+
+
+def require_equal_length(a: Tokens, b: Tokens, pair_id: str) -> None:
+    """Raise unless the two runs can be compared position by position."""
+    if len(a) != len(b):
+        raise AlignmentError(
+            f"The two responses of pair {pair_id} cannot be compared position by position",
+            found=f"{len(a)} and {len(b)} tokens",
+            expected="equal token counts for at='all' and at='response'",
+            do="use at='final', keep to pairs of equal length, or name an alignment (align='tail' or 'diff')",
+        )
+
+
+def check_text(text: Any, field: str) -> None:
+    """Raise `DataError` unless `text` is a string that can be written as UTF-8."""
+    if not isinstance(text, str):
+        raise DataError(
+            f"The {field} is not a text",
+            found=type(text).__name__,
+            expected="a str",
+            do="convert it, or look for a missing value in the data",
+        )
+    for position, character in enumerate(text):
+        if "\ud800" <= character <= "\udfff":
+            raise DataError(
+                f"The {field} holds half a character",
+                found=f"the lone surrogate U+{ord(character):04X} at character {position}",
+                expected="text that can be written as UTF-8",
+                do="decode the source with the right encoding, or drop the character",
+            )
+
+
+def _pieces(text: str, offsets: list[tuple[int, int]], names: list[str]) -> tuple[str, ...]:
+    """Text of each token. Together they give the text back, spaces that a tokenizer's offsets leave out included."""
+    pieces: list[str] = []
+    done = 0
+    for (a, b), name in zip(offsets, names, strict=True):
+        if b > a:
+            pieces.append(text[done:b] if a - done < 8 else text[a:b])
+            done = max(done, b)
+        else:
+            pieces.append(name)  # a special token that stands for no character of the text
+    return tuple(pieces)

@@ -1,0 +1,43 @@
+"""How the page writes numbers: few digits, a true minus sign, no padded exponents."""
+
+import json
+import math
+import re
+
+import numpy as np
+
+
+def number(value: float, signed: bool = False) -> str:
+    """Four digits; "signed" writes the plus too. An undefined value is a dash."""
+    if math.isnan(value):
+        return "\u2013"
+    return _typeset(f"{value:+.4g}" if signed and value else f"{value:.4g}")
+
+
+def gap(value: float) -> str:
+    """Two digits in exponent form, as in 3.1e-7; zero is exact and stays 0."""
+    return "0" if value == 0 else _typeset(f"{value:.1e}" if abs(value) < 0.01 else f"{value:.2g}")
+
+
+def cell(value) -> str:
+    """Whatever stands in a table or in the settings, as text."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool | np.bool_):
+        return "yes" if value else "no"
+    if isinstance(value, float | np.floating):
+        return number(float(value))
+    if isinstance(value, int | np.integer):
+        return _typeset(str(int(value)))
+    if isinstance(value, list | dict | tuple):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return str(value)
+
+
+def is_number(value) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool | np.bool_)
+
+
+def _typeset(text: str) -> str:
+    text = re.sub(r"e([+-])0*(\d)", lambda m: f"e{m[1].replace('+', '')}{m[2]}", text).replace(".0e", "e")
+    return text.replace("-", "\u2212")

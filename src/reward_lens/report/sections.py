@@ -1,0 +1,149 @@
+"""From a result to what the page shows of it: heading, two sentences, charts, tables, checks, settings."""
+
+import dataclasses
+import re
+import unicodedata
+from collections.abc import Mapping
+
+from reward_lens.charts import kind, panels
+from reward_lens.report import numbers
+from reward_lens.report.tables import Table, checks_table, values_table
+from reward_lens.report.texts import Strip, strip
+from reward_lens.result import Check, Result
+
+ROOM = 60_000  # tokens of all strips of a page together, about 3.5 MB
+SHARED = ("model", "revision", "dtype", "device", "seed", "n_pairs", "n_prompts", "inputs_hash")
+NAMES = {"n_pairs": "pairs", "n_prompts": "prompts", "inputs_hash": "hash of the inputs"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    id: str
+    title: str
+    note: str
+    label: str
+    spec: dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    id: str
+    title: str
+    facts: str
+    shows: str
+    cannot_show: str
+    figures: list[Figure]
+    strip: Strip | None
+    table: Table | None
+    open_table: bool
+    checks: list[Check]
+    settings: list[tuple[str, str]]
+
+
+def sections(results: Mapping[str, Result]) -> list[Section]:
+    """One section a result, in the order given."""
+    rewards = _rewards(results)
+    out, used, room = [], {"checks", "contents", "main"}, ROOM
+    for key, result in results.items():
+        title = str(result.meta.get("title") or _heading(key))
+        anchor = _anchor(title, used)
+        form = kind(result)
+        text = strip(result, rewards, room) if form == "tokens" else None
+        room -= text.tokens if text else 0
+        out.append(
+            Section(
+                id=anchor,
+                title=title,
+                facts=_facts(result),
+                shows=str(result.meta.get("shows", "")),
+                cannot_show=str(result.meta.get("cannot_show", "")),
+                figures=[] if text else _figures(result, anchor, title),
+                strip=text,
+                table=checks_table(result) if "check" in result.value.dims else values_table(result),
+                open_table=form == "table",
+                checks=list(result.checks),
+                settings=_settings(result),
+            )
+        )
+    return out
+
+
+def provenance(results: Mapping[str, Result]) -> list[tuple[str, str]]:
+    """What all results say of model, inputs and versions; where they differ, each value once."""
+    out = []
+    for key in SHARED:
+        if key in ("n_pairs", "n_prompts", "inputs_hash"):
+            continue
+        values = dict.fromkeys(numbers.cell(r.meta[key]) for r in results.values() if r.meta.get(key) is not None)
+        if values:
+            out.append((NAMES.get(key, key), ", ".join(values)))
+    pairs = dict.fromkeys(_facts_of_data(r) for r in results.values())
+    pairs = [p for p in pairs if p]
+    if pairs:
+        out.append(("data", "; ".join(pairs)))
+    versions: dict[str, dict[str, None]] = {}
+    for result in results.values():
+        for name, version in (result.meta.get("versions") or {}).items():
+            versions.setdefault(str(name), {})[str(version)] = None
+    if versions:
+        out.append(("versions", ", ".join(f"{name} {' and '.join(seen)}" for name, seen in versions.items())))
+    return out
+
+
+def _figures(result: Result, anchor: str, title: str) -> list[Figure]:
+    return [
+        Figure(
+            id=f"{anchor}-{i}",
+            title=panel.title,
+            note=panel.note,
+            label=f"{title}: {panel.title}" if panel.title else title,
+            spec=panel.chart.to_dict(),
+        )
+        for i, panel in enumerate(panels(result), start=1)
+    ]
+
+
+def _rewards(results: Mapping[str, Result]) -> dict[tuple[str, str], float]:
+    """Rewards by pair and side, from the first result that holds nothing else."""
+    for result in results.values():
+        value = result.value
+        if set(value.dims) == {"pair", "side"} and result.unit == "reward" and {"pair", "side"} <= set(value.coords):
+            return {
+                (str(p), str(s)): float(value.sel(pair=p, side=s).item())
+                for p in value["pair"].values
+                for s in value["side"].values
+            }
+    return {}
+
+
+def _facts(result: Result) -> str:
+    unit = f"unit: {result.unit.replace('_', ' ')}" if result.unit else ""
+    return " \u00b7 ".join(part for part in (_facts_of_data(result), unit) if part)
+
+
+def _facts_of_data(result: Result) -> str:
+    counts = ((result.meta.get("n_pairs"), "pair"), (result.meta.get("n_prompts"), "prompt"))
+    return ", ".join(f"{n:,} {name}{'' if n == 1 else 's'}" for n, name in counts if n is not None)
+
+
+def _settings(result: Result) -> list[tuple[str, str]]:
+    meta = result.meta
+    rows = [("method", meta.get("method", result.name)), *(meta.get("settings") or {}).items()]
+    rows += [(NAMES.get(key, key), meta[key]) for key in SHARED if meta.get(key) is not None]
+    rows.append(("shape", ", ".join(f"{dim} {size}" for dim, size in result.value.sizes.items()) or "one number"))
+    return [(str(name), numbers.cell(value)) for name, value in rows]
+
+
+def _heading(key: str) -> str:
+    words = key.replace("_", " ").strip()
+    return words[:1].upper() + words[1:]
+
+
+def _anchor(title: str, used: set[str]) -> str:
+    plain = unicodedata.normalize("NFKD", title).encode("ascii", "ignore").decode().lower()
+    stem = re.sub(r"[^a-z0-9]+", "-", plain).strip("-") or "section"
+    anchor, count = stem, 2
+    while anchor in used:
+        anchor, count = f"{stem}-{count}", count + 1
+    used.add(anchor)
+    return anchor

@@ -1,0 +1,257 @@
+"""The one result type: labelled values, their intervals, the checks they passed and where they came from.
+
+A `Result` wraps one `xarray.Dataset` with the variable `value` (per pair, never only a mean) and, where a
+summary over pairs exists, `mean`, `low` and `high` (which lack the `pair` dim). A check out of tolerance raises
+`CheckFailed` when the result is built, so a `Result` that exists is one whose identities hold.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from reward_lens.errors import CheckFailed, DataError
+
+FORMAT = "reward-lens result 1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """A number with a tolerance that can fail.
+
+    `gap` is already divided by the scale the identity names; a NaN gap fails. `tolerance=inf` marks a recorded
+    fact (such as how many cells are undefined, and why) rather than an identity.
+    """
+
+    name: str
+    gap: float
+    tolerance: float
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.gap <= self.tolerance)
+
+    def __str__(self) -> str:
+        if math.isinf(self.tolerance):
+            return f"{self.name}: {self.gap:g}" + (f" ({self.note})" if self.note else "")
+        return f"{self.name} gap {self.gap:.1e} (tolerance {self.tolerance:.0e})"
+
+
+class Result:
+    """Labelled values of one question asked of a reward model.
+
+    Parameters
+    ----------
+    name: the method's name, e.g. ``"contributions"``.
+    value: the values, with named dims and coordinates (`pair`, `side`, `component`, `depth`, `position`, ...).
+    unit: ``"reward"``, ``"reward_sd"``, ``"fraction"``, ``"cosine"``, ``"accuracy"``, ...
+    checks: the identities that hold for these values; one out of tolerance raises `CheckFailed`.
+    meta: provenance and settings, JSON-able; ``shows`` and ``cannot_show`` are the two sentences of the report.
+    mean, low, high: summary over pairs and its interval, each without the `pair` dim.
+    undefined: the reason for NaN cells. NaN without a reason raises; padding past `n_positions` needs none.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        value: xr.DataArray,
+        *,
+        unit: str,
+        checks: Iterable[Check] = (),
+        meta: Mapping[str, Any] | None = None,
+        mean: xr.DataArray | None = None,
+        low: xr.DataArray | None = None,
+        high: xr.DataArray | None = None,
+        undefined: str | None = None,
+    ):
+        variables = {"value": value, "mean": mean, "low": low, "high": high}
+        self.dataset = xr.Dataset({k: v for k, v in variables.items() if v is not None})
+        self.name = name
+        self.unit = unit
+        self.meta = json.loads(json.dumps(dict(meta or {})))
+        self.checks = (*checks, *_undefined_cells(self.dataset["value"], undefined))
+        for check in self.checks:
+            if not check.passed:
+                raise CheckFailed(
+                    f"The check '{check.name}' of the result '{name}' failed",
+                    found=f"a gap of {check.gap:.3g}" + (f" ({check.note})" if check.note else ""),
+                    expected=f"at most {check.tolerance:.3g}",
+                    do="do not use these numbers. Run in float32 if the model is in 16 bits; if it already is, this "
+                    "model does something the library does not describe: please report its class and this message",
+                )
+
+    @property
+    def value(self) -> xr.DataArray:
+        """Per-pair values."""
+        return self.dataset["value"]
+
+    @property
+    def mean(self) -> xr.DataArray | None:
+        """Mean over pairs, where the method gives one."""
+        return self.dataset.get("mean")
+
+    @property
+    def low(self) -> xr.DataArray | None:
+        """Lower end of the interval of `mean`."""
+        return self.dataset.get("low")
+
+    @property
+    def high(self) -> xr.DataArray | None:
+        """Upper end of the interval of `mean`."""
+        return self.dataset.get("high")
+
+    def sel(self, **labels) -> "Result":
+        """Select by coordinate labels, as `xarray.Dataset.sel` does; checks and provenance stay."""
+        return self._with(self.dataset.sel(labels))
+
+    def summary(self) -> xr.DataArray:
+        """Values averaged over pairs (the stored `mean` where there is one)."""
+        if "mean" in self.dataset:
+            return self.dataset["mean"]
+        return self.value.mean("pair", skipna=True) if "pair" in self.value.dims else self.value
+
+    def top(self, n: int = 10) -> pd.DataFrame:
+        """The `n` cells largest in absolute value of the summary over pairs (margin, where there are sides)."""
+        summary = self.dataset.assign(value=self.summary())
+        if "side" in summary["value"].dims and "margin" in summary["side"].values:
+            summary = summary.sel(side="margin")
+        names = [v for v in ("value", "low", "high") if v in summary]
+        frame = summary[names].to_dataframe().reset_index() if summary["value"].dims else pd.DataFrame()
+        keep = [*summary["value"].dims, *names]
+        frame = frame[keep].dropna(subset=["value"])
+        order = frame["value"].abs().sort_values(ascending=False, kind="stable").index
+        return frame.loc[order[:n]].reset_index(drop=True)
+
+    def to_frame(self) -> pd.DataFrame:
+        """All values in long form: one row a cell, one column a coordinate."""
+        return self.value.to_dataframe(name="value").reset_index()
+
+    def plot(self):
+        """An Altair chart chosen by the result's dims."""
+        from reward_lens.charts import chart
+
+        return chart(self)
+
+    def save(self, path: str | Path) -> Path:
+        """Write values, checks and provenance to one netCDF file; `load_result` reads it back equal."""
+        path = Path(path)
+        head = {"format": FORMAT, "name": self.name, "unit": self.unit, "meta": self.meta}
+        head["checks"] = [dataclasses.asdict(check) for check in self.checks]
+        plain = self.dataset.drop_attrs(deep=True).map(lambda v: v)
+        for key in plain.variables:
+            if plain[key].dtype.kind in "OU":
+                plain = plain.assign_coords({key: (plain[key].dims, _map_text(plain[key].values, _escape))})
+            elif plain[key].dtype.kind == "b":
+                raise TypeError(f"coordinate {key!r} is boolean, which netCDF cannot hold; store it as an integer")
+        plain.attrs = {"reward_lens": _escape(json.dumps(head))}
+        partial = path.with_name(path.name + ".part")
+        plain.to_netcdf(partial, engine="h5netcdf")
+        partial.replace(path)  # a reader never sees half a file
+        return path
+
+    def _with(self, dataset: xr.Dataset) -> "Result":
+        other = object.__new__(Result)
+        other.dataset, other.name, other.unit = dataset, self.name, self.unit
+        other.checks, other.meta = self.checks, self.meta
+        return other
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{k} {v}" for k, v in self.value.sizes.items())
+        title = f"{self.name} [{self.unit}]" + (f"  ({sizes})" if sizes else "")
+        body = self._table().to_string(float_format=lambda x: f"{x:.4g}", max_rows=14)
+        return "\n".join([title, body, *(str(check) for check in self.checks)])
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        table = self._table().to_html(float_format=lambda x: f"{x:.4g}", max_rows=14, escape=True, border=0)
+        checks = "".join(f"<li>{escape(str(c))}</li>" for c in self.checks)
+        return f"<p><b>{escape(self.name)}</b> [{escape(self.unit)}]</p>{table}<ul>{checks}</ul>"
+
+    def _table(self) -> pd.DataFrame:
+        """Rows: the first dim beside pair and side. Columns: sides, or value with its interval."""
+        data = self.dataset.assign(value=self.summary()) if self._is_wide() else self.dataset
+        dims = [d for d in data["value"].dims if d != "side"]
+        for extra in dims[1:]:
+            data = data.isel({extra: slice(0, 1)})
+        if "side" in data["value"].dims:
+            return data["value"].to_dataframe()["value"].unstack("side")[list(data["side"].values)]
+        names = [v for v in ("value", "low", "high") if v in data and data[v].dims == data["value"].dims]
+        if not data["value"].dims:
+            return pd.DataFrame({v: [data[v].item()] for v in names})
+        return data[names].to_dataframe()[names]
+
+    def _is_wide(self) -> bool:
+        return "pair" in self.value.dims and len([d for d in self.value.dims if d != "side"]) > 1
+
+
+def load_result(path: str | Path) -> Result:
+    """Read a result written by `Result.save`; values, coordinates, checks and provenance come back equal."""
+    path = Path(path)
+    try:
+        with xr.open_dataset(path, engine="h5netcdf") as opened:
+            dataset = opened.load()
+        head = json.loads(_unescape(dataset.attrs["reward_lens"]))
+    except (OSError, KeyError, ValueError) as error:
+        raise DataError(
+            f"The file {path} could not be read as a result",
+            found=f"{type(error).__name__}: {error}",
+            expected="a netCDF file written by Result.save",
+            do="check the path; the file may be cut short or come from another program",
+        ) from error
+    result = object.__new__(Result)
+    dataset.attrs = {}
+    for key in list(dataset.variables):
+        if dataset[key].dtype.kind in "OUT":
+            dataset = dataset.assign_coords({key: (dataset[key].dims, _map_text(dataset[key].values, _unescape))})
+        dataset[key].encoding = {}
+    result.dataset, result.name, result.unit = dataset, head["name"], head["unit"]
+    result.meta = head["meta"]
+    result.checks = tuple(Check(**check) for check in head["checks"])
+    return result
+
+
+def _undefined_cells(value: xr.DataArray, reason: str | None) -> tuple[Check, ...]:
+    if value.dtype.kind != "f":
+        return ()
+    missing = np.isnan(value)
+    if "position" in value.dims and "n_positions" in value.coords:
+        inside = xr.DataArray(np.arange(value.sizes["position"]), dims="position") < value["n_positions"]
+        missing = missing & inside
+    count = int(missing.sum())
+    if count and reason is None:
+        raise CheckFailed(
+            "A result has cells without a value and without a reason",
+            found=f"{count} NaN cells of {value.size}",
+            expected="finite values, or the reason why a cell is undefined",
+            do="look for NaN or inf in the model's weights or activations; rl.load reports them",
+        )
+    return (Check("undefined cells", float(count), math.inf, reason or ""),) if count else ()
+
+
+def _map_text(values: np.ndarray, change) -> np.ndarray:
+    out = np.empty(values.shape, dtype=object)
+    for index, text in np.ndenumerate(values):
+        out[index] = change(text)
+    return out
+
+
+def _escape(text: str) -> str:
+    """netCDF strings hold neither NUL nor lone surrogates; both are written as backslash escapes."""
+    text = str(text).replace("\\", "\\\\").replace("\0", "\\u0000")
+    return "".join(f"\\u{ord(c):04x}" if 0xD800 <= ord(c) <= 0xDFFF else c for c in text)
+
+
+def _unescape(text: str) -> str:
+    parts = str(text).split("\\\\")
+    for i, part in enumerate(parts):
+        head, *rest = part.split("\\u")
+        parts[i] = head + "".join(chr(int(r[:4], 16)) + r[4:] for r in rest)
+    return "\\".join(parts)

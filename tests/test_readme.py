@@ -1,0 +1,49 @@
+"""The README is run: its sessions against the demo model, output compared, and its `make` lines against the Makefile."""
+
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FENCE = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(*languages: str) -> list[str]:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return [body for language, body in FENCE.findall(text) if language in languages]
+
+
+def test_python_blocks_do_what_they_show(demo, tmp_path, monkeypatch):
+    """One session from the first block to the last; `...` in an expected output stands for anything."""
+    monkeypatch.chdir(tmp_path)  # a block may write files
+    sessions = blocks("python")
+    assert sessions, "README.md has no python block"
+    parser, report = doctest.DocTestParser(), []
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    names: dict[str, object] = {}
+    for number, session in enumerate(sessions, 1):
+        test = parser.get_doctest(session, names, f"block {number} of README.md", "README.md", 0)
+        assert test.examples, f"block {number} has no >>> line, so nothing of it would be run:\n{session}"
+        runner.run(test, out=report.append, clear_globs=False)
+        names = test.globs
+    assert runner.summarize(verbose=False).failed == 0, "".join(report)
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = {
+        target
+        for block in blocks("bash", "sh", "console")
+        for target in re.findall(r"^(?:\$ )?make\s+([\w-]+)", block, re.MULTILINE)
+    }
+    assert named, "README.md names no make target"
+    assert named <= targets
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_between_files_lead_somewhere(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", text)
+    assert [link for link in links if not (ROOT / link).exists()] == []
