@@ -11,11 +11,11 @@ import torch
 
 # On a busy machine with few cores a tiny forward is a hundred times faster on one thread.
 torch.set_num_threads(1)
-# Read once, when transformers or huggingface_hub is imported; none of the imports above does. Children inherit it.
+# Read once, when huggingface_hub is imported, which nothing above does. Child processes inherit it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-# No deadline: the first example of a property pays for imports and caches. In CI the examples are fixed, so that
-# a failure there is never news about an old commit.
+# No deadline: the first example of a property pays for imports and caches. In CI the examples are fixed, so
+# that a failure there is about the commit.
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
@@ -24,8 +24,10 @@ CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 def _refuse_network(address) -> None:
-    """Raise unless the address is a Unix socket's or loopback's; RuntimeError, because code that retries a failed
-    download catches OSError."""
+    """Raise unless the address is a Unix socket's or loopback's.
+
+    A RuntimeError, because code that goes on without its download catches OSError.
+    """
     if not isinstance(address, tuple):
         return  # a Unix socket: asyncio and playwright talk through them
     host = address[0]
@@ -58,7 +60,7 @@ for _name in ("connect", "connect_ex", "sendto"):
 socket.getaddrinfo = _guarded_lookup
 
 
-def torch_state() -> dict[str, object]:
+def torch_state() -> dict:
     """The global switches of torch that a method could leave changed."""
     cuda = torch.backends.cuda
     return {
@@ -84,6 +86,10 @@ def unchanged_torch_state():
     yield
     after = torch_state()
     changed = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+    # Put back what other tests would fail by, so that only the culprit does.
+    torch.set_grad_enabled(before["grad mode"])
+    torch.set_default_dtype(before["default dtype"])
+    torch.set_num_threads(before["threads"])
     assert not changed, f"global torch state changed (before, after): {changed}"
 
 

@@ -1,7 +1,7 @@
 """The layers of the package, read off its imports, and the few rules that a linter does not know.
 
-A module imports from its own row below and from the rows it names, never upward: what is under `model` can be read
-without what is under `methods`.
+A module imports what its row in MAY_IMPORT lists, nothing above it: what is under `model` can be read without
+knowing what is under `methods`.
 """
 
 import ast
@@ -19,17 +19,17 @@ MODULES = {
 }
 
 PLAIN = ("errors", "result", "charts", "stats", "data")
-MODEL = (*PLAIN, "capture.hooks", "model")
-CAPTURE = (*MODEL, "capture")
+MODEL = (*PLAIN, "engine.hooks", "model")
+ENGINE = (*MODEL, "engine")
 SIBLINGS = tuple(f"methods.{name}" for name in ("contributions", "lens", "effects", "sae", "scoring"))
 # The first row that a module falls under holds. The surface (cli, app, the front door) may import everything.
 MAY_IMPORT = {
     "errors": (),
     **dict.fromkeys(PLAIN, PLAIN),
-    "capture.hooks": (),  # torch only, so that the search for structure in `model` can use it
+    "engine.hooks": (),  # torch only, so that the search for structure in `model` can use it
     "model": MODEL,
-    "capture": CAPTURE,
-    "methods": (*CAPTURE, *SIBLINGS),
+    "engine": ENGINE,
+    "methods": (*ENGINE, *SIBLINGS),
     "report": (*PLAIN, "report"),
 }
 SURFACE = ("__init__", "__main__", "cli", "app")
@@ -40,7 +40,7 @@ def under(module: str, prefix: str) -> bool:
 
 
 def imports(source: str, module: str, is_package: bool = False) -> set[str]:
-    """Modules of the package that a source imports, at any depth of the code, `TYPE_CHECKING` blocks included."""
+    """Modules of the package that a source imports, inside functions and `TYPE_CHECKING` blocks too."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -51,7 +51,7 @@ def imports(source: str, module: str, is_package: bool = False) -> set[str]:
                 parents = ["reward_lens", *module.split(".")]
                 parents = parents[: len(parents) - node.level + is_package]
                 base = ".".join([*parents, *filter(None, [node.module])])
-            # `from reward_lens.model import checks` names a module, `from reward_lens.errors import X` does not.
+            # `from reward_lens.model import checks` names a module, `from reward_lens.errors import X` none.
             names = [
                 f"{base}.{a.name}" if f"{base}.{a.name}".removeprefix("reward_lens.") in MODULES else base
                 for a in node.names
@@ -83,11 +83,11 @@ def test_imports_point_down(module):
     ("module", "source"),
     [
         ("model.tokens", "from reward_lens.methods.lens import reward_lens"),
-        ("model.tokens", "from ..capture import run"),
+        ("model.tokens", "from ..engine import run"),
         ("model.tokens", "def f():\n    import reward_lens.cli"),
         ("methods.probes", "from reward_lens.methods import agreement"),
         ("report.page", "from reward_lens.model.tokens import Tokens"),
-        ("capture.hooks", "from reward_lens.errors import StructureError"),
+        ("engine.hooks", "from reward_lens.errors import StructureError"),
         ("data", "import reward_lens"),
     ],
 )
@@ -108,7 +108,7 @@ def test_house_rules(module):
     text = path.read_text(encoding="utf-8")
     assert not module.endswith("utils"), "a file's name is its one idea"
     assert len(text.splitlines()) <= 400, "over 400 lines: time to split"
-    assert module == "capture.hooks" or "register_forward" not in text, "only capture.hooks registers hooks"
+    assert module == "engine.hooks" or "register_forward" not in text, "only engine.hooks registers hooks"
     if module != "cli":
         printed = [call.lineno for call in calls(path) if getattr(call.func, "id", None) == "print"]
         assert not printed, f"print in lines {printed}"

@@ -1,4 +1,4 @@
-"""The README is run: its sessions against the demo model, output compared, and its `make` lines against the Makefile."""
+"""The README is run: its sessions against the demo model, output compared; its `make` lines name targets."""
 
 import doctest
 import re

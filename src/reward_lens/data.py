@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, no_type_check, overload
 
 from reward_lens.errors import DataError
 
@@ -35,9 +35,9 @@ _FORMS = "'demo', a file ending in .jsonl, .json, .parquet or .csv, or a hub id 
 class _Prompt:
     """The field `prompt`: checked, held as nested tuples, given back as a string or a fresh list of dicts."""
 
-    def __get__(self, item, owner=None) -> str | list[Message]:
+    def __get__(self, item, owner=None):
         if item is None:
-            raise AttributeError("prompt")  # how a dataclass learns that the field has no default
+            return self
         held = item.__dict__["prompt"]
         return held if isinstance(held, str) else [{"role": r, "content": c} for r, c in held]
 
@@ -76,6 +76,7 @@ class _Item:
             object.__setattr__(self, name, None if value is None else _text(value, name))
 
 
+@no_type_check  # not by the tests' run-time checker: a wrong type is a DataError, as for users
 @dataclasses.dataclass(frozen=True)
 class Pair(_Item):
     """A prompt with a preferred and a dispreferred response.
@@ -84,7 +85,7 @@ class Pair(_Item):
     Raises `DataError` for anything but text, and for lone surrogates (no tokenizer can encode them).
     """
 
-    prompt: str | list[Message]
+    prompt: str | Sequence[Mapping[str, str]] = dataclasses.field()  # held by _Item.prompt
     chosen: str
     rejected: str
     id: str | None = None
@@ -103,6 +104,7 @@ class Pair(_Item):
         return (self.chosen, self.rejected)
 
 
+@no_type_check
 @dataclasses.dataclass(frozen=True)
 class Group(_Item):
     """A prompt with k >= 2 responses; `labels` are k numbers, higher is better, ties allowed.
@@ -110,7 +112,7 @@ class Group(_Item):
     Without labels the first response is the best and the others are not ordered.
     """
 
-    prompt: str | list[Message]
+    prompt: str | Sequence[Mapping[str, str]] = dataclasses.field()  # held by _Item.prompt
     responses: Sequence[str]
     labels: Sequence[float] | None = None
     id: str | None = None
@@ -143,12 +145,13 @@ class Group(_Item):
         return tuple(float(label) for label in labels)
 
 
+@no_type_check
 @dataclasses.dataclass(frozen=True)
 class StyleItem(_Item):
     """Three chosen and three rejected responses to one prompt, in the order of `styles` (RM-Bench)."""
 
     styles: ClassVar[tuple[str, str, str]] = ("concise", "detailed", "markdown")
-    prompt: str | list[Message]
+    prompt: str | Sequence[Mapping[str, str]] = dataclasses.field()  # held by _Item.prompt
     chosen: Sequence[str]
     rejected: Sequence[str]
     id: str | None = None
@@ -202,7 +205,7 @@ class Pairs(Sequence):
         return "\n  ".join(lines)
 
 
-def as_pairs(pairs: Pair | Iterable[Pair]) -> Pairs:
+def as_pairs(pairs: Any) -> Pairs:
     """`Pairs` from one `Pair`, an iterable of them, or `Pairs` (as they are); none raises `DataError`."""
     if isinstance(pairs, Pair):
         pairs = [pairs]
@@ -256,7 +259,7 @@ def inputs_hash(items: Iterable[Pair | Group | StyleItem]) -> str:
     return _digest([[item.messages, list(item.responses)] for item in items], 16)
 
 
-def as_messages(prompt: str | list[Message]) -> list[Message]:
+def as_messages(prompt: Any) -> list[Message]:
     """A prompt as messages ready for a chat template, checked as in `Pair`; a string is one user turn."""
     return Pair(prompt, "", "").messages
 

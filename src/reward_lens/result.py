@@ -8,6 +8,7 @@ summary over pairs exists, `mean`, `low` and `high` (which lack the `pair` dim).
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import xarray as xr
 from reward_lens.errors import CheckFailed, DataError
 
 FORMAT = "reward-lens result 1"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +125,9 @@ class Result:
         if "side" in summary["value"].dims and "margin" in summary["side"].values:
             summary = summary.sel(side="margin")
         names = [v for v in ("value", "low", "high") if v in summary]
-        frame = summary[names].to_dataframe().reset_index() if summary["value"].dims else pd.DataFrame()
+        if not summary["value"].dims:
+            return pd.DataFrame({v: [summary[v].item()] for v in names})
+        frame = summary[names].to_dataframe().reset_index()
         keep = [*summary["value"].dims, *names]
         frame = frame[keep].dropna(subset=["value"])
         order = frame["value"].abs().sort_values(ascending=False, kind="stable").index
@@ -131,6 +135,8 @@ class Result:
 
     def to_frame(self) -> pd.DataFrame:
         """All values in long form: one row a cell, one column a coordinate."""
+        if not self.value.dims:
+            return pd.DataFrame({"value": [self.value.item()]})
         return self.value.to_dataframe(name="value").reset_index()
 
     def plot(self):
@@ -149,7 +155,9 @@ class Result:
             if plain[key].dtype.kind in "OU":
                 plain = plain.assign_coords({key: (plain[key].dims, _map_text(plain[key].values, _escape))})
             elif plain[key].dtype.kind == "b":
-                raise TypeError(f"coordinate {key!r} is boolean, which netCDF cannot hold; store it as an integer")
+                raise TypeError(
+                    f"coordinate {key!r} is boolean, which netCDF cannot hold; store it as an integer"
+                )
         plain.attrs = {"reward_lens": _escape(json.dumps(head))}
         partial = path.with_name(path.name + ".part")
         plain.to_netcdf(partial, engine="h5netcdf")
@@ -210,7 +218,9 @@ def load_result(path: str | Path) -> Result:
     dataset.attrs = {}
     for key in list(dataset.variables):
         if dataset[key].dtype.kind in "OUT":
-            dataset = dataset.assign_coords({key: (dataset[key].dims, _map_text(dataset[key].values, _unescape))})
+            dataset = dataset.assign_coords(
+                {key: (dataset[key].dims, _map_text(dataset[key].values, _unescape))}
+            )
         dataset[key].encoding = {}
     result.dataset, result.name, result.unit = dataset, head["name"], head["unit"]
     result.meta = head["meta"]
@@ -240,13 +250,14 @@ def _map_text(values: np.ndarray, change) -> np.ndarray:
     out = np.empty(values.shape, dtype=object)
     for index, text in np.ndenumerate(values):
         out[index] = change(text)
-    return out
+    # pandas makes Arrow strings of an object array, which hold no lone surrogates; fixed-width text does.
+    return out.astype(str) if any(map(_SURROGATE.search, out.flat)) else out
 
 
 def _escape(text: str) -> str:
     """netCDF strings hold neither NUL nor lone surrogates; both are written as backslash escapes."""
     text = str(text).replace("\\", "\\\\").replace("\0", "\\u0000")
-    return "".join(f"\\u{ord(c):04x}" if 0xD800 <= ord(c) <= 0xDFFF else c for c in text)
+    return _SURROGATE.sub(lambda lone: f"\\u{ord(lone[0]):04x}", text)
 
 
 def _unescape(text: str) -> str:

@@ -73,7 +73,8 @@ def mean_interval(values, clusters, level: float = 0.95, n_boot: int = 2000, see
       2015).
 
     Cannot show: anything about prompts unlike these; and where values are strongly skewed it covers less than
-    it claims (a lognormal, at level .95: .85 at G = 6, .88 at 20, .93 at 150). Raises `DataError` for infinite values or labels of another length.
+    it claims (a lognormal, at level .95: .85 at G = 6, .88 at 20, .93 at 150). Raises `DataError` for
+    infinite values or labels of another length.
     """
     values = np.asarray(values)
     codes, n_clusters = _codes(clusters, len(values))
@@ -180,7 +181,7 @@ def spearman(x, y, level: float = 0.95) -> Estimate:
     return Estimate(rho, float(low), float(high), p, n, n)
 
 
-def wilson(successes: float, n: float, level: float = 0.95) -> tuple[float, float]:
+def wilson(successes: int | float, n: int | float, level: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a share; a tie is half a success, so neither argument need be whole."""
     from statsmodels.stats.proportion import proportion_confint
 
@@ -229,7 +230,7 @@ def proportion_interval(values01, clusters, level: float = 0.95) -> Interval:
     return Interval(share, low, high, n, groups, f"wilson, effective n {effective:.0f}")
 
 
-def paired_n_needed(d: float, power: float = 0.8, alpha: float = 0.05) -> int:
+def paired_n_needed(d: int | float, power: float = 0.8, alpha: float = 0.05) -> int:
     """Number of prompts at which a paired t-test finds a mean shift of `d` SD with this power."""
     from statsmodels.stats.power import TTestPower
 

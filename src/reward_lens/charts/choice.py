@@ -5,18 +5,20 @@ from pathlib import Path
 
 import altair as alt
 import numpy as np
+import pandas as pd
 import vl_convert
 import xarray as xr
 
 from reward_lens.charts import forms
 from reward_lens.charts.forms import Panel
-from reward_lens.charts.rows import is_numeric, rows
+from reward_lens.charts.rows import is_numeric, rows, words
 from reward_lens.charts.theme import theme
 from reward_lens.errors import DataError
 from reward_lens.result import Result
 
 WIDE = 12  # above this many components a grid of layers reads better than a list
 MAX_LABELS = 80  # a heat map with more labels on a side is no longer read; the table is
+MAX_LINES = 8  # lines of one chart, as many as there are colours
 MAX_PANELS = 8  # small multiples of one result
 STILL_WIDTH = 720  # pixels of a chart in a file, where no container gives the width
 SUFFIXES = (".svg", ".png", ".pdf", ".html")
@@ -81,12 +83,14 @@ def kind(result: Result) -> str:
     summary = result.summary()
     counted = [d for d in summary.dims if is_numeric(summary, d)]
     labels = [d for d in summary.dims if d not in counted and d != "side"]
-    if len(counted) == 1 and summary.sizes[counted[0]] > 1 and "component" not in labels:
+    sizes = {d: summary.sizes[d] for d in labels}
+    if "component" in labels and not counted and "layer" in coords and sizes["component"] > WIDE:
+        if np.prod([size for d, size in sizes.items() if d != "component"], initial=1) <= MAX_PANELS:
+            return "components"
+    if len(counted) == 1 and summary.sizes[counted[0]] > 1 and max(sizes.values(), default=0) <= MAX_LINES:
         return "lines"
-    if labels == ["component"] and not counted and "layer" in coords and summary.sizes["component"] > WIDE:
-        return "components"
     if len(counted) + len(labels) > 1:
-        return "table" if max(summary.sizes[d] for d in (*counted, *labels)) > MAX_LABELS else "grid"
+        return "table" if max(sizes.values(), default=0) > MAX_LABELS else "grid"
     return "list" if summary.dims else "table"
 
 
@@ -101,16 +105,17 @@ def panels(result: Result) -> list[Panel]:
     if form == "lines":
         axis = next(d for d in data["value"].dims if is_numeric(data["value"], d))
         labels = sorted((d for d in data["value"].dims if d != axis), key=lambda d: d != "side")
-        return _split(result, data, [axis, *labels[:1]], forms.lines)
+        return _split(result, data, [axis, *labels[:1]], forms.lines, _limits(data))
     if "side" in data.dims and len(data["value"].dims) > 1 and "margin" in data["side"].values:
-        data = data.sel(side="margin", drop=True)
+        data = data.sel(side="margin")
     dims = [d for d in data["value"].dims if d != "side"] or ["side"]
     main, build = {
         "components": (["component"], forms.components),
         "grid": (dims[:2], forms.grid),
         "list": (dims[:1], forms.listing),
     }[form]
-    return _split(result, data, main, build)
+    limits = _limits(data.isel(component=forms.in_blocks(data)) if form == "components" else data)
+    return _split(result, data, main, build, limits)
 
 
 def _summary(result: Result) -> xr.Dataset:
@@ -122,20 +127,25 @@ def _summary(result: Result) -> xr.Dataset:
     return data.assign(low=low, high=high)
 
 
-def _split(result: Result, data: xr.Dataset, main: list[str], build) -> list[Panel]:
-    """One group of panels for each label of the dims that one chart has no room for."""
-    rest = [d for d in data["value"].dims if d not in main]
+def _limits(data: xr.Dataset) -> tuple[float, float] | None:
+    """Smallest and largest number; None where nothing is defined."""
     numbers = np.concatenate([data[k].values.ravel() for k in data.data_vars])
-    if not np.isfinite(numbers).any():
+    numbers = numbers[np.isfinite(numbers)]
+    return (float(numbers.min()), float(numbers.max())) if numbers.size else None
+
+
+def _split(result: Result, data: xr.Dataset, main: list[str], build, limits) -> list[Panel]:
+    """One group of panels for each label of the dims that one chart has no room for; all share their scales."""
+    rest = [d for d in data["value"].dims if d not in main]
+    if limits is None:
         return []
-    limits = (float(np.nanmin(numbers)), float(np.nanmax(numbers)))
     if not rest:
         return build(result, data, main, limits)
     cells = list(np.ndindex(*(data.sizes[d] for d in rest)))
     out = []
     for index in cells[:MAX_PANELS]:
         where = dict(zip(rest, index, strict=True))
-        names = (f"{d} {data[d].values[i] if d in data.coords else i}" for d, i in where.items())
+        names = (f"{words(d)} {data[d].values[i] if d in data.coords else i}" for d, i in where.items())
         label = ", ".join(names)
         for panel in build(result, data.isel(where, drop=True), main, limits):
             out.append(dataclasses.replace(panel, title=f"{label}: {panel.title}" if panel.title else label))
@@ -147,7 +157,7 @@ def _split(result: Result, data: xr.Dataset, main: list[str], build) -> list[Pan
 
 def _table(result: Result) -> alt.Chart:
     """The largest cells as text, for a result that no chart fits."""
-    top = result.top(20)
+    top = result.top(20) if result.value.dims else pd.DataFrame([{result.name: result.value.item()}])
     cells = [
         {"row": i, "column": str(c), "text": f"{v:.4g}" if isinstance(v, float) else str(v)}
         for i, record in enumerate(top.to_dict("records"))

@@ -28,11 +28,11 @@ class Panel:
 def lines(result: Result, data: xr.Dataset, dims: list[str], limits: Limits) -> list[Panel]:
     """`dims`: the number line, and the labels told apart by colour (if any). Bands where there is an interval."""
     axis, series = dims[0], dims[1] if len(dims) > 1 else None
-    table = frame(data, x=axis, series=series)
-    titles = {"series": series, "x": axis, "value": unit_of(result)}
+    table, unit = frame(data, x=axis, series=series), unit_of(result, data)
+    titles = {"series": series, "x": axis, "value": unit}
     base = alt.Chart(rows(table)).encode(
         x=alt.X("x:Q", title=words(axis), scale=alt.Scale(nice=False), axis=alt.Axis(grid=False, tickMinStep=1)),
-        y=alt.Y("value:Q", title=unit_of(result), scale=alt.Scale(domain=limits, zero=False)),
+        y=alt.Y("value:Q", title=unit, scale=alt.Scale(domain=limits, zero=False)),
         tooltip=tooltip(table, titles),
     )
     if series:
@@ -43,7 +43,7 @@ def lines(result: Result, data: xr.Dataset, dims: list[str], limits: Limits) -> 
     line = base.mark_line()
     layers = [line.encode(strokeDash=dash) if series else line, base.mark_point(size=260, opacity=0, filled=True)]
     if "low" in table:
-        layers.insert(0, base.mark_area(style="band").encode(y=alt.Y("low:Q", title=unit_of(result)), y2="high:Q"))
+        layers.insert(0, base.mark_area(style="band").encode(y=alt.Y("low:Q", title=unit), y2="high:Q"))
     if limits[0] <= 0 <= limits[1]:
         layers.insert(0, zero("y"))
     return [Panel("", sized(alt.layer(*layers), 320))]
@@ -51,17 +51,10 @@ def lines(result: Result, data: xr.Dataset, dims: list[str], limits: Limits) -> 
 
 def components(result: Result, data: xr.Dataset, dims: list[str], limits: Limits) -> list[Panel]:
     """Heads as layer x head, block writes as layer x kind, and what belongs to no block (embed, bias) as a list."""
-    coords = data["component"].coords
-    layer = coords["layer"].values
-    head = coords["head"].values if "head" in coords else np.full(len(layer), -1)
-    sort = coords["kind"].values.astype(str) if "kind" in coords else np.full(len(layer), "component")
-    heads = head >= 0
-    repeated = [k for k in set(sort[~heads]) if (~heads & (sort == k)).sum() > 2]
-    blocks = np.isin(sort, repeated) & ~heads
-    values = data["value"].values[heads | blocks]
-    limits = (float(np.nanmin(values)), float(np.nanmax(values))) if values.size else limits
+    layer, head, sort = _places(data)
+    blocks, heads = in_blocks(data), head >= 0
     out = []
-    for members, row, name, title in ((heads, head, "head", "Heads"), (blocks, sort, None, "Blocks")):
+    for members, row, name, title in ((heads, head, "head", "Heads"), (blocks & ~heads, sort, None, "Blocks")):
         if not members.any():
             continue
         part = data.isel(component=members)
@@ -69,30 +62,38 @@ def components(result: Result, data: xr.Dataset, dims: list[str], limits: Limits
             out += listing(result, part, dims, limits)  # several units of one layer and kind: no cell of their own
             continue
         table = frame(part.assign_coords(row_=("component", row[members])), x="layer", y="row_", label="component")
-        out.append(Panel(title, _heat(table, result, "layer", name, "component", limits)))
-    if (rest := ~heads & ~blocks).any():
-        outside = listing(result, data.isel(component=rest), dims, limits)
+        out.append(Panel(title, _heat(table, unit_of(result, data), "layer", name, "component", limits)))
+    if not blocks.all():
+        outside = listing(result, data.isel(component=~blocks), dims, limits)
         out += [dataclasses.replace(panel, title="Outside the blocks" if out else "") for panel in outside]
     return out
 
 
+def in_blocks(data: xr.Dataset) -> np.ndarray:
+    """Which components have a place in a grid of layers: heads, and kinds that several layers have."""
+    _, head, sort = _places(data)
+    repeated = [kind for kind in set(sort[head < 0]) if ((head < 0) & (sort == kind)).sum() > 2]
+    return (head >= 0) | np.isin(sort, repeated)
+
+
 def grid(result: Result, data: xr.Dataset, dims: list[str], limits: Limits) -> list[Panel]:
     """Two dims as a heat map. Numbers read from left to right, else the longer set of labels runs down the page."""
-    down, across = sorted(dims, key=lambda d: (is_numeric(data["value"], d), -data.sizes[d]))
-    return [Panel("", _heat(frame(data, x=across, y=down), result, across, down, None, limits))]
+    counted = [d for d in dims if is_numeric(data["value"], d)]
+    across = max(counted, key=lambda d: data.sizes[d]) if counted else min(dims, key=lambda d: data.sizes[d])
+    down = next(d for d in dims if d != across)
+    return [Panel("", _heat(frame(data, x=across, y=down), unit_of(result, data), across, down, None, limits))]
 
 
 def listing(result: Result, data: xr.Dataset, dims: list[str], limits: Limits) -> list[Panel]:
     """One row a label: points with intervals where there are any, else bars."""
-    table = frame(data, y=dims[0])
-    count = len(table)
+    table = frame(data, y=dims[0], n=_count(data))
+    count, title = len(table), unit_of(result, data)
     if count > MAX_ROWS:
         table = table.loc[table["value"].abs().sort_values(ascending=False, kind="stable").index[:MAX_ROWS]]
     base = alt.Chart(rows(table)).encode(
         y=alt.Y("y:N", title=None, sort=[str(y) for y in table["y"]]),
-        tooltip=tooltip(table, {"y": dims[0], "value": unit_of(result)}),
+        tooltip=tooltip(table, {"y": dims[0], "value": title, "n": "count"}),
     )
-    title = unit_of(result)
     if "low" in table:
         from_zero = bool((table["low"] <= 0).any())
         x = alt.X("value:Q", title=title, scale=alt.Scale(zero=from_zero))
@@ -139,8 +140,7 @@ def scores(result: Result) -> list[Panel]:
 def calibration(result: Result) -> list[Panel]:
     """Observed against predicted, a point a bin; the dashed line is where the two agree."""
     data = result.dataset[[k for k in ("value", "low", "high") if k in result.dataset]]
-    count = next((c for c in ("n", "count") if c in data.coords), None)
-    table = frame(data, x="predicted", y="observed", n=count)
+    table = frame(data, x="predicted", y="observed", n=_count(data))
     if "low" in table:  # an interval is of `value`, which may be the observed rate or its distance from the predicted
         shift = table["y"] - table["value"]
         table["low"], table["high"] = table["low"] + shift, table["high"] + shift
@@ -149,7 +149,7 @@ def calibration(result: Result) -> list[Panel]:
     y = {"title": "observed", "scale": alt.Scale(zero=False)}
     base = alt.Chart(rows(table)).encode(
         x=alt.X("x:Q", title="predicted", scale=alt.Scale(zero=False)),
-        tooltip=tooltip(table, {"x": "predicted", "y": "observed", "n": "pairs"}),
+        tooltip=tooltip(table, {"x": "predicted", "y": "observed", "n": "count"}),
     )
     layers = [diagonal.encode(x="x:Q", y="y:Q"), base.mark_point(style="dot", filled=True).encode(y=alt.Y("y:Q", **y))]
     if "low" in table:
@@ -163,8 +163,21 @@ def tokens(result: Result) -> list[Panel]:
     return [Panel("", chart, note)]
 
 
+def _places(data: xr.Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Layer, head (-1 for what is no head) and kind of each component."""
+    coords, size = data["component"].coords, data.sizes["component"]
+    head = coords["head"].values if "head" in coords else np.full(size, -1)
+    sort = coords["kind"].values.astype(str) if "kind" in coords else np.full(size, "component")
+    return coords["layer"].values, head, sort
+
+
+def _count(data: xr.Dataset) -> str | None:
+    """The coordinate that says how many cases stand behind a value."""
+    return next((name for name in ("n", "count", "n_pairs") if name in data.coords), None)
+
+
 def _heat(
-    table: pd.DataFrame, result: Result, across: str, down: str | None, label: str | None, limits: Limits
+    table: pd.DataFrame, unit: str, across: str, down: str | None, label: str | None, limits: Limits
 ) -> alt.LayerChart:
     xs, ys = list(dict.fromkeys(table["x"])), list(dict.fromkeys(table["y"]))
     counted = all(isinstance(x, int | float | np.number) for x in xs)
@@ -174,15 +187,15 @@ def _heat(
     base = alt.Chart(rows(table)).encode(
         x=alt.X("x:O", title=words(across), sort=xs, axis=axis),
         y=alt.Y("y:O", title=down and words(down), sort=ys),
-        tooltip=tooltip(table, {"label": label, "y": down or "kind", "x": across, "value": unit_of(result)}),
+        tooltip=tooltip(table, {"label": label, "y": down or "kind", "x": across, "value": unit}),
     )
     size, signed = max(map(abs, limits)) or 1.0, limits[0] < 0
     ends, colours = ([-size, size], "diverging") if signed else ([0, size], "heatmap")
     scale = alt.Scale(domain=ends, range=colours, interpolate="rgb")
-    layers = [base.mark_rect(style="cell").encode(color=alt.Color("value:Q", scale=scale, title=unit_of(result)))]
+    layers = [base.mark_rect(style="cell").encode(color=alt.Color("value:Q", scale=scale, title=unit))]
     if len(table) <= WRITTEN and len(xs) <= 6:
         layers.append(base.mark_text(style="celltext").encode(text=alt.Text("value:Q", format=".2~g")))
-    return sized(alt.layer(*layers), max(52, (15 if len(ys) > 20 else 26) * len(ys)))
+    return sized(alt.layer(*layers), max(52, (15 if len(ys) > 20 else 26 if len(ys) > 3 else 34) * len(ys)))
 
 
 def _by_subset(value: xr.DataArray, x: dict, line: list) -> Panel:

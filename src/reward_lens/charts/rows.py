@@ -38,9 +38,10 @@ def words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def unit_of(result: Result) -> str:
-    """The unit in words, for axes and legends."""
-    return words(result.unit)
+def unit_of(result: Result, data: xr.Dataset | None = None) -> str:
+    """The unit in words, for axes and legends; with the side in front where `data` is of one side."""
+    side = f"{data['side'].item()}, " if data is not None and "side" in data.coords and not data["side"].dims else ""
+    return side + words(result.unit)
 
 
 def is_numeric(array: xr.DataArray, dim: str) -> bool:

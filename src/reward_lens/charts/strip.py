@@ -70,7 +70,8 @@ def readable(piece: str) -> str:
     """A piece as it is shown: what has no glyph of its own gets one, so that no token is invisible."""
     if not piece:
         return "\u00b7"
-    return "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in piece)
+    shown = "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in piece)
+    return shown.replace("\n", "\u21b5\n")
 
 
 def strip_chart(result: Result) -> tuple[alt.LayerChart, str]:
@@ -82,7 +83,7 @@ def strip_chart(result: Result) -> tuple[alt.LayerChart, str]:
         headings.append({"row": row, "text": "  ".join(t for t in (block.pair, block.side, block.depth) if t)})
         row, column = row + 1, 0
         for piece, role, value in zip(block.pieces, block.roles, block.values, strict=True):
-            shown = readable(piece).replace("\n", "\u21b5").replace("\t", " ")
+            shown = readable(piece).replace("\n", "").replace("\t", " ")
             for start in range(0, len(shown), COLUMNS):
                 part = shown[start : start + COLUMNS]
                 if column + len(part) > COLUMNS:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from reward_lens import data
-from reward_lens.capture.activations import Activations, captured
+from reward_lens.engine.activations import Activations, captured
 from reward_lens.methods.paired import paired_result
 from reward_lens.methods.splits import ComponentSplit, HeadSplit, NeuronSplit, Split
 from reward_lens.model.reward_model import RewardModel

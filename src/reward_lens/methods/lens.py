@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from reward_lens import data
-from reward_lens.capture.activations import Activations, captured
+from reward_lens.engine.activations import Activations, captured
 from reward_lens.errors import DataError
 from reward_lens.methods.paired import margin_of, paired_result
 from reward_lens.model.reward_model import RewardModel

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reward_lens.capture.activations import Activations
-from reward_lens.capture.run import out_map
+from reward_lens.engine.activations import Activations
+from reward_lens.engine.run import out_map
 from reward_lens.model.norm import Norm, measure_norm
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
@@ -126,21 +126,25 @@ class _UnitSplit(ComponentSplit):
         norm = self.norms[layer]
         return linear_bias(self.maps[layer]) is not None or (norm is not None and bool(norm.shift.any()))
 
-    def _layer(self, acts: Activations, u, layer: int) -> tuple[Tensor, Tensor]:
-        """[run, unit] and the constant [run] of one block: the post-norm and the output map pulled back."""
-        x = acts[self.unit_sites[layer]]
+    def pulled(self, x: Tensor, u, layer: int) -> tuple[Tensor, Tensor]:
+        """`u` pulled back to the units x [run, ...] of one block, [run, width], and the constant part [run]."""
         weight = linear_weight(self.maps[layer]).to(u)
         bias = linear_bias(self.maps[layer])
         bias = torch.zeros_like(u[0]) if bias is None else bias.to(u)
         norm = self.norms[layer]
-        constant = 0.0
+        constant = torch.zeros_like(u[:, 0])
         if norm is not None:
             before = x.flatten(1) @ weight.T + bias
             constant = u @ norm.shift
             u = norm.pull_back(u, norm.scale(before))
         scale = self.rm.structure.write_scale
-        pulled = (u @ weight) * scale
-        return self._units(x, pulled), (u @ bias + constant) * scale
+        return (u @ weight) * scale, (u @ bias + constant) * scale
+
+    def _layer(self, acts: Activations, u, layer: int) -> tuple[Tensor, Tensor]:
+        """[run, unit] and the constant [run] of one block."""
+        x = acts[self.unit_sites[layer]]
+        pulled, constant = self.pulled(x, u, layer)
+        return self._units(x, pulled), constant
 
     def _units(self, x: Tensor, pulled: Tensor) -> Tensor:
         raise NotImplementedError

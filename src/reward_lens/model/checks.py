@@ -12,7 +12,7 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from reward_lens.capture import hooks
+from reward_lens.engine import hooks
 from reward_lens.errors import LoadError
 from reward_lens.model.forward import at_rows, make_batch, record, replay
 from reward_lens.model.structure import is_linear, linear_weight

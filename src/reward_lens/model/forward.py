@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from reward_lens.capture import hooks
+from reward_lens.engine import hooks
 from reward_lens.model.tokens import Tokens
 
 TOKENS_PER_BATCH = 4096

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from reward_lens.capture import hooks
+from reward_lens.engine import hooks
 from reward_lens.errors import StructureError
 
 ACCEPT = 0.02  # largest share of a block's change that its two writes may leave unexplained

@@ -129,7 +129,7 @@ class Tokenizer:
             prompt=range(0, first),
             response=range(first, end),
             tail=range(end, len(ids)),
-            reward_pos=self._reward_position(ids),
+            reward_pos=self.reward_position(ids),
             truncated=len(cut),
         )
 
@@ -159,7 +159,7 @@ class Tokenizer:
         gone = set(cut)
         return [i for i in range(length) if i not in gone], cut
 
-    def _reward_position(self, ids: list[int]) -> int:
+    def reward_position(self, ids: list[int]) -> int:
         """Hugging Face pools the last token that is not the padding token; unpadded, that is what it intends."""
         for position in range(len(ids) - 1, -1, -1):
             if ids[position] != self.pooled_skips:

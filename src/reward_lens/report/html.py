@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -57,7 +58,7 @@ def write_report(results: Iterable[Result] | Mapping[str, Result], path: str | P
         script=Markup(script),
         charts=Markup(_json(charts)),
         sections=parts,
-        provenance=provenance(named),
+        provenance=provenance(named, without=() if title else ("model",)),
         checks=check_rows(checks),
         n_checks=len(checks),
         nearest=nearest(checks),
@@ -93,7 +94,9 @@ def _bundle() -> str:
 def _template() -> jinja2.Template:
     loader = jinja2.PackageLoader("reward_lens.report")
     options = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
-    return jinja2.Environment(loader=loader, autoescape=True, **options).get_template("report.html.j2")
+    environment = jinja2.Environment(loader=loader, autoescape=True, **options)
+    environment.tests["infinite"] = math.isinf
+    return environment.get_template("report.html.j2")
 
 
 @functools.cache

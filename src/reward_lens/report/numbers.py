@@ -15,7 +15,9 @@ def number(value: float, signed: bool = False) -> str:
 
 
 def gap(value: float) -> str:
-    """Two digits in exponent form, as in 3.1e-7; zero is exact and stays 0."""
+    """Two digits in exponent form, as in 3.1e-7; zero is exact and stays 0, an infinite tolerance is none."""
+    if not math.isfinite(value):
+        return "none" if value > 0 else "\u2013"
     return "0" if value == 0 else _typeset(f"{value:.1e}" if abs(value) < 0.01 else f"{value:.2g}")
 
 

@@ -13,20 +13,23 @@
     return root.dataset.theme ? root.dataset.theme === "dark" : darkSystem.matches;
   }
 
-  function draw(dark) {
+  async function draw(dark) {
     const options = {
       mode: "vega-lite", renderer: "svg", ast: true, actions: false, defaultStyle: false,
       config: themes[dark ? "dark" : "light"], tooltip: { disableDefaultStyle: true },
     };
-    return Promise.all(Object.entries(specs).map(async ([id, spec]) => {
+    await Promise.all(Object.entries(specs).map(async ([id, spec]) => {
       views.get(id)?.finalize();
       views.set(id, await window.vegaEmbed(document.getElementById(id), spec, options));
     }));
   }
 
-  function show() {
-    toggle.setAttribute("aria-pressed", String(isDark()));
-    return draw(isDark()).then(() => { root.dataset.drawn = isDark() ? "dark" : "light"; });
+  // One drawing at a time: the last wish wins however fast they come.
+  let drawing = Promise.resolve();
+
+  function show(dark = isDark()) {
+    toggle.textContent = isDark() ? "Light colours" : "Dark colours";
+    drawing = drawing.then(() => draw(dark)).then(() => { root.dataset.drawn = dark ? "dark" : "light"; });
   }
 
   toggle.addEventListener("click", () => {
@@ -34,8 +37,8 @@
     show();
   });
   darkSystem.addEventListener("change", () => { if (!root.dataset.theme) show(); });
-  window.addEventListener("beforeprint", () => { if (isDark()) draw(false); });
-  window.addEventListener("afterprint", () => { if (isDark()) draw(true); });
+  window.addEventListener("beforeprint", () => { if (isDark()) show(false); });
+  window.addEventListener("afterprint", () => { if (isDark()) show(true); });
   show();
 
   // --- charts as files

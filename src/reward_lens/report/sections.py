@@ -68,11 +68,11 @@ def sections(results: Mapping[str, Result]) -> list[Section]:
     return out
 
 
-def provenance(results: Mapping[str, Result]) -> list[tuple[str, str]]:
+def provenance(results: Mapping[str, Result], without: tuple[str, ...] = ()) -> list[tuple[str, str]]:
     """What all results say of model, inputs and versions; where they differ, each value once."""
     out = []
     for key in SHARED:
-        if key in ("n_pairs", "n_prompts", "inputs_hash"):
+        if key in ("n_pairs", "n_prompts", "inputs_hash", *without):
             continue
         values = dict.fromkeys(numbers.cell(r.meta[key]) for r in results.values() if r.meta.get(key) is not None)
         if values:
@@ -108,16 +108,13 @@ def _rewards(results: Mapping[str, Result]) -> dict[tuple[str, str], float]:
     for result in results.values():
         value = result.value
         if set(value.dims) == {"pair", "side"} and result.unit == "reward" and {"pair", "side"} <= set(value.coords):
-            return {
-                (str(p), str(s)): float(value.sel(pair=p, side=s).item())
-                for p in value["pair"].values
-                for s in value["side"].values
-            }
+            cells = value.transpose("pair", "side").to_series()
+            return {(str(pair), str(side)): float(reward) for (pair, side), reward in cells.items()}
     return {}
 
 
 def _facts(result: Result) -> str:
-    unit = f"unit: {result.unit.replace('_', ' ')}" if result.unit else ""
+    unit = f"unit: {result.unit.replace('_', ' ')}" if result.unit and "check" not in result.value.dims else ""
     return " \u00b7 ".join(part for part in (_facts_of_data(result), unit) if part)
 
 

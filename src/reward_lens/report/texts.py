@@ -99,6 +99,8 @@ def _token(piece: str, value: float, limit: float) -> Token:
         return Token(readable(piece), "u", "no value")
     level = min(LEVELS, round(LEVELS * abs(value) / limit)) if limit else 0
     shade = f"{'p' if value > 0 else 'n'}{level}" if level else ""
+    if not shade and not piece.strip():
+        shade = "u"  # the glyph that stands for a line break stays in the background unless it carries something
     return Token(readable(piece), shade, numbers.number(value, signed=True))
 
 

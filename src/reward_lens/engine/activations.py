@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from reward_lens import data
-from reward_lens.capture.run import passes
+from reward_lens.engine.run import passes
 from reward_lens.errors import DataError
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
@@ -24,8 +24,8 @@ class Activations:
     """One a run."""
     tensors: dict[Site, Tensor | tuple[Tensor, ...]]
     """At one position: [run, ...]. At several: one [pos, ...] a run."""
-    at: str
-    """"final", "response" or "all"."""
+    at: str | range
+    """"final", "response", "all" or a range of positions."""
     pairs: data.Pairs | None = None
     """The pairs, where pairs were given."""
 
@@ -40,12 +40,18 @@ class Activations:
         """The rejected runs' activations at a site."""
         return self[site][1::2]
 
+    def swapped(self) -> "Activations":
+        """Chosen and rejected exchanged: run i holds the other response's activations."""
+        order = [i ^ 1 for i in range(len(self.tokens))]
+        tensors = {s: v[order] if isinstance(v, Tensor) else tuple(v[i] for i in order) for s, v in self.tensors.items()}
+        return Activations(tuple(self.tokens[i] for i in order), tensors, self.at, self.pairs)
+
     def __repr__(self) -> str:
         return f"Activations({len(self.tokens)} runs, {len(self.tensors)} sites, at={self.at!r})"
 
 
 @torch.no_grad()
-def capture(rm: RewardModel, texts_or_pairs, sites="components", at: str = "final", batch_size=None) -> Activations:
+def capture(rm: RewardModel, texts_or_pairs, sites="components", at: str | range = "final", batch_size=None) -> Activations:
     """Run texts or pairs through the model once and return what stands at the sites.
 
     Parameters
@@ -53,26 +59,42 @@ def capture(rm: RewardModel, texts_or_pairs, sites="components", at: str = "fina
     texts_or_pairs: pairs; or (prompt, response) tuples; or raw strings, which are tokenised without a template.
     sites: `Site` objects or their written forms (``"L3.attn"``, ``"L5.resid_pre"``, ``"L2.head"`` for all heads of a
         block); ``"components"`` means what the lens and the component split need: every residual and every write.
-    at: "final" (the reward position), "response" (the response's tokens) or "all".
+    at: "final" (the reward position), "response" (the response's first token through the reward position) "all", or
+        an explicit range of positions.
 
     Returns `Activations` in the readout's precision (float32): [run, d_model] a site at "final", a tuple of
     [pos, d_model] otherwise; heads [.., n_heads, head_dim] (z, before the output map), neurons [.., d_mlp].
     Raises `StructureError` for a site the model does not have. Values are what the pass computed: padding is cut off.
     """
-    if at not in ("final", "response", "all"):
-        raise DataError("The positions were not understood", found=repr(at), expected="'final', 'response' or 'all'",
-                        do="pass one of these")  # fmt: skip
     tokens, pairs = runs_of(rm, texts_or_pairs)
     wanted = component_sites(rm) if sites == "components" else [Site.parse(s) for s in sites]
     kept: dict[Site, list] = {site: [None] * len(tokens) for site in wanted}
     for batch, tensors in passes(rm, tokens, wanted, everywhere=at != "final", batch_size=batch_size):
         for site, tensor in tensors.items():
             for row, (run, start) in enumerate(zip(batch.rows, batch.offset.tolist(), strict=True)):
-                span = tokens[run].response if at == "response" else range(len(tokens[run]))
+                span = positions_of(tokens[run], at)
                 one = tensor[row]
                 kept[site][run] = one if at == "final" else one[start + span.start : start + span.stop].clone()
     stacked = {s: torch.stack(v) if at == "final" else tuple(v) for s, v in kept.items()}
     return Activations(tuple(tokens), stacked, at, pairs)
+
+
+def positions_of(tokens: Tokens, at: str | range) -> range:
+    """The positions that "final", "response" or "all" names in one text; an explicit range names itself."""
+    if isinstance(at, range) and at.step == 1 and 0 <= at.start < at.stop <= len(tokens):
+        return at
+    if at == "final":
+        return range(tokens.reward_pos, tokens.reward_pos + 1)
+    if at == "response":
+        return range(tokens.response.start, tokens.reward_pos + 1)
+    if at == "all":
+        return range(len(tokens))
+    raise DataError(
+        "The positions were not understood",
+        found=repr(at),
+        expected=f"'final' (the reward position), 'response', 'all', or a non-empty range within {len(tokens)} tokens",
+        do="pass one of these",
+    )
 
 
 def component_sites(rm: RewardModel) -> list[Site]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from reward_lens.capture import hooks
+from reward_lens.engine import hooks
 from reward_lens.errors import StructureError
 from reward_lens.model.forward import Batch, at_rows
 from reward_lens.model.reward_model import RewardModel

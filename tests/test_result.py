@@ -1,0 +1,281 @@
+"""Results: what they refuse, how they read, and that a saved one comes back equal. Errors: wording and pickling."""
+
+import json
+import pickle
+
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+
+from reward_lens import errors
+from reward_lens.errors import CheckFailed, DataError, RewardLensError
+from reward_lens.result import Check, Result, load_result
+
+ODD_TEXT = [
+    "",
+    "nul\0",
+    "back\\slash",
+    "\\u0041",
+    "\\\\u0000\\",
+    "\ud83d",
+    "\udc00x\ud800",
+    "\U0001f600",
+    "a\nb\tc",
+]
+COMPLETE = Check("completeness", 2e-7, 1e-5)
+
+
+def components(**settings) -> Result:
+    """Two pairs, three sides, three components, with the summary over pairs of a method that gives one."""
+    values = np.array([[[1.0, -4.0, 0.5], [0.5, 1.0, 0.0], [0.5, -5.0, 0.5]]] * 2)
+    value = xr.DataArray(
+        values,
+        dims=("pair", "side", "component"),
+        coords={
+            "pair": ["p1", "p2"],
+            "side": ["chosen", "rejected", "margin"],
+            "component": ["embed", "L0.attn", "L0.mlp"],
+        },
+    )
+    mean = value.mean("pair")
+    given = {
+        "unit": "reward",
+        "checks": [COMPLETE],
+        "mean": mean,
+        "low": mean - 1,
+        "high": mean + 1,
+        **settings,
+    }
+    return Result("contributions", value, **given)
+
+
+def assert_equal(left: Result, right: Result) -> None:
+    xr.testing.assert_identical(left.dataset, right.dataset)
+    assert (left.name, left.unit, left.meta, left.checks) == (
+        right.name,
+        right.unit,
+        right.meta,
+        right.checks,
+    )
+    for name in left.dataset.variables:
+        assert (
+            left.dataset[name].values.tolist() == right.dataset[name].values.tolist()
+            or left.dataset[name].isnull().any()
+        )
+
+
+# What a result refuses
+
+
+def test_a_check_out_of_tolerance_raises_and_says_what():
+    with pytest.raises(CheckFailed) as error:
+        components(checks=[COMPLETE, Check("margin split", 0.03, 1e-5, "worst at pair p2")])
+    assert str(error.value) == (
+        "The check 'margin split' of the result 'contributions' failed. Found: a gap of 0.03 (worst at pair p2). "
+        "Expected: at most 1e-05. What to do: do not use these numbers. Run in float32 if the model is in 16 "
+        "bits; if it already is, this model does something the library does not describe: please report its "
+        "class and this message."
+    )
+
+
+@pytest.mark.parametrize("gap", [float("nan"), float("inf"), 1.1e-5])
+def test_a_gap_that_is_no_number_or_too_large_fails(gap):
+    assert not Check("c", gap, 1e-5).passed
+    with pytest.raises(CheckFailed):
+        components(checks=[Check("c", gap, 1e-5)])
+
+
+def test_a_gap_at_its_tolerance_passes_and_infinite_tolerance_records_a_fact():
+    assert Check("c", 1e-5, 1e-5).passed and Check("c", 0.0, 0.0).passed
+    assert str(Check("pairs left out", 3.0, float("inf"), "too long")) == "pairs left out: 3 (too long)"
+    assert str(COMPLETE) == "completeness gap 2.0e-07 (tolerance 1e-05)"
+
+
+def test_a_cell_without_value_needs_a_reason():
+    value = xr.DataArray([1.0, np.nan, np.nan], dims="pair", coords={"pair": ["a", "b", "c"]})
+    with pytest.raises(CheckFailed, match="2 NaN cells of 3"):
+        Result("fraction", value, unit="fraction")
+    result = Result("fraction", value, unit="fraction", undefined="the margin is under the noise floor")
+    assert result.checks[-1] == Check(
+        "undefined cells", 2.0, float("inf"), "the margin is under the noise floor"
+    )
+    assert Result("f", value.fillna(0), unit="fraction", undefined="never happens").checks == ()
+
+
+def test_padding_past_n_positions_needs_no_reason():
+    value = xr.DataArray(
+        [[1.0, 2.0, np.nan], [1.0, 2.0, 3.0]],
+        dims=("pair", "position"),
+        coords={"pair": ["a", "b"], "n_positions": ("pair", [2, 3])},
+    )
+    assert Result("curve", value, unit="reward").checks == ()
+    with pytest.raises(CheckFailed, match="1 NaN cells"):
+        Result("curve", value.assign_coords(n_positions=("pair", [3, 3])), unit="reward")
+
+
+def test_meta_is_copied_and_must_be_json():
+    meta = {"layers": [1, 2], "norm": "own"}
+    result = components(meta=meta)
+    meta["layers"].append(3)
+    assert result.meta == {"layers": [1, 2], "norm": "own"}
+    with pytest.raises(TypeError, match="JSON"):
+        components(meta={"model": object()})
+
+
+# Reading a result
+
+
+def test_sel_keeps_intervals_checks_and_provenance():
+    part = components(meta={"seed": 1}).sel(component="L0.attn", side="margin")
+    assert part.value.dims == ("pair",) and part.value.values.tolist() == [-5.0, -5.0]
+    assert (part.mean.item(), part.low.item(), part.high.item()) == (-5.0, -6.0, -4.0)
+    assert part.checks == (COMPLETE,) and part.meta == {"seed": 1} and part.unit == "reward"
+    assert components(mean=None, low=None, high=None).low is None
+    with pytest.raises(KeyError):
+        components().sel(component="L9.attn")
+
+
+def test_top_ranks_margins_by_size():
+    top = components().top(2)
+    assert list(top.columns) == ["component", "value", "low", "high"]
+    assert top.values.tolist() == [["L0.attn", -5.0, -6.0, -4.0], ["embed", 0.5, -0.5, 1.5]]
+    bare = components(mean=None, low=None, high=None).top(1)
+    assert bare.values.tolist() == [["L0.attn", -5.0]]
+
+
+def test_top_leaves_out_undefined_cells():
+    value = xr.DataArray([np.nan, 1.0], dims="depth", coords={"depth": [0, 1]})
+    assert Result("lens", value, unit="reward", undefined="why").top().values.tolist() == [[1.0, 1.0]]
+
+
+def test_top_of_a_single_number():
+    result = Result("accuracy", xr.DataArray(0.75), unit="accuracy")
+    assert result.top()["value"].tolist() == [0.75]
+
+
+def test_to_frame_has_one_row_a_cell():
+    frame = components().to_frame()
+    assert list(frame.columns) == ["pair", "side", "component", "value"] and len(frame) == 18
+    assert Result("accuracy", xr.DataArray(0.75), unit="accuracy").to_frame()["value"].tolist() == [0.75]
+
+
+def test_repr_shows_title_table_and_checks():
+    lines = repr(components()).splitlines()
+    assert lines[0] == "contributions [reward]  (pair 2, side 3, component 3)"
+    assert lines[-1] == "completeness gap 2.0e-07 (tolerance 1e-05)"
+    assert any(line.split() == ["L0.attn", "-4", "1", "-5"] for line in lines)
+    assert repr(Result("accuracy", xr.DataArray(0.75), unit="accuracy")).splitlines()[-1].split() == [
+        "0",
+        "0.75",
+    ]
+
+
+def test_repr_of_pairs_alone_shows_the_values():
+    value = xr.DataArray(
+        [[1.0, 2.0, -1.0]], dims=("pair", "side"), coords={"side": ["chosen", "rejected", "margin"]}
+    )
+    text = repr(Result("scores", value.assign_coords(pair=["a"]), unit="reward"))
+    assert any(line.split() == ["a", "1", "2", "-1"] for line in text.splitlines())
+
+
+def test_repr_is_short_for_large_results():
+    value = xr.DataArray(np.ones((40, 30, 20)), dims=("pair", "depth", "position"))
+    text = repr(Result("lens", value.assign_coords(pair=np.arange(40)), unit="reward"))
+    assert len(text.splitlines()) < 30
+
+
+def test_html_escapes_what_users_wrote():
+    value = xr.DataArray([1.0, 2.0], dims="pair", coords={"pair": ["<script>alert(1)</script>", "&"]})
+    html = Result("<b>name", value, unit="<i>", checks=[Check("<u>", 0.0, 1.0)])._repr_html_()
+    assert "<script>" not in html and "&lt;script&gt;" in html
+    for markup in ("<b>name", "<i>", "<u>"):
+        assert markup not in html
+
+
+# Saving
+
+
+def test_a_saved_result_comes_back_equal(tmp_path):
+    result = components(meta={"model": "m\0\ud800", "seed": None, "flags": {"strict": True}, "depths": [0.5]})
+    path = result.save(tmp_path / "result.nc")
+    assert path == tmp_path / "result.nc"
+    assert_equal(load_result(path), result)
+    assert [file.name for file in tmp_path.iterdir()] == ["result.nc"]
+
+
+def test_ids_pieces_and_numbers_come_back_equal(tmp_path):
+    n = len(ODD_TEXT)
+    pieces = np.array([ODD_TEXT, ODD_TEXT[::-1]], dtype=object)
+    value = xr.DataArray(
+        np.arange(2.0 * n).reshape(2, n).astype(np.float32),
+        dims=("pair", "position"),
+        coords={
+            "pair": ["nul\0id", "\ud800"],
+            "n_positions": ("pair", [n, n - 2]),
+            "piece": (("pair", "position"), pieces),
+            "token": (("pair", "position"), np.arange(2 * n).reshape(2, n)),
+        },
+    )
+    value[1, n - 2 :] = np.nan
+    result = Result("tokens", value, unit="reward", checks=[Check("odd \0 \udfff", 0.0, 1.0, "\\u0000")])
+    loaded = load_result(result.save(tmp_path / "odd.nc"))
+    assert loaded.value["pair"].values.tolist() == ["nul\0id", "\ud800"]
+    assert loaded.value["piece"].values.tolist() == pieces.tolist()
+    assert loaded.value.dtype == np.float32 and loaded.value["token"].dtype == value["token"].dtype
+    assert loaded.checks == result.checks
+    xr.testing.assert_identical(loaded.dataset, result.dataset)
+
+
+def test_a_loaded_result_reads_and_saves_like_the_first(tmp_path):
+    result = components()
+    loaded = load_result(result.save(tmp_path / "first.nc"))
+    assert repr(loaded) == repr(result)
+    pd.testing.assert_frame_equal(loaded.top(), result.top())
+    again = load_result(loaded.sel(side="margin").save(tmp_path / "second.nc"))
+    assert_equal(again, result.sel(side="margin"))
+
+
+def test_infinite_tolerances_and_undefined_cells_are_saved(tmp_path):
+    value = xr.DataArray([1.0, np.nan], dims="pair", coords={"pair": ["a", "b"]})
+    result = Result("f", value, unit="fraction", undefined="small margin")
+    loaded = load_result(result.save(tmp_path / "f.nc"))
+    assert loaded.checks == result.checks and np.isnan(loaded.value.values[1])
+
+
+def test_boolean_coordinates_are_refused_before_anything_is_written(tmp_path):
+    value = xr.DataArray([1.0], dims="pair", coords={"pair": ["a"], "tie": ("pair", [True])})
+    with pytest.raises(TypeError, match="'tie' is boolean"):
+        Result("f", value, unit="reward").save(tmp_path / "f.nc")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_no_result_is_named(tmp_path):
+    missing, other, cut = tmp_path / "none.nc", tmp_path / "other.nc", tmp_path / "cut.nc"
+    xr.Dataset({"x": ("i", [1, 2])}).to_netcdf(other, engine="h5netcdf")
+    cut.write_bytes(components().save(tmp_path / "whole.nc").read_bytes()[:500])
+    for path in (missing, other, cut):
+        with pytest.raises(DataError) as error:
+            load_result(path)
+        assert str(path) in str(error.value) and "Result.save" in str(error.value)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    "kind", ["LoadError", "StructureError", "AlignmentError", "DataError", "CheckFailed"]
+)
+def test_errors_are_four_sentences_and_survive_pickling(kind):
+    cls = getattr(errors, kind)
+    error = cls("It broke", found="a thing.", expected="another", do="mend it!")
+    assert isinstance(error, RewardLensError)
+    assert str(error) == "It broke. Found: a thing. Expected: another. What to do: mend it!"
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is cls and str(copy) == str(error)
+    assert (copy.what, copy.found, copy.expected, copy.do) == ("It broke", "a thing.", "another", "mend it!")
+
+
+def test_an_error_raised_again_in_a_worker_keeps_its_words():
+    error = DataError("It broke", found="a", expected="b", do="c")
+    assert json.loads(json.dumps(str(error))) == str(pickle.loads(pickle.dumps(error, protocol=2)))
