@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from families import TEXT_PAIRS, tiny_model
-from planted import planted_model, planted_pairs
 from scipy.optimize import minimize
 
 import reward_lens as rl
+from families import TEXT_PAIRS, tiny_model
+from planted import planted_model, planted_pairs
 from reward_lens import stats
 from reward_lens.errors import DataError
 from reward_lens.methods.accuracy import accuracy, calibration, length_partial, ranking
+from reward_lens.methods.style import style_matrix, style_summary
 from reward_lens.result import Result
 
 
@@ -30,7 +31,9 @@ def with_scores(rm, pairs, margins, lengths=None) -> Result:
     value.values[:] = np.stack([margins, np.zeros_like(margins), margins], 1)
     if lengths is not None:
         lengths = np.asarray(lengths)
-        value = value.assign_coords(chosen_tokens=("pair", 100 + lengths), rejected_tokens=("pair", 100 + 0 * lengths))
+        value = value.assign_coords(
+            chosen_tokens=("pair", 100 + lengths), rejected_tokens=("pair", 100 + 0 * lengths)
+        )
     meta = rm.describe("score_pairs", pairs)
     return Result("score_pairs", value, unit="reward", meta=meta)
 
@@ -38,7 +41,8 @@ def with_scores(rm, pairs, margins, lengths=None) -> Result:
 def some_pairs(n, prompts=None, subsets=None):
     prompts = range(n) if prompts is None else prompts
     subsets = [None] * n if subsets is None else subsets
-    return [rl.Pair(f"p{p}", "a", f"b{i}", id=str(i), subset=s) for i, (p, s) in enumerate(zip(prompts, subsets, strict=True))]  # fmt: skip
+    labels = enumerate(zip(prompts, subsets, strict=True))
+    return [rl.Pair(f"p{p}", "a", f"b{i}", id=str(i), subset=s) for i, (p, s) in labels]
 
 
 def cell(result, **labels):
@@ -56,14 +60,19 @@ def test_accuracy_by_subset_rule_and_length(rm):
     model = result.value.sel(rule="reward model")
     expected = {"all": 5.5 / 8, "x": 1.5 / 3, "y": 3 / 4, "chosen longer": 2.5 / 4, "chosen shorter": 2 / 3,
                 "equal length": 1.0, "balanced": (2.5 / 4 + 2 / 3) / 2}  # fmt: skip
-    assert dict(zip(model["subset"].values.tolist(), model.values.tolist(), strict=True)) == pytest.approx(expected)
+    assert dict(zip(model["subset"].values.tolist(), model.values.tolist(), strict=True)) == pytest.approx(
+        expected
+    )
     assert model["group"].values.tolist() == ["all", "subset", "subset", *["length"] * 4]
     assert model["n_pairs"].values.tolist() == [8, 3, 4, 4, 3, 1, 7]
     longer = result.value.sel(rule="longer wins")
     assert longer.sel(subset="all") == 4.5 / 8 and longer.sel(subset="balanced") == 0.5
     assert longer.sel(subset="chosen longer") == 1 and longer.sel(subset="chosen shorter") == 0
     assert np.allclose(longer + result.value.sel(rule="shorter wins"), 1)
-    low, high = result.low.sel(subset="all", rule="reward model"), result.high.sel(subset="all", rule="reward model")
+    low, high = (
+        result.low.sel(subset="all", rule="reward model"),
+        result.high.sel(subset="all", rule="reward model"),
+    )
     assert (float(low), float(high)) == pytest.approx(stats.wilson(5.5, 8))
     assert result.unit == "fraction" and result.meta["shows"] and result.meta["cannot_show"]
 
@@ -103,7 +112,7 @@ def test_a_subset_named_like_a_row_stays_apart(rm):
 
 
 def test_balanced_interval_covers():
-    """Two shares of .7 and .4, forty prompts each: the interval of their mean holds .55 at its nominal rate."""
+    """Shares of .7 and .4, forty prompts each: the interval of their mean holds .55 at its nominal rate."""
     from reward_lens.methods.accuracy import _balanced, _share
 
     rng = np.random.default_rng(0)
@@ -142,7 +151,9 @@ def test_calibration_bins_and_summary(rm):
     assert result.value["n"].values.tolist() == [4, 0, 0, 0, 2]
     summary = result.meta["summary"]
     assert summary["ece"] == pytest.approx((4 * abs(0.75 - small) + 2 * abs(0.5 - large)) / 6)
-    assert summary["brier"] == pytest.approx((3 * (1 - small) ** 2 + small**2 + (1 - large) ** 2 + large**2) / 6)
+    assert summary["brier"] == pytest.approx(
+        (3 * (1 - small) ** 2 + small**2 + (1 - large) ** 2 + large**2) / 6
+    )
     right = [small] * 3 + [1 - small, large, 1 - large]
     assert summary["log_loss"] == pytest.approx(-np.mean(np.log(right)))
     assert (float(result.low[0]), float(result.high[0])) == pytest.approx(stats.wilson(3, 4))
@@ -178,7 +189,7 @@ def test_calibration_without_a_slope(rm):
 
 
 def test_length_partial_is_the_maximum_of_the_likelihood(rm):
-    """Against scipy's minimiser; and turning pairs round (negating both regressors and the label) is no change."""
+    """Against scipy's minimiser and the sandwich error written out."""
     rng = np.random.default_rng(2)
     lengths = rng.integers(-30, 30, 60)
     margins = 0.05 * lengths + rng.normal(0.3, 1, 60)
@@ -204,7 +215,9 @@ def test_length_partial_tells_quality_from_length(rm):
     """Labels that follow length alone: the margin, which goes with length, loses its weight to it."""
     rng = np.random.default_rng(3)
     lengths = rng.normal(0, 10, 400)
-    lengths *= np.where(rng.random(400) < 1 / (1 + np.exp(-np.abs(lengths) / 8)), np.sign(lengths), -np.sign(lengths))
+    lengths *= np.where(
+        rng.random(400) < 1 / (1 + np.exp(-np.abs(lengths) / 8)), np.sign(lengths), -np.sign(lengths)
+    )
     lengths = lengths.round().astype(int)
     margins = 0.1 * lengths + rng.normal(0, 1, 400)
     pairs = some_pairs(400)
@@ -270,8 +283,13 @@ def test_pairwise_accuracy_is_accuracy_of_the_pairs():
     ]
     expanded = accuracy(rm, pairs)
     result = ranking(rm, groups)
-    for ours, theirs in ((result.value, expanded.value), (result.low, expanded.low), (result.high, expanded.high)):
-        assert float(ours.sel(metric="pairwise accuracy")) == pytest.approx(float(theirs.sel(subset="all", rule="reward model")))  # fmt: skip
+    for ours, theirs in (
+        (result.value, expanded.value),
+        (result.low, expanded.low),
+        (result.high, expanded.high),
+    ):
+        expected = float(theirs.sel(subset="all", rule="reward model"))
+        assert float(ours.sel(metric="pairwise accuracy")) == pytest.approx(expected)
 
 
 def test_ranking_without_an_order(rm):
@@ -279,6 +297,63 @@ def test_ranking_without_an_order(rm):
     assert np.isnan(ranking(rm, groups, scores).value).all()
     with pytest.raises(DataError, match="not of these inputs"):
         ranking(rm, [*groups, *groups], scores)
+
+
+# style
+
+CHOSEN, REJECTED = ("yes", "yes, it is", "**yes**, it is so"), ("no", "no, it is not", "**no**, it is not so")
+
+
+def test_style_matrix_by_hand(rm):
+    """Each cell against two calls of `rm.score`; the summary against the triangles."""
+    items = [rl.StyleItem(f"Is {n} prime?", CHOSEN, REJECTED, id=f"i{n}", subset="maths") for n in range(6)]
+    items.append(rl.StyleItem("Is 0 prime?", CHOSEN, CHOSEN, id="same"))
+    matrix = style_matrix(rm, items)
+    for item, row in zip(items, matrix.value.values, strict=True):
+        for i, j in np.ndindex(3, 3):
+            a, b = rm.score(item.prompt, item.chosen[i]), rm.score(item.prompt, item.rejected[j])
+            assert row[i, j] == (0.5 if item.chosen[i] == item.rejected[j] else float(a > b))
+    cells = matrix.value.values
+    assert np.allclose(matrix.mean, cells.mean(0)) and matrix.mean.dims == ("chosen_style", "rejected_style")
+    assert ((matrix.low <= matrix.mean) & (matrix.mean <= matrix.high)).all()
+    summary = style_summary(matrix)
+    hard = [cells[:, 0, 1], cells[:, 0, 2], cells[:, 1, 2]]
+    assert float(summary.mean.sel(difficulty="hard")) == pytest.approx(np.mean(hard))
+    assert float(summary.mean.sel(difficulty="easy")) == pytest.approx(np.tril(cells, -1).sum() / 21)
+    assert float(summary.mean.sel(difficulty="normal")) == pytest.approx(
+        np.trace(cells, axis1=1, axis2=2).mean() / 3
+    )
+    assert float(summary.mean.sel(difficulty="overall")) == pytest.approx(cells.mean())
+    assert matrix.value["subset"].values.tolist() == ["maths"] * 6 + [""]
+
+
+def test_style_of_a_model_that_learnt_length():
+    """Whatever is right, the longer response wins: nothing on hard, everything on easy."""
+    rm = rl.RewardModel(*planted_model("length"))
+    styles = ("the cat", "the cat and the dog", "the cat and the dog is on the red hat and the sun")
+    items = [
+        rl.StyleItem(f"{word} the", styles, styles)
+        for word in ("run", "sea", "old", "hat", "tree", "dog", "cat")
+    ]
+    summary = style_summary(style_matrix(rm, items))
+    assert summary.mean.values.tolist() == [0.0, 0.5, 1.0, 0.5]
+    assert (summary.high - summary.low).sel(difficulty="hard") < 0.45
+
+
+@pytest.mark.parametrize("build", [style_matrix, lambda rm, items: style_summary(style_matrix(rm, items))])
+def test_style_round_trip(rm, build, tmp_path):
+    result = build(rm, [rl.StyleItem("p", CHOSEN, REJECTED)])
+    xr.testing.assert_identical(rl.load_result(result.save(tmp_path / "r.nc")).dataset, result.dataset)
+    assert repr(result) and result.plot() is not None and result.meta["shows"] and result.meta["cannot_show"]
+
+
+def test_style_refuses_other_things(rm):
+    with pytest.raises(DataError, match="1 of 1 items of another kind: Pair"):
+        style_matrix(rm, [rl.Pair("p", "a", "b")])
+    with pytest.raises(DataError, match="no items"):
+        style_matrix(rm, [])
+    with pytest.raises(DataError, match="a result of 'accuracy'"):
+        style_summary(accuracy(rm, [rl.Pair("p", "a", "b")]))
 
 
 @pytest.mark.parametrize("method", [accuracy, calibration, length_partial])

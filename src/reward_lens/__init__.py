@@ -30,7 +30,7 @@ _HOME = {
     "methods.token_attribution": ("token_attribution",),
     "methods.trained_lens": ("gradient_lens", "tuned_lens"),
     "methods.weights": ("ov_pull", "vocab_alignment"),
-    "report.page": ("write_report",),
+    "report.html": ("write_report",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)

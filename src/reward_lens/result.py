@@ -159,6 +159,7 @@ class Result:
                     f"coordinate {key!r} is boolean, which netCDF cannot hold; store it as an integer"
                 )
         plain.attrs = {"reward_lens": _escape(json.dumps(head))}
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".part")
         plain.to_netcdf(partial, engine="h5netcdf")
         partial.replace(path)  # a reader never sees half a file
@@ -231,7 +232,7 @@ def load_result(path: str | Path) -> Result:
 def _undefined_cells(value: xr.DataArray, reason: str | None) -> tuple[Check, ...]:
     if value.dtype.kind != "f":
         return ()
-    missing = np.isnan(value)
+    missing = ~np.isfinite(value)
     if "position" in value.dims and "n_positions" in value.coords:
         inside = xr.DataArray(np.arange(value.sizes["position"]), dims="position") < value["n_positions"]
         missing = missing & inside
@@ -239,7 +240,7 @@ def _undefined_cells(value: xr.DataArray, reason: str | None) -> tuple[Check, ..
     if count and reason is None:
         raise CheckFailed(
             "A result has cells without a value and without a reason",
-            found=f"{count} NaN cells of {value.size}",
+            found=f"{count} NaN or infinite cells of {value.size}",
             expected="finite values, or the reason why a cell is undefined",
             do="look for NaN or inf in the model's weights or activations; rl.load reports them",
         )

@@ -3,10 +3,10 @@
     position with pieces       -> token strip         layer x head, layer x kind   -> heat map
     a number line (depth)      -> lines with bands    two sets of labels           -> heat map
     pair (and side) alone      -> distribution        one set of labels, interval  -> points with intervals
-    bin, predicted, observed   -> calibration         one set of labels            -> bars; anything else -> table
+    bin, predicted, observed   -> calibration         one set of labels            -> bars; else -> table
 
-Specifications name no colours: they refer to the ranges and styles of `theme`, so that one specification is drawn in
-light and in dark. What a chart leaves out for space, it says in its note.
+Specifications name no colours: they refer to the ranges and styles of `theme`, so that one specification is
+drawn in light and in dark. What a chart leaves out for space, it says in its note.
 """
 
 from reward_lens.charts.choice import chart, kind, panels, save_chart

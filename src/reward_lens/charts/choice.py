@@ -11,7 +11,7 @@ import xarray as xr
 
 from reward_lens.charts import forms
 from reward_lens.charts.forms import Panel
-from reward_lens.charts.rows import is_numeric, rows, words
+from reward_lens.charts.rows import Drawing, dims_of, is_numeric, rows, words
 from reward_lens.charts.theme import theme
 from reward_lens.errors import DataError
 from reward_lens.result import Result
@@ -24,12 +24,12 @@ STILL_WIDTH = 720  # pixels of a chart in a file, where no container gives the w
 SUFFIXES = (".svg", ".png", ".pdf", ".html")
 
 
-def chart(result: Result, dark: bool = False) -> alt.TopLevelMixin:
+def chart(result: Result, dark: bool = False) -> Drawing | alt.Chart | alt.VConcatChart:
     """The chart of a result, chosen by its dims and coordinates.
 
-    Returns an Altair chart, as wide as its container; several panels are stacked. It shows the mean over pairs, and
-    of a heat map or list the margin where there are sides. It cannot show more than the result holds: without `low`
-    and `high` there is no band.
+    Returns an Altair chart, as wide as its container; several panels are stacked. It shows the mean over
+    pairs, and of a heat map or list the margin where there are sides. It cannot show more than the result
+    holds: without `low` and `high` there is no band.
     """
     parts = [_titled(panel) for panel in panels(result)] or [_table(result)]
     if len(parts) > 1:
@@ -81,12 +81,12 @@ def kind(result: Result) -> str:
     if "pair" in dims and dims <= {"pair", "side"}:
         return "scores"
     summary = result.summary()
-    counted = [d for d in summary.dims if is_numeric(summary, d)]
-    labels = [d for d in summary.dims if d not in counted and d != "side"]
+    counted = [d for d in dims_of(summary) if is_numeric(summary, d)]
+    labels = [d for d in dims_of(summary) if d not in counted and d != "side"]
     sizes = {d: summary.sizes[d] for d in labels}
-    if "component" in labels and not counted and "layer" in coords and sizes["component"] > WIDE:
-        if np.prod([size for d, size in sizes.items() if d != "component"], initial=1) <= MAX_PANELS:
-            return "components"
+    wide = "component" in labels and not counted and sizes["component"] > WIDE
+    if wide and "layer" in coords and np.prod(list(sizes.values())) <= MAX_PANELS * sizes["component"]:
+        return "components"
     if len(counted) == 1 and summary.sizes[counted[0]] > 1 and max(sizes.values(), default=0) <= MAX_LINES:
         return "lines"
     if len(counted) + len(labels) > 1:
@@ -95,7 +95,7 @@ def kind(result: Result) -> str:
 
 
 def panels(result: Result) -> list[Panel]:
-    """The charts of a result without a theme, each as wide as its container; none where a table says it better."""
+    """The charts of a result, without a theme, as wide as their container; none where a table is better."""
     form = kind(result)
     if form == "table":
         return []
@@ -103,19 +103,18 @@ def panels(result: Result) -> list[Panel]:
         return getattr(forms, form)(result)
     data = _summary(result)
     if form == "lines":
-        axis = next(d for d in data["value"].dims if is_numeric(data["value"], d))
-        labels = sorted((d for d in data["value"].dims if d != axis), key=lambda d: d != "side")
-        return _split(result, data, [axis, *labels[:1]], forms.lines, _limits(data))
+        axis = next(d for d in dims_of(data["value"]) if is_numeric(data["value"], d))
+        labels = sorted((d for d in dims_of(data["value"]) if d != axis), key=lambda d: d != "side")
+        return _split(result, data, [axis, *labels[:1]], forms.lines)
     if "side" in data.dims and len(data["value"].dims) > 1 and "margin" in data["side"].values:
         data = data.sel(side="margin")
-    dims = [d for d in data["value"].dims if d != "side"] or ["side"]
+    dims = [d for d in dims_of(data["value"]) if d != "side"] or ["side"]
     main, build = {
         "components": (["component"], forms.components),
         "grid": (dims[:2], forms.grid),
         "list": (dims[:1], forms.listing),
     }[form]
-    limits = _limits(data.isel(component=forms.in_blocks(data)) if form == "components" else data)
-    return _split(result, data, main, build, limits)
+    return _split(result, data, main, build)
 
 
 def _summary(result: Result) -> xr.Dataset:
@@ -127,27 +126,20 @@ def _summary(result: Result) -> xr.Dataset:
     return data.assign(low=low, high=high)
 
 
-def _limits(data: xr.Dataset) -> tuple[float, float] | None:
-    """Smallest and largest number; None where nothing is defined."""
-    numbers = np.concatenate([data[k].values.ravel() for k in data.data_vars])
-    numbers = numbers[np.isfinite(numbers)]
-    return (float(numbers.min()), float(numbers.max())) if numbers.size else None
-
-
-def _split(result: Result, data: xr.Dataset, main: list[str], build, limits) -> list[Panel]:
-    """One group of panels for each label of the dims that one chart has no room for; all share their scales."""
-    rest = [d for d in data["value"].dims if d not in main]
-    if limits is None:
+def _split(result: Result, data: xr.Dataset, main: list[str], build) -> list[Panel]:
+    """One group of panels for each label of the dims that one chart has no room for."""
+    rest = [d for d in dims_of(data["value"]) if d not in main]
+    if not any(np.isfinite(data[k]).any() for k in data.data_vars):
         return []
     if not rest:
-        return build(result, data, main, limits)
+        return build(result, data, main, data)
     cells = list(np.ndindex(*(data.sizes[d] for d in rest)))
     out = []
     for index in cells[:MAX_PANELS]:
         where = dict(zip(rest, index, strict=True))
         names = (f"{words(d)} {data[d].values[i] if d in data.coords else i}" for d, i in where.items())
         label = ", ".join(names)
-        for panel in build(result, data.isel(where, drop=True), main, limits):
+        for panel in build(result, data.isel(where, drop=True), main, data):
             out.append(dataclasses.replace(panel, title=f"{label}: {panel.title}" if panel.title else label))
     if len(cells) > MAX_PANELS:
         left = f"{len(cells) - MAX_PANELS} of {len(cells)} panels ({', '.join(rest)}) are not drawn."
@@ -163,19 +155,21 @@ def _table(result: Result) -> alt.Chart:
         for i, record in enumerate(top.to_dict("records"))
         for c, v in record.items()
     ]
-    x = alt.X("column:N", sort=[str(c) for c in top.columns], title=None, axis=alt.Axis(orient="top", labelAngle=0))
+    x = alt.X(
+        "column:N", sort=[str(c) for c in top.columns], title=None, axis=alt.Axis(orient="top", labelAngle=0)
+    )
     base = alt.Chart(rows(cells)).mark_text(style="celltext")
     return base.encode(x=x, y=alt.Y("row:O", axis=None), text="text:N").properties(
         width="container", height=max(24, 22 * len(top))
     )
 
 
-def _titled(panel: Panel) -> alt.TopLevelMixin:
+def _titled(panel: Panel) -> Drawing:
     if not (panel.title or panel.note):
         return panel.chart
     return panel.chart.properties(title=alt.Title(panel.title, subtitle=panel.note or alt.Undefined))
 
 
-def _fixed(drawn: alt.TopLevelMixin) -> alt.TopLevelMixin:
+def _fixed(drawn):
     """A file has no container: its width is a number."""
     return drawn.properties(width=STILL_WIDTH) if getattr(drawn, "width", None) == "container" else drawn

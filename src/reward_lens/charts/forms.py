@@ -1,4 +1,8 @@
-"""One function a form: from labelled numbers to an Altair chart that names no colour and no method."""
+"""One function a form: from labelled numbers to an Altair chart that names no colour and no method.
+
+Each takes the result, the labelled numbers of this chart, the dims it shows, and the whole of which these
+numbers are a part: neighbouring charts of one result share their scales.
+"""
 
 import dataclasses
 
@@ -7,64 +11,87 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from reward_lens.charts.rows import frame, is_numeric, rows, sized, tooltip, unit_of, words, zero
-from reward_lens.charts.strip import strip_chart
+from reward_lens.charts.rows import (
+    Drawing,
+    frame,
+    is_numeric,
+    layered,
+    rows,
+    span,
+    tooltip,
+    unit_of,
+    words,
+    zero,
+)
+from reward_lens.charts.strip import blocks, strip_chart
 from reward_lens.result import Result
 
 MAX_ROWS = 40  # rows of one list; the largest are kept and the note says so
-Limits = tuple[float, float]  # smallest and largest number of the result: neighbouring panels share their scales
 WRITTEN = 60  # up to this many cells a heat map writes its numbers
 
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One chart of a result: what sets it apart from its neighbours (may be empty), the chart, what it leaves out."""
+    """One chart: what sets it apart from its neighbours (may be empty), the chart, what it leaves out."""
 
     title: str
-    chart: alt.TopLevelMixin
+    chart: Drawing
     note: str = ""
 
 
-def lines(result: Result, data: xr.Dataset, dims: list[str], limits: Limits) -> list[Panel]:
-    """`dims`: the number line, and the labels told apart by colour (if any). Bands where there is an interval."""
+def lines(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Dataset) -> list[Panel]:
+    """`dims`: the number line, and the labels told apart by colour (if any). Intervals are bands."""
     axis, series = dims[0], dims[1] if len(dims) > 1 else None
-    table, unit = frame(data, x=axis, series=series), unit_of(result, data)
+    table, unit, limits = frame(data, x=axis, series=series), unit_of(result, data), span(whole)
     titles = {"series": series, "x": axis, "value": unit}
     base = alt.Chart(rows(table)).encode(
-        x=alt.X("x:Q", title=words(axis), scale=alt.Scale(nice=False), axis=alt.Axis(grid=False, tickMinStep=1)),
+        x=alt.X(
+            "x:Q", title=words(axis), scale=alt.Scale(nice=False), axis=alt.Axis(grid=False, tickMinStep=1)
+        ),
         y=alt.Y("value:Q", title=unit, scale=alt.Scale(domain=limits, zero=False)),
         tooltip=tooltip(table, titles),
     )
     if series:
         names = [str(name) for name in data[series].values]
         dashes = [[5, 3] if name == "rejected" else [1, 0] for name in names]
-        base = base.encode(color=alt.Color("series:N", scale=alt.Scale(domain=names, range="category"), title=None))
+        base = base.encode(
+            color=alt.Color("series:N", scale=alt.Scale(domain=names, range="category"), title=None)
+        )
         dash = alt.StrokeDash("series:N", scale=alt.Scale(domain=names, range=dashes), title=None)
     line = base.mark_line()
-    layers = [line.encode(strokeDash=dash) if series else line, base.mark_point(size=260, opacity=0, filled=True)]
+    layers = [
+        line.encode(strokeDash=dash) if series else line,
+        base.mark_point(size=260, opacity=0, filled=True),
+    ]
     if "low" in table:
         layers.insert(0, base.mark_area(style="band").encode(y=alt.Y("low:Q", title=unit), y2="high:Q"))
     if limits[0] <= 0 <= limits[1]:
         layers.insert(0, zero("y"))
-    return [Panel("", sized(alt.layer(*layers), 320))]
+    return [Panel("", layered(layers, 320))]
 
 
-def components(result: Result, data: xr.Dataset, dims: list[str], limits: Limits) -> list[Panel]:
-    """Heads as layer x head, block writes as layer x kind, and what belongs to no block (embed, bias) as a list."""
+def components(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Dataset) -> list[Panel]:
+    """Heads as layer x head, block writes as layer x kind, what is in no block (embed, bias) as a list."""
     layer, head, sort = _places(data)
     blocks, heads = in_blocks(data), head >= 0
+    limits = span(whole.isel(component=blocks)) if blocks.any() else (0.0, 0.0)
     out = []
-    for members, row, name, title in ((heads, head, "head", "Heads"), (blocks & ~heads, sort, None, "Blocks")):
+    for members, row, name, title in (
+        (heads, head, "head", "Heads"),
+        (blocks & ~heads, sort, None, "Blocks"),
+    ):
         if not members.any():
             continue
         part = data.isel(component=members)
         if pd.DataFrame({"layer": layer, "row": row})[members].duplicated().any():
-            out += listing(result, part, dims, limits)  # several units of one layer and kind: no cell of their own
+            # Several units of one layer and kind, such as neurons, have no cell of their own.
+            out += listing(result, part, dims, whole.isel(component=members))
             continue
-        table = frame(part.assign_coords(row_=("component", row[members])), x="layer", y="row_", label="component")
+        part = part.assign_coords(row_=("component", row[members]))
+        table = frame(part, x="layer", y="row_", label="component")
         out.append(Panel(title, _heat(table, unit_of(result, data), "layer", name, "component", limits)))
     if not blocks.all():
-        outside = listing(result, data.isel(component=~blocks), dims, limits)
+        outside = listing(result, data.isel(component=~blocks), dims, whole.isel(component=~blocks))
         out += [dataclasses.replace(panel, title="Outside the blocks" if out else "") for panel in outside]
     return out
 
@@ -76,36 +103,40 @@ def in_blocks(data: xr.Dataset) -> np.ndarray:
     return (head >= 0) | np.isin(sort, repeated)
 
 
-def grid(result: Result, data: xr.Dataset, dims: list[str], limits: Limits) -> list[Panel]:
-    """Two dims as a heat map. Numbers read from left to right, else the longer set of labels runs down the page."""
+def grid(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Dataset) -> list[Panel]:
+    """Two dims as a heat map. Numbers read from left to right, else the longer set of labels runs down."""
     counted = [d for d in dims if is_numeric(data["value"], d)]
     across = max(counted, key=lambda d: data.sizes[d]) if counted else min(dims, key=lambda d: data.sizes[d])
     down = next(d for d in dims if d != across)
-    return [Panel("", _heat(frame(data, x=across, y=down), unit_of(result, data), across, down, None, limits))]
+    return [
+        Panel(
+            "", _heat(frame(data, x=across, y=down), unit_of(result, data), across, down, None, span(whole))
+        )
+    ]
 
 
-def listing(result: Result, data: xr.Dataset, dims: list[str], limits: Limits) -> list[Panel]:
+def listing(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Dataset) -> list[Panel]:
     """One row a label: points with intervals where there are any, else bars."""
     table = frame(data, y=dims[0], n=_count(data))
-    count, title = len(table), unit_of(result, data)
+    count, title, (least, most) = len(table), unit_of(result, data), span(whole)
     if count > MAX_ROWS:
         table = table.loc[table["value"].abs().sort_values(ascending=False, kind="stable").index[:MAX_ROWS]]
     base = alt.Chart(rows(table)).encode(
-        y=alt.Y("y:N", title=None, sort=[str(y) for y in table["y"]]),
+        y=alt.Y("y:N", title=None, scale=in_order(table["y"])),
         tooltip=tooltip(table, {"y": dims[0], "value": title, "n": "count"}),
     )
     if "low" in table:
-        from_zero = bool((table["low"] <= 0).any())
-        x = alt.X("value:Q", title=title, scale=alt.Scale(zero=from_zero))
+        x = {"title": title, "scale": alt.Scale(domain=[least, most], zero=False)}
         layers = [
-            base.mark_rule(style="interval").encode(x=alt.X("low:Q", title=title), x2="high:Q"),
-            base.mark_point(style="dot", filled=True).encode(x=x),
+            base.mark_rule(style="interval").encode(x=alt.X("low:Q", **x), x2="high:Q"),
+            base.mark_point(style="dot", filled=True).encode(x=alt.X("value:Q", **x)),
         ]
-        layers = [zero("x"), *layers] if from_zero else layers
+        layers = [zero("x"), *layers] if least <= 0 <= most else layers
     else:
-        layers = [base.mark_bar(style="bar").encode(x=alt.X("value:Q", title=title)), zero("x")]
+        x = {"title": title, "scale": alt.Scale(domain=[min(least, 0), max(most, 0)])}
+        layers = [base.mark_bar(style="bar").encode(x=alt.X("value:Q", **x)), zero("x")]
     note = f"The {MAX_ROWS} largest of {count:,} by absolute value." if count > MAX_ROWS else ""
-    return [Panel("", sized(alt.layer(*layers), max(60, 24 * len(table))), note)]
+    return [Panel("", layered(layers, max(60, 24 * len(table))), note)]
 
 
 def scores(result: Result) -> list[Panel]:
@@ -131,7 +162,7 @@ def scores(result: Result) -> list[Panel]:
             tooltip=tooltip(bins, {"from": "from", "to": "to", "pairs": "pairs"}),
         )
     )
-    out = [Panel("All pairs", sized(alt.layer(bars, *line), 200))]
+    out = [Panel("All pairs", layered([bars, *line], 200))]
     if "subset" in value.coords and 1 < len(set(value["subset"].values)) <= MAX_ROWS:
         out.append(_by_subset(value, x, line))
     return out
@@ -141,7 +172,8 @@ def calibration(result: Result) -> list[Panel]:
     """Observed against predicted, a point a bin; the dashed line is where the two agree."""
     data = result.dataset[[k for k in ("value", "low", "high") if k in result.dataset]]
     table = frame(data, x="predicted", y="observed", n=_count(data))
-    if "low" in table:  # an interval is of `value`, which may be the observed rate or its distance from the predicted
+    if "low" in table:
+        # The interval is of `value`: the observed rate, or its distance from the predicted one.
         shift = table["y"] - table["value"]
         table["low"], table["high"] = table["low"] + shift, table["high"] + shift
     ends = [float(table[["x", "y"]].min().min()), float(table[["x", "y"]].max().max())]
@@ -151,16 +183,19 @@ def calibration(result: Result) -> list[Panel]:
         x=alt.X("x:Q", title="predicted", scale=alt.Scale(zero=False)),
         tooltip=tooltip(table, {"x": "predicted", "y": "observed", "n": "count"}),
     )
-    layers = [diagonal.encode(x="x:Q", y="y:Q"), base.mark_point(style="dot", filled=True).encode(y=alt.Y("y:Q", **y))]
+    layers = [
+        diagonal.encode(x="x:Q", y="y:Q"),
+        base.mark_point(style="dot", filled=True).encode(y=alt.Y("y:Q", **y)),
+    ]
     if "low" in table:
         layers.insert(1, base.mark_rule(style="interval").encode(y=alt.Y("low:Q", **y), y2="high:Q"))
-    return [Panel("", sized(alt.layer(*layers), 320))]
+    return [Panel("", layered(layers, 320))]
 
 
 def tokens(result: Result) -> list[Panel]:
-    """Text with a coloured background. A page writes it as text of its own; this is the form for anywhere else."""
-    chart, note = strip_chart(result)
-    return [Panel("", chart, note)]
+    """Text with a coloured background; a page writes it as real text, this is the form for anywhere else."""
+    texts = blocks(result)
+    return [Panel("", *strip_chart(texts, unit_of(result)))] if texts else []
 
 
 def _places(data: xr.Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -177,16 +212,21 @@ def _count(data: xr.Dataset) -> str | None:
 
 
 def _heat(
-    table: pd.DataFrame, unit: str, across: str, down: str | None, label: str | None, limits: Limits
-) -> alt.LayerChart:
+    table: pd.DataFrame,
+    unit: str,
+    across: str,
+    down: str | None,
+    label: str | None,
+    limits: tuple[float, float],
+) -> Drawing:
     xs, ys = list(dict.fromkeys(table["x"])), list(dict.fromkeys(table["y"]))
     counted = all(isinstance(x, int | float | np.number) for x in xs)
     step = 1 if len(xs) <= 12 else 5 if len(xs) <= 60 else 10
     flat = counted or (len(xs) <= 4 and max(len(str(x)) for x in xs) <= 14)
     axis = alt.Axis(labelAngle=0 if flat else -35, values=xs[::step] if counted else alt.Undefined)
     base = alt.Chart(rows(table)).encode(
-        x=alt.X("x:O", title=words(across), sort=xs, axis=axis),
-        y=alt.Y("y:O", title=down and words(down), sort=ys),
+        x=alt.X("x:O", title=words(across), scale=in_order(xs), axis=axis),
+        y=alt.Y("y:O", title=down and words(down), scale=in_order(ys)),
         tooltip=tooltip(table, {"label": label, "y": down or "kind", "x": across, "value": unit}),
     )
     size, signed = max(map(abs, limits)) or 1.0, limits[0] < 0
@@ -195,21 +235,33 @@ def _heat(
     layers = [base.mark_rect(style="cell").encode(color=alt.Color("value:Q", scale=scale, title=unit))]
     if len(table) <= WRITTEN and len(xs) <= 6:
         layers.append(base.mark_text(style="celltext").encode(text=alt.Text("value:Q", format=".2~g")))
-    return sized(alt.layer(*layers), max(52, (15 if len(ys) > 20 else 26 if len(ys) > 3 else 34) * len(ys)))
+    return layered(layers, max(52, (15 if len(ys) > 20 else 26 if len(ys) > 3 else 34) * len(ys)))
 
 
 def _by_subset(value: xr.DataArray, x: dict, line: list) -> Panel:
-    pair = value["pair"].values.astype(str) if "pair" in value.coords else np.arange(value.sizes["pair"]).astype(str)
-    table = pd.DataFrame({"y": value["subset"].values.astype(str), "value": value.values, "pair": pair}).dropna()
+    pair = (
+        value["pair"].values.astype(str)
+        if "pair" in value.coords
+        else np.arange(value.sizes["pair"]).astype(str)
+    )
+    table = pd.DataFrame(
+        {"y": value["subset"].values.astype(str), "value": value.values, "pair": pair}
+    ).dropna()
     means = table.groupby("y", sort=False).agg(mean=("value", "mean"), pairs=("value", "size")).reset_index()
-    order = list(means.sort_values("mean", ascending=False)["y"])
-    y = alt.Y("y:N", title=None, sort=order)
+    means = means.sort_values("mean", ascending=False)
+    y = alt.Y("y:N", title=None, scale=in_order(means["y"]))
     ticks = alt.Chart(rows(table)).mark_tick(style="mark", thickness=1.5)
-    ticks = ticks.encode(x=alt.X("value:Q", **x), y=y, tooltip=tooltip(table, {"pair": "pair", "y": "subset", "value": "value"}))
+    ticks = ticks.encode(
+        x=alt.X("value:Q", **x),
+        y=y,
+        tooltip=tooltip(table, {"pair": "pair", "y": "subset", "value": "value"}),
+    )
     dots = alt.Chart(rows(means)).mark_point(style="dot", filled=True)
-    dots = dots.encode(x=alt.X("mean:Q", **x), y=y, tooltip=tooltip(means, {"y": "subset", "mean": "mean", "pairs": "pairs"}))
-    layers = alt.layer(*line, ticks, dots)
-    return Panel("By subset", sized(layers, 26 * len(order)), "A tick is one pair, a dot the mean of the subset.")
+    dots = dots.encode(
+        x=alt.X("mean:Q", **x), y=y, tooltip=tooltip(means, {"y": "subset", "mean": "mean", "pairs": "pairs"})
+    )
+    drawn = layered([*line, ticks, dots], 26 * len(means))
+    return Panel("By subset", drawn, "A tick is one pair, a dot the mean of the subset.")
 
 
 def _edges(numbers: np.ndarray) -> np.ndarray:

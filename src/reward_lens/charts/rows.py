@@ -1,6 +1,7 @@
 """What every chart form needs: tidy rows under plain field names, axis titles, a zero line, a size."""
 
 import math
+from collections.abc import Iterable
 
 import altair as alt
 import numpy as np
@@ -9,15 +10,17 @@ import xarray as xr
 
 from reward_lens.result import Result
 
+Drawing = alt.LayerChart | alt.FacetChart  # what `alt.layer` returns
+
 
 def rows(table: pd.DataFrame | list[dict]) -> alt.InlineData:
-    """Rows as inline data, numbers cut to six digits (a page holds many) and undefined ones written as null."""
-    records = table.to_dict("records") if isinstance(table, pd.DataFrame) else table
+    """Rows as inline data: numbers cut to six digits (a page holds many), undefined ones as null."""
+    records = table if isinstance(table, list) else table.to_dict("records")
     return alt.InlineData(values=[{k: _plain(v) for k, v in record.items()} for record in records])
 
 
 def frame(data: xr.Dataset, **fields: str | None) -> pd.DataFrame:
-    """The cells of `data` with a value. `fields` maps a plain field name to a dim or coordinate; None is left out."""
+    """The cells of `data` with a value. `fields`: plain field name -> dim or coordinate; None is left out."""
     table = data.to_dataframe().reset_index()
     named = {field: table[source] for field, source in fields.items() if source is not None}
     numbers = {k: table[k] for k in ("value", "low", "high") if k in data.data_vars}
@@ -27,10 +30,10 @@ def frame(data: xr.Dataset, **fields: str | None) -> pd.DataFrame:
 
 def tooltip(table: pd.DataFrame, titles: dict[str, str | None]) -> list[alt.Tooltip]:
     """One line a field of `table` that has a title, and the interval where there is one."""
-    titles = {k: t for k, t in titles.items() if t is not None and k in table}
+    named = {field: title for field, title in titles.items() if title is not None and field in table}
     if "low" in table:
-        titles |= {"low": "interval from", "high": "to"}
-    return [_line(table, field, title) for field, title in titles.items()]
+        named |= {"low": "interval from", "high": "to"}
+    return [_line(table, field, title) for field, title in named.items()]
 
 
 def words(name: str) -> str:
@@ -40,8 +43,17 @@ def words(name: str) -> str:
 
 def unit_of(result: Result, data: xr.Dataset | None = None) -> str:
     """The unit in words, for axes and legends; with the side in front where `data` is of one side."""
-    side = f"{data['side'].item()}, " if data is not None and "side" in data.coords and not data["side"].dims else ""
+    side = (
+        f"{data['side'].item()}, "
+        if data is not None and "side" in data.coords and not data["side"].dims
+        else ""
+    )
     return side + words(result.unit)
+
+
+def dims_of(array: xr.DataArray) -> list[str]:
+    """The names of the dims (xarray allows any hashable; results have text)."""
+    return [str(dim) for dim in array.dims]
 
 
 def is_numeric(array: xr.DataArray, dim: str) -> bool:
@@ -49,14 +61,29 @@ def is_numeric(array: xr.DataArray, dim: str) -> bool:
     return dim not in array.coords or array[dim].dtype.kind in "iuf"
 
 
+def span(data: xr.Dataset) -> tuple[float, float]:
+    """Smallest and largest number of values and intervals; (0, 0) where nothing is defined."""
+    numbers = np.concatenate([data[k].values.ravel() for k in data.data_vars])
+    numbers = numbers[np.isfinite(numbers)]
+    return (float(numbers.min()), float(numbers.max())) if numbers.size else (0.0, 0.0)
+
+
+def in_order(labels: Iterable) -> alt.Scale:
+    """A scale with the labels in the order given.
+
+    As a domain and not as `sort`: that would be compiled into an expression, where a label may break the parser.
+    """
+    return alt.Scale(domain=[_plain(label) for label in dict.fromkeys(labels)])
+
+
 def zero(channel: str) -> alt.Chart:
     """A line at zero across the chart."""
     return alt.Chart(alt.InlineData(values=[{}])).mark_rule(style="zero").encode(**{channel: alt.datum(0)})
 
 
-def sized(chart: alt.LayerChart, height: int) -> alt.LayerChart:
-    """As wide as what contains it, `height` pixels high."""
-    return chart.properties(width="container", height=height)
+def layered(layers: list[alt.Chart], height: int) -> Drawing:
+    """Layers as one chart, as wide as what contains it and `height` pixels high."""
+    return alt.layer(*layers).properties(width="container", height=height)
 
 
 def _line(table: pd.DataFrame, field: str, title: str) -> alt.Tooltip:

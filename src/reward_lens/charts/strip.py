@@ -1,4 +1,4 @@
-"""Token strips: text in which every token carries a value. The blocks here feed both the chart and the report's page."""
+"""Token strips: text in which every token carries a value. The blocks here feed the chart and the report."""
 
 import dataclasses
 import math
@@ -6,17 +6,19 @@ import math
 import altair as alt
 import numpy as np
 
-from reward_lens.charts.rows import rows, unit_of
+from reward_lens.charts.rows import Drawing, dims_of, rows
 from reward_lens.result import Result
 
 COLUMNS, BLOCKS = 92, 6  # of the chart form: characters a row, texts shown
 CHARACTER, ROW = 7.3, 21  # pixels of one monospaced character and of one row
-CLIP = 0.99  # the colour scale ends at this quantile of the absolute values; the legend says so where it matters
+CLIP = (
+    0.99  # the colour scale ends at this quantile of the absolute values; the legend says so where it matters
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """One text: its pair and side (empty where the result has no such dim), and one entry a token in the tuples."""
+    """One text: its pair and side (empty where there is no such dim), and one entry a token in each tuple."""
 
     pair: str
     side: str
@@ -29,19 +31,24 @@ class Block:
 def blocks(result: Result) -> list[Block]:
     """The texts of a result with `position` and `piece`, in order of pair and side.
 
-    Positions past `n_positions` are padding and are left out, and so is a side without any token (a margin exists
-    only where two texts are aligned). Of a further dim, such as depth, the last label is taken: its label is `depth`.
+    Positions past `n_positions` are padding and are left out, and so is a side without any token (a margin
+    exists only where two texts are aligned). Of a further dim, such as depth, the last label is taken.
     """
     data = result.dataset[["value"]]
-    extra = [d for d in data["value"].dims if d not in ("pair", "side", "position")]
+    extra = [d for d in dims_of(data["value"]) if d not in ("pair", "side", "position")]
     label = ", ".join(f"{d} {data[d].values[-1]}" if d in data.coords else d for d in extra)
     data = data.isel({d: -1 for d in extra})
     for dim in ("side", "pair"):
         if dim not in data["value"].dims:
             fixed = str(data[dim].item()) if dim in data.coords else ""
             data = data.drop_vars(dim, errors="ignore").expand_dims({dim: [fixed]})
-    names = {"value": data["value"], "piece": data["piece"]} | ({"role": data["role"]} if "role" in data.coords else {})
-    table = {k: v.broadcast_like(data["value"]).transpose("pair", "side", "position").values for k, v in names.items()}
+    names = {"value": data["value"], "piece": data["piece"]} | (
+        {"role": data["role"]} if "role" in data.coords else {}
+    )
+    table = {
+        k: v.broadcast_like(data["value"]).transpose("pair", "side", "position").values
+        for k, v in names.items()
+    }
     lengths = np.full(table["value"].shape[:2], data.sizes["position"])
     if "n_positions" in data.coords:
         counts = data["n_positions"].broadcast_like(data["value"].isel(position=0)).transpose("pair", "side")
@@ -58,7 +65,7 @@ def blocks(result: Result) -> list[Block]:
 
 
 def colour_limit(texts: list[Block]) -> tuple[float, float]:
-    """Where the symmetric colour scale ends, and the largest absolute value (0, 0 if no token has a value)."""
+    """Where the symmetric colour scale ends, and the largest absolute value; (0, 0) without values."""
     sizes = np.abs([v for block in texts for v in block.values if math.isfinite(v)])
     if not sizes.any():
         return 0.0, 0.0
@@ -74,34 +81,51 @@ def readable(piece: str) -> str:
     return shown.replace("\n", "\u21b5\n")
 
 
-def strip_chart(result: Result) -> tuple[alt.LayerChart, str]:
-    """The chart form (notebook, SVG, PNG): monospaced rows of a fixed width; and a note on what is left out."""
-    texts = blocks(result)
+def strip_chart(texts: list[Block], unit: str) -> tuple[Drawing, str]:
+    """The chart form (notebook, SVG, PNG), monospaced, of a fixed width; and a note on what is left out."""
+    cells, headings, height = _typeset(texts[:BLOCKS])
     limit, _ = colour_limit(texts)
+    where = {
+        "x": alt.X("x:Q", axis=None, scale=alt.Scale(domain=[0, COLUMNS], nice=False)),
+        "y": alt.Y("row:O", axis=None, scale=alt.Scale(domain=list(range(height)), paddingInner=0.08)),
+    }
+    scale = alt.Scale(domain=[-limit or -1, limit or 1], range="diverging", clamp=True, interpolate="rgb")
+    tip = [
+        alt.Tooltip("text:N", title="token"),
+        alt.Tooltip("value:Q", format="+.3~g"),
+        alt.Tooltip("role:N"),
+    ]
+    base = alt.Chart(rows(cells)).encode(**where, tooltip=tip)
+    titles = alt.Chart(rows(headings)).mark_text(style="heading")
+    layers = [
+        base.mark_rect().encode(x2="end:Q", color=alt.Color("value:Q", scale=scale, title=unit)),
+        base.mark_text(style="token").encode(text="text:N"),
+        titles.encode(y=where["y"], x=alt.datum(0), text="text:N"),
+    ]
+    note = f"The first {BLOCKS} of {len(texts)} texts." if len(texts) > BLOCKS else ""
+    return alt.layer(*layers).properties(width=int(COLUMNS * CHARACTER), height=ROW * height), note
+
+
+def _typeset(texts: list[Block]) -> tuple[list[dict], list[dict], int]:
+    """Cells and headings with their row and columns, and the number of rows. A line break ends its row."""
     cells, headings, row = [], [], 0
-    for block in texts[:BLOCKS]:
-        headings.append({"row": row, "text": "  ".join(t for t in (block.pair, block.side, block.depth) if t)})
+    for block in texts:
+        headings.append(
+            {"row": row, "text": "  ".join(t for t in (block.pair, block.side, block.depth) if t)}
+        )
         row, column = row + 1, 0
         for piece, role, value in zip(block.pieces, block.roles, block.values, strict=True):
-            shown = readable(piece).replace("\n", "").replace("\t", " ")
+            shown = readable(piece).replace("\n", "").replace("\t", " ").replace(" ", "\u00a0")
             for start in range(0, len(shown), COLUMNS):
                 part = shown[start : start + COLUMNS]
                 if column + len(part) > COLUMNS:
                     row, column = row + 1, 0
-                cells.append({"row": row, "x": column, "end": column + len(part), "text": part.replace(" ", "\u00a0"), "value": value, "role": role})
-                column += len(part)
+                end = column + len(part)
+                cells.append(
+                    {"row": row, "x": column, "end": end, "text": part, "value": value, "role": role}
+                )
+                column = end
             if piece.endswith("\n"):
                 row, column = row + 1, 0
         row += 2
-    where = {"x": alt.X("x:Q", axis=None, scale=alt.Scale(domain=[0, COLUMNS], nice=False)),
-             "y": alt.Y("row:O", axis=None, scale=alt.Scale(domain=list(range(row)), paddingInner=0.08))}
-    scale = alt.Scale(domain=[-limit or -1, limit or 1], range="diverging", clamp=True, interpolate="rgb")
-    tip = [alt.Tooltip("text:N", title="token"), alt.Tooltip("value:Q", format="+.3~g"), alt.Tooltip("role:N")]
-    base = alt.Chart(rows(cells)).encode(**where, tooltip=tip)
-    layers = [
-        base.mark_rect().encode(x2="end:Q", color=alt.Color("value:Q", scale=scale, title=unit_of(result))),
-        base.mark_text(style="token").encode(text="text:N"),
-        alt.Chart(rows(headings)).mark_text(style="heading").encode(y=where["y"], x=alt.datum(0), text="text:N"),
-    ]
-    note = f"The first {BLOCKS} of {len(texts)} texts." if len(texts) > BLOCKS else ""
-    return alt.layer(*layers).properties(width=int(COLUMNS * CHARACTER), height=ROW * row), note
+    return cells, headings, row

@@ -1,8 +1,8 @@
 """Colours and type of charts, in light and in dark.
 
-Blue and orange are told apart by every common kind of colour vision. The ends of the diverging scale stay light enough
-(on dark: dark enough) that text in the ink colour keeps a contrast of at least 4.5 on every shade of it, which is what
-lets a token's background carry its value.
+Blue and orange are told apart by every common kind of colour vision. The ends of the diverging scale stay
+light enough (on dark: dark enough) that text in the ink colour keeps a contrast of at least 4.5 on every
+shade of it, which is what lets a token's background carry its value.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ LIGHT = Palette(
     negative="#e0813a",
     neutral="#f3f3f1",
     positive="#5596d6",
-    series=("#2170b8", "#c4570c", "#2b3038", "#1a8767", "#ab4f90", "#8a6f00", "#4a9fd0", "#777d86"),
+    series=("#2170b8", "#c4570c", "#2b3038", "#1a8767", "#ab4f90", "#8a6f00", "#3d93c7", "#777d86"),
 )
 DARK = Palette(
     paper="#15181c",
@@ -48,7 +48,7 @@ DARK = Palette(
 
 
 def theme(dark: bool = False) -> dict:
-    """A Vega-Lite `config` object: the named ranges and mark styles that every chart of the library refers to."""
+    """A Vega-Lite `config` object: the named ranges and mark styles that every chart refers to."""
     c = DARK if dark else LIGHT
     text = {"labelColor": c.muted, "titleColor": c.muted, "labelFontSize": 12, "titleFontSize": 12}
     return {
@@ -83,7 +83,13 @@ def theme(dark: bool = False) -> dict:
             "gradientThickness": 10,
             "offset": 12,
         },
-        "title": {"color": c.ink, "subtitleColor": c.muted, "anchor": "start", "fontSize": 14, "fontWeight": 600},
+        "title": {
+            "color": c.ink,
+            "subtitleColor": c.muted,
+            "anchor": "start",
+            "fontSize": 14,
+            "fontWeight": 600,
+        },
         "range": {
             "category": list(c.series),
             "diverging": [c.negative, c.neutral, c.positive],

@@ -59,7 +59,7 @@ def capture(rm: RewardModel, texts_or_pairs, sites="components", at: str | range
     texts_or_pairs: pairs; or (prompt, response) tuples; or raw strings, which are tokenised without a template.
     sites: `Site` objects or their written forms (``"L3.attn"``, ``"L5.resid_pre"``, ``"L2.head"`` for all heads of a
         block); ``"components"`` means what the lens and the component split need: every residual and every write.
-    at: "final" (the reward position), "response" (the response's first token through the reward position) "all", or
+    at: "final" (the reward position), "response" (the response's first token through the reward position), "all", or
         an explicit range of positions.
 
     Returns `Activations` in the readout's precision (float32): [run, d_model] a site at "final", a tuple of

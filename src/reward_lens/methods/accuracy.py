@@ -315,7 +315,7 @@ def _slope(x: np.ndarray) -> float | None:
 
 
 def _has_no_maximum(design: np.ndarray) -> bool:
-    """Whether a half-plane holds every pair's (margin, length): the likelihood then rises for ever or is flat."""
+    """Whether a half-plane holds every (margin, length): the likelihood then rises for ever, or is flat."""
     rows = design[(design != 0).any(1)]
     if len(rows) < 3:
         return True

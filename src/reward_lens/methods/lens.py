@@ -123,7 +123,7 @@ def _lens_everywhere(rm: RewardModel, pairs: data.Pairs, norm: Norms) -> Result:
     read = np.full((len(tokens), rm.n_layers + 1, longest), np.nan)
     readout = rm.readout
     constant = readout.weight @ readout.norm.shift + readout.bias
-    unit = readout.norm.pull_back(readout.weight, torch.ones_like(readout.bias))
+    unit = readout.norm.pull_back(readout.weight, torch.ones_like(readout.weight[:1]))
     for batch in rm.batches(tokens):
         rows: list[Tensor] = []
         scales: list[Tensor] = []

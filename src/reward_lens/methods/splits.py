@@ -5,7 +5,7 @@ direction a run. Vectors of single heads or neurons are never formed: the direct
 output map (and its post-norm, scale frozen) to where heads and neurons live.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,7 @@ from reward_lens.model.structure import is_linear, linear_bias, linear_weight
 Labels = tuple[list[str], list[int], list[str], list[int]]
 
 
+@runtime_checkable
 class Split(Protocol):
     """A way to cut the writes."""
 

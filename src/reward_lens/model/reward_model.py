@@ -169,12 +169,13 @@ class RewardModel:
                 yield Batch(batch.ids, batch.mask, batch.positions, batch.offset, batch.reward_pos,
                             tuple(rows[i] for i in batch.rows))  # fmt: skip
 
-    def tokenize_pairs(self, pairs: "data.Pairs") -> list[tuple[Tokens, Tokens]]:
+    def tokenize_pairs(self, pairs: Iterable["data.Pair"]) -> list[tuple[Tokens, Tokens]]:
         """(chosen, rejected) tokens of every pair."""
-        return [
-            tuple(self.tokenizer.conversation(p.messages, r, self.truncation) for r in (p.chosen, p.rejected))
-            for p in pairs
-        ]
+
+        def tokens(pair: data.Pair, response: str) -> Tokens:
+            return self.tokenizer.conversation(pair.messages, response, self.truncation)
+
+        return [(tokens(p, p.chosen), tokens(p, p.rejected)) for p in data.as_pairs(pairs)]
 
     def score_pairs(self, pairs: Iterable["data.Pair"], batch_size: int | None = None) -> Result:
         """Rewards of both responses and their margin.
@@ -186,11 +187,13 @@ class RewardModel:
         rewards = self.rewards(flat, batch_size).double().numpy().reshape(-1, 2)
         values = np.column_stack([rewards, rewards[:, 0] - rewards[:, 1]])
         lengths = np.array([len(t.response) for t in flat]).reshape(-1, 2)
-        coords = {**pair_coords(pairs), "side": list(SIDES), "n_tokens": (("pair", "two"), lengths)}
-        del coords["n_tokens"]
-        value = xr.DataArray(values, dims=("pair", "side"), coords=coords).assign_coords(
-            chosen_tokens=("pair", lengths[:, 0]), rejected_tokens=("pair", lengths[:, 1])
-        )
+        coords = {
+            **pair_coords(pairs),
+            "side": np.array(SIDES, dtype=object),
+            "chosen_tokens": ("pair", lengths[:, 0]),
+            "rejected_tokens": ("pair", lengths[:, 1]),
+        }
+        value = xr.DataArray(values, dims=("pair", "side"), coords=coords)
         meta = self.describe(
             "score_pairs", pairs, title="Rewards and margins",
             shows="The reward of each response and the margin between chosen and rejected.",

@@ -1,4 +1,4 @@
-"""One self-contained offline page from any results: it reads their dims, coordinates and provenance, never a method."""
+"""One self-contained offline page from any results, by their dims, coordinates and provenance."""
 
 from reward_lens.report.html import write_report
 

@@ -1,7 +1,7 @@
-"""Writes the page: one file, no request to anywhere, under a Content-Security-Policy that names its scripts by hash.
+"""Writes the page: one file, no request to anywhere, a Content-Security-Policy naming its scripts by hash.
 
-What it shows comes from the results alone (`sections`). Text is escaped by the template; chart data stands in a JSON
-block in which no character can end the script element.
+What it shows comes from the results alone (`sections`). Text is escaped by the template; chart data stands in
+a JSON block in which no character can end the script element.
 """
 
 import base64
@@ -27,13 +27,15 @@ from reward_lens.report.tables import check_rows, nearest
 from reward_lens.result import Result
 
 
-def write_report(results: Iterable[Result] | Mapping[str, Result], path: str | Path, title: str | None = None) -> Path:
+def write_report(
+    results: Iterable[Result] | Mapping[str, Result], path: str | Path, title: str | None = None
+) -> Path:
     """Write one self-contained HTML file that shows `results` in the order given, and return its path.
 
-    Each result becomes a section: its `meta` gives the heading (`title`), what it shows and cannot show, the settings
-    and the provenance; its dims and coordinates give the charts and tables. Results of any method join without code
-    here. Raises `DataError` if there is no result. The page cannot show more than fits: strips of very many pairs and
-    long lists are cut with a sentence that counts what is left out.
+    Each result becomes a section: its `meta` gives the heading (`title`), what it shows and cannot show, the
+    settings and the provenance; its dims and coordinates give the charts and tables. Results of any method
+    join without code here. Raises `DataError` if there is no result. The page cannot show more than fits:
+    strips of very many pairs and long lists are cut, with a sentence that counts what is left out.
     """
     named = _named(results)
     if not named:
@@ -74,7 +76,7 @@ def write_report(results: Iterable[Result] | Mapping[str, Result], path: str | P
 
 def _named(results: Iterable[Result] | Mapping[str, Result]) -> dict[str, Result]:
     if isinstance(results, Mapping):
-        return dict(results)
+        return {str(name): result for name, result in results.items()}
     out: dict[str, Result] = {}
     for result in results:
         key, count = result.name, 2
@@ -86,8 +88,8 @@ def _named(results: Iterable[Result] | Mapping[str, Result]) -> dict[str, Result
 
 @functools.cache
 def _bundle() -> str:
-    """Vega, Vega-Lite and Vega-Embed with the interpreter that needs no `eval`, once for all charts of a page."""
-    return vl_convert.javascript_bundle(vl_version=schema_version())
+    """Vega, Vega-Lite and Vega-Embed, with the interpreter that needs no `eval`; once for all charts."""
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", schema_version())
 
 
 @functools.cache
@@ -103,12 +105,15 @@ def _template() -> jinja2.Template:
 def _style() -> str:
     light, dark = dataclasses.asdict(LIGHT), dataclasses.asdict(DARK)
     colours = [f"  --{k}: light-dark({light[k]}, {dark[k]});" for k in light if k != "series"]
-    colours += [f"  --{k}: light-dark({light['series'][i]}, {dark['series'][i]});" for i, k in enumerate(("chosen", "rejected"))]
+    colours += [
+        f"  --{k}: light-dark({light['series'][i]}, {dark['series'][i]});"
+        for i, k in enumerate(("chosen", "rejected"))
+    ]
     return ":root {\n" + "\n".join(colours) + "\n}\n" + _resource("style.css")
 
 
 def _page_theme(dark: bool) -> dict:
-    """The page labels each chart as one image and lists its values in a table; single marks would be noise."""
+    """The page labels a chart as one image and lists its values in a table; labels of marks are noise."""
     return {**theme(dark), "aria": False}
 
 
@@ -118,7 +123,13 @@ def _resource(name: str) -> str:
 
 def _policy(scripts: Iterable[str], style: str) -> str:
     hashes = " ".join(_hash(script) for script in scripts)
-    rules = ("default-src 'none'", f"script-src {hashes}", f"style-src {_hash(style)}", "base-uri 'none'", "form-action 'none'")
+    rules = (
+        "default-src 'none'",
+        f"script-src {hashes}",
+        f"style-src {_hash(style)}",
+        "base-uri 'none'",
+        "form-action 'none'",
+    )
     return "; ".join(rules)
 
 

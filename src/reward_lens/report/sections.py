@@ -74,7 +74,9 @@ def provenance(results: Mapping[str, Result], without: tuple[str, ...] = ()) -> 
     for key in SHARED:
         if key in ("n_pairs", "n_prompts", "inputs_hash", *without):
             continue
-        values = dict.fromkeys(numbers.cell(r.meta[key]) for r in results.values() if r.meta.get(key) is not None)
+        values = dict.fromkeys(
+            numbers.cell(r.meta[key]) for r in results.values() if r.meta.get(key) is not None
+        )
         if values:
             out.append((NAMES.get(key, key), ", ".join(values)))
     pairs = dict.fromkeys(_facts_of_data(r) for r in results.values())
@@ -107,14 +109,21 @@ def _rewards(results: Mapping[str, Result]) -> dict[tuple[str, str], float]:
     """Rewards by pair and side, from the first result that holds nothing else."""
     for result in results.values():
         value = result.value
-        if set(value.dims) == {"pair", "side"} and result.unit == "reward" and {"pair", "side"} <= set(value.coords):
-            cells = value.transpose("pair", "side").to_series()
-            return {(str(pair), str(side)): float(reward) for (pair, side), reward in cells.items()}
+        if (
+            set(value.dims) == {"pair", "side"}
+            and result.unit == "reward"
+            and {"pair", "side"} <= set(value.coords)
+        ):
+            pairs, sides = ([str(label) for label in value[dim].values] for dim in ("pair", "side"))
+            cells = value.transpose("pair", "side").values
+            return {(p, s): float(cells[i, j]) for i, p in enumerate(pairs) for j, s in enumerate(sides)}
     return {}
 
 
 def _facts(result: Result) -> str:
-    unit = f"unit: {result.unit.replace('_', ' ')}" if result.unit and "check" not in result.value.dims else ""
+    unit = (
+        f"unit: {result.unit.replace('_', ' ')}" if result.unit and "check" not in result.value.dims else ""
+    )
     return " \u00b7 ".join(part for part in (_facts_of_data(result), unit) if part)
 
 
@@ -127,7 +136,9 @@ def _settings(result: Result) -> list[tuple[str, str]]:
     meta = result.meta
     rows = [("method", meta.get("method", result.name)), *(meta.get("settings") or {}).items()]
     rows += [(NAMES.get(key, key), meta[key]) for key in SHARED if meta.get(key) is not None]
-    rows.append(("shape", ", ".join(f"{dim} {size}" for dim, size in result.value.sizes.items()) or "one number"))
+    rows.append(
+        ("shape", ", ".join(f"{dim} {size}" for dim, size in result.value.sizes.items()) or "one number")
+    )
     return [(str(name), numbers.cell(value)) for name, value in rows]
 
 

@@ -1,4 +1,4 @@
-"""Tables of the page: the cells of a result worth reading first, and every check with its gap and tolerance."""
+"""Tables of the page: the cells of a result worth reading first, and every check with gap and tolerance."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ TEXTS = ("prompt", "prompt_id", "chosen", "rejected")  # coordinates that hold w
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Formatted cells. `numeric`: columns set flush right. `stacked`: on a phone each row becomes a block of lines."""
+    """Formatted cells. `numeric`: columns set flush right. `stacked`: on a phone a row becomes a block."""
 
     caption: str
     columns: list[str]
@@ -27,7 +27,7 @@ class Table:
 
 
 def values_table(result: Result) -> Table | None:
-    """All cells of a small result in order; of a large one the largest by absolute value, as the caption says."""
+    """All cells of a small result in order; of a large one the largest, as the caption says."""
     form = kind(result)
     if form == "tokens":
         return _tokens(result)
@@ -38,7 +38,9 @@ def values_table(result: Result) -> Table | None:
         return _table(pd.DataFrame(numbers_), "")
     if result.value.dtype.kind not in "fiu":
         frame = result.to_frame()
-        return _table(frame[:WHOLE], f"The first {WHOLE} of {len(frame):,} cells." if len(frame) > WHOLE else "")
+        return _table(
+            frame[:WHOLE], f"The first {WHOLE} of {len(frame):,} cells." if len(frame) > WHOLE else ""
+        )
     summary = result.summary()
     if summary.size > WHOLE:
         top = result.top(TOP)
@@ -48,7 +50,9 @@ def values_table(result: Result) -> Table | None:
     names = [n for n in ("value", "low", "high") if n in data and set(data[n].dims) <= set(summary.dims)]
     frame = data[names].to_dataframe().reset_index()
     extra = [c for c in frame.columns if c not in (*summary.dims, *names)]
-    return _table(frame[[*summary.dims, *names, *extra]], "Means over pairs." if "pair" in result.value.dims else "")
+    return _table(
+        frame[[*summary.dims, *names, *extra]], "Means over pairs." if "pair" in result.value.dims else ""
+    )
 
 
 def checks_table(result: Result) -> Table:
@@ -61,15 +65,18 @@ def checks_table(result: Result) -> Table:
 
 def check_rows(checks: list[tuple[str, Check]]) -> Table:
     """Checks of several results under the heading of each. A recorded fact has no tolerance."""
-    rows = [
-        [where, c.name, numbers.gap(c.gap), numbers.gap(c.tolerance), c.note]
-        for where, c in checks
-    ]
-    return Table("", ["section", "check", "gap", "tolerance", "note"], rows, [False, False, True, True, False], stacked=True)
+    rows = [[where, c.name, numbers.gap(c.gap), numbers.gap(c.tolerance), c.note] for where, c in checks]
+    return Table(
+        "",
+        ["section", "check", "gap", "tolerance", "note"],
+        rows,
+        [False, False, True, True, False],
+        stacked=True,
+    )
 
 
 def nearest(checks: list[tuple[str, Check]]) -> tuple[str, Check] | None:
-    """The check whose gap takes up the largest part of its tolerance; None where there is no tolerance at all."""
+    """The check whose gap takes up the largest part of its tolerance; None where no check has one."""
     bounded = [(w, c) for w, c in checks if 0 < c.tolerance < math.inf]
     return max(bounded, key=lambda pair: pair[1].gap / pair[1].tolerance, default=None)
 

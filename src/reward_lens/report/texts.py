@@ -1,4 +1,4 @@
-"""Token strips as text of the page: each token in its role, with the class that colours it and the value it carries."""
+"""Token strips as text of the page: each token with the class that colours it and the value it carries."""
 
 import dataclasses
 import itertools
@@ -55,7 +55,7 @@ class Strip:
 
 
 def strip(result: Result, rewards: Mapping[tuple[str, str], float], room: int) -> Strip:
-    """`room`: tokens that the page has space for; the first pair always fits, and the note counts the pairs left out."""
+    """`room`: tokens the page has space for. The first pair always fits; the note counts what is left out."""
     texts = blocks(result)
     limit, largest = colour_limit(texts)
     grouped = [(pair, list(group)) for pair, group in itertools.groupby(texts, key=lambda block: block.pair)]
@@ -68,7 +68,8 @@ def strip(result: Result, rewards: Mapping[tuple[str, str], float], room: int) -
         shown.append(_pair(result, pair, group, limit, rewards, opened=len(shown) < OPEN))
     notes = [f"Read at {texts[0].depth}."] if texts and texts[0].depth else []
     if largest > limit:
-        notes.append(f"The colour ends at \u00b1{numbers.number(limit)}; the largest value is {numbers.number(largest)}.")
+        ends, size = numbers.number(limit), numbers.number(largest)
+        notes.append(f"The colour ends at \u00b1{ends}; the largest absolute value is {size}.")
     if len(shown) < len(grouped):
         notes.append(f"The first {len(shown)} of {len(grouped):,} pairs; the saved result holds all.")
     shades = [f"n{i}" for i in range(LEVELS, 0, -1)] + [""] + [f"p{i}" for i in range(1, LEVELS + 1)]
@@ -76,7 +77,9 @@ def strip(result: Result, rewards: Mapping[tuple[str, str], float], room: int) -
     return Strip(shown, ends, " ".join(notes), shades, used)
 
 
-def _pair(result: Result, pair: str, group: list[Block], limit: float, rewards: Mapping, opened: bool) -> PairText:
+def _pair(
+    result: Result, pair: str, group: list[Block], limit: float, rewards: Mapping, opened: bool
+) -> PairText:
     prompt, subset = _label(result, pair, "prompt"), _label(result, pair, "subset")
     texts = [_text(block, limit, rewards.get((pair, block.side))) for block in group]
     margin = rewards.get((pair, "margin"))
@@ -100,7 +103,9 @@ def _token(piece: str, value: float, limit: float) -> Token:
     level = min(LEVELS, round(LEVELS * abs(value) / limit)) if limit else 0
     shade = f"{'p' if value > 0 else 'n'}{level}" if level else ""
     if not shade and not piece.strip():
-        shade = "u"  # the glyph that stands for a line break stays in the background unless it carries something
+        shade = (
+            "u"  # the glyph that stands for a line break stays in the background unless it carries something
+        )
     return Token(readable(piece), shade, numbers.number(value, signed=True))
 
 

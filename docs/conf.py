@@ -1,0 +1,24 @@
+"""How `make docs` builds these pages: MyST sources, examples executed, no network."""
+
+import importlib.metadata
+import os
+
+# Read by the kernels that execute the examples.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+project = "reward-lens"
+author = "reward-lens contributors"
+copyright = author  # noqa: A001
+release = importlib.metadata.version("reward-lens")
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+default_role = "code"  # docstrings write names in single backticks
+exclude_patterns = ["_build", "jupyter_execute"]
+html_theme = "furo"
+html_title = f"reward-lens {release}"
+
+nb_execution_mode = "auto"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 600  # the first load of the demo model merges and caches its weights
+nb_merge_streams = True

@@ -1,0 +1,139 @@
+"""Sources to rows: each row comes with the words that locate it."""
+
+import csv
+import io
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from reward_lens.data.checks import shown, unreadable
+
+Rows = Iterator[tuple[str, Any]]  # where a row stands, and the row
+_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+")
+_BOM = b"\xef\xbb\xbf"
+_FORMS = "'demo', a file ending in .jsonl, .json, .parquet or .csv, or a hub id such as 'org/name'"
+
+
+def open_rows(source: str | Path, split: str | None, limit: int | None) -> tuple[str, Rows]:
+    name = str(source)
+    if limit is not None and limit < 1:
+        raise unreadable(f"{name} with limit={limit}", "no rows asked for", "1 or more", "raise the limit")
+    path = resources.files("reward_lens") / "assets" / "pairs.jsonl" if name == "demo" else Path(source)
+    kind = Path(path.name).suffix.lower()
+    if kind not in _READERS and _HUB_ID.fullmatch(name) and not os.path.exists(name):
+        return name, itertools.islice(_hub_rows(name, split), limit)
+    if kind not in _READERS and os.path.isfile(name):
+        raise unreadable(name, f"a file ending in '{kind}'", _FORMS, "convert the file")
+    try:
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:
+        found = "nothing at that path" if isinstance(error, FileNotFoundError) else error
+        raise unreadable(name, found, _FORMS, "check the path") from error
+    if split is not None:
+        do = "leave split out, or cut the result: pairs[:100]"
+        raise unreadable(f"{name} with split={split!r}", "a file", "a hub data set, which has splits", do)
+    return name, itertools.islice(_READERS[kind](name, data), limit)
+
+
+def _json_line_rows(name: str, data: bytes) -> Rows:
+    for number, line in enumerate(_decode(name, data).split("\n"), start=1):
+        if line.strip():
+            yield f"line {number}", _json(f"{name}, line {number}", line)
+
+
+def _json_rows(name: str, data: bytes) -> Rows:
+    """A JSON array of objects; anything else is read as one object a line."""
+    if not data.removeprefix(_BOM).lstrip().startswith(b"["):
+        yield from _json_line_rows(name, data)
+        return
+    for number, row in enumerate(_json(name, _decode(name, data)), start=1):
+        yield f"row {number}", row
+
+
+def _parquet_rows(name: str, data: bytes) -> Rows:
+    from pyarrow import ArrowException, BufferReader
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    try:
+        for batch in ParquetFile(BufferReader(data)).iter_batches(batch_size=256):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"row {number}", row
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        raise unreadable(f"{name}, after row {number}", error, "a Parquet file with UTF-8 text") from error
+
+
+def _csv_rows(name: str, data: bytes) -> Rows:
+    reader = csv.reader(io.StringIO(_decode(name, data), newline=""), strict=True)
+    usual = csv.field_size_limit(max(len(data), 131072))  # the default, 131072, is less than a long response
+    try:
+        header, *rows = [row for row in reader if row] or [[]]
+    except csv.Error as error:
+        raise unreadable(f"{name}, line {reader.line_num}", error, "comma-separated values") from error
+    finally:
+        csv.field_size_limit(usual)
+    for number, row in enumerate(rows, start=1):
+        where = f"{name}, row {number}"
+        if len(row) != len(header):
+            raise unreadable(where, f"{len(row)} cells", f"{len(header)} cells, as in the header")
+        cells = zip(header, row, strict=True)
+        yield f"row {number}", {column: _cell(f"{where}, '{column}'", text) for column, text in cells}
+
+
+def _cell(where: str, text: str) -> Any:
+    """A CSV cell: messages where it holds them as JSON, otherwise its text."""
+    if re.match(r"\s*\[\s*\{\s*'(role|content)'", text):
+        raise unreadable(where, "messages as Python prints them", "messages as JSON (json.dumps)")
+    try:
+        value = json.loads(text) if text.lstrip().startswith("[") else None
+    except (ValueError, RecursionError):
+        return text  # a response may well begin with a bracket
+    is_messages = bool(value) and all(isinstance(message, dict) and "role" in message for message in value)
+    return value if is_messages else text
+
+
+def _hub_rows(name: str, split: str | None) -> Rows:
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        loaded = datasets.load_dataset(name, split=split)
+    except (DatasetsError, OSError, RuntimeError, ValueError) as error:  # no narrower class is common to them
+        do = "check the id, the split, the network and, for gated data, your hub login"
+        raise unreadable(name, error, f"a data set of the Hugging Face hub, or {_FORMS}", do) from error
+    if isinstance(loaded, Mapping):
+        if len(loaded) != 1:
+            do = "pass split=, one of them"
+            raise unreadable(name, f"the splits {', '.join(map(str, loaded))}", "one split", do)
+        loaded = next(iter(loaded.values()))
+    for number, row in enumerate(loaded, start=1):
+        yield f"row {number}", row
+
+
+_READERS = {".jsonl": _json_line_rows, ".json": _json_rows, ".parquet": _parquet_rows, ".csv": _csv_rows}
+
+
+def _json(where: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        found = f"{error.msg} at line {error.lineno}, column {error.colno} of {shown(text)}"
+        raise unreadable(where, found, "valid JSON") from error
+    except (ValueError, RecursionError) as error:  # a number of too many digits, lists nested too deep
+        raise unreadable(where, error, "valid JSON") from error
+
+
+def _decode(name: str, data: bytes) -> str:
+    try:
+        return data.removeprefix(_BOM).decode("utf-8")
+    except UnicodeDecodeError as error:
+        offset = error.start + len(data) - len(error.object)
+        line = data.count(b"\n", 0, offset) + 1
+        found = f"byte 0x{data[offset]:02x} at byte offset {offset}"
+        raise unreadable(f"{name}, line {line}", found, "UTF-8 text", "convert the file to UTF-8") from error

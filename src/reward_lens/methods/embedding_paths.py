@@ -1,0 +1,183 @@
+"""Gradients of the reward along a straight line in the residual that enters block 0, from a baseline to the text.
+
+At the response's positions the residual is  x(a) = x' + a (x - x'),  elsewhere it is the text's own. Then
+
+    integral over a in (0, 1) of  (x - x') . dr/dx (x(a))   summed over positions   =   r(x) - r(x')
+
+and each position's term is its integrated gradient; the integrand at a = 1 is gradient times difference. The
+residual is replaced by a hook where it enters block 0, never through `inputs_embeds`.
+
+The integral is taken by Gauss-Legendre quadrature: its nodes crowd at both ends, and the first norm bends the path
+near a = 0, where the residual is small. Reference: Sundararajan, Taly, Yan 2017, arXiv 1703.01365.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from reward_lens.model.forward import Batch, at_rows
+from reward_lens.model.reward_model import RewardModel
+from reward_lens.model.tokens import Tokens
+
+Baseline = Literal["mean", "zero", "pad"]
+GRADIENT_TOKENS = 1024
+"""Padded tokens of a batch with gradients: every layer's activations are kept."""
+MAX_STEPS = 512
+VOCABULARY_ROWS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """What the gradients along the line give each text."""
+
+    values: list[np.ndarray]
+    """One a text: [response token]."""
+    start: np.ndarray
+    """[text] reward at the baseline."""
+    steps: np.ndarray
+    """[text] nodes on the line."""
+    forward_rows: int
+    backward_rows: int
+
+
+def baseline_residual(rm: RewardModel, length: int, baseline: Baseline) -> Float[Tensor, "length d_model"]:
+    """What enters block 0 at each position when nothing is said there.
+
+    "pad": the residual of the padding token (the end-of-text token where there is none), position included.
+    "zero": the zero vector; where positions are added to the embedding, they go too.
+    "mean": the mean over the vocabulary, with the position's part added as it is to every token: it is measured as the
+    difference between one token's residual there and at position 0. Measured at the site itself, all three hold for
+    embeddings that are scaled (Gemma), normed (Bloom) or have positions added (GPT-2).
+    """
+    if baseline == "zero":
+        return rm.readout.weight.new_zeros(length, rm.d_model)
+    filler = _entering_block_0(rm, torch.full((1, length), rm.pad_id))[0]
+    if baseline == "pad":
+        return filler
+    words = min(len(rm.tokenizer.hf), rm.config.get_text_config().vocab_size)
+    total = torch.zeros_like(filler[0], dtype=torch.float64)
+    for some in torch.arange(words)[:, None].split(VOCABULARY_ROWS):
+        total += _entering_block_0(rm, some)[:, 0].double().sum(0)
+    return (total / words).to(filler) + (filler - filler[0])
+
+
+def gradient_path(rm: RewardModel, tokens: Sequence[Tokens], baseline: Baseline) -> Path:
+    """Gradient at the text itself times (residual - baseline)."""
+    base = baseline_residual(rm, max(len(t) for t in tokens), baseline)
+    values, _ = _walk(rm, tokens, base, np.ones(1), np.ones(1))
+    start = _walk(rm, tokens, base, np.zeros(1))[1][:, 0]
+    return Path(values, start, np.ones(len(tokens), dtype=int), 2 * len(tokens), len(tokens))
+
+
+def integrated_path(
+    rm: RewardModel, tokens: Sequence[Tokens], baseline: Baseline, rewards: np.ndarray, steps: int, tolerance: float
+) -> Path:
+    """Integrated gradients; a text whose sum is off by more than `tolerance` is done again with twice the nodes, up to
+    `MAX_STEPS`."""
+    base = baseline_residual(rm, max(len(t) for t in tokens), baseline)
+    start = _walk(rm, tokens, base, np.zeros(1))[1][:, 0]
+    values: list[np.ndarray] = [np.zeros(len(t.response)) for t in tokens]
+    used = np.zeros(len(tokens), dtype=int)
+    rows = 0
+    todo = [i for i, t in enumerate(tokens) if len(t.response)]
+    while todo:
+        nodes, weights = np.polynomial.legendre.leggauss(steps)
+        found, _ = _walk(rm, [tokens[i] for i in todo], base, (nodes + 1) / 2, weights / 2)
+        for i, one in zip(todo, found, strict=True):
+            values[i], used[i] = one, steps
+        rows += len(todo) * steps
+        gaps = {i: completeness_gap(values[i], rewards[i] - start[i]) for i in todo}
+        todo = [i for i in todo if gaps[i] > tolerance] if 2 * steps <= MAX_STEPS else []
+        steps *= 2
+    return Path(values, start, used, rows + len(tokens), rows)
+
+
+def completeness_gap(values: np.ndarray, difference: float) -> float:
+    """|sum - difference| over the larger of |difference| and the sum of |values|."""
+    size = max(abs(difference), float(np.abs(values).sum()))
+    return abs(float(values.sum()) - difference) / size if size else 0.0
+
+
+def _walk(
+    rm: RewardModel, tokens: Sequence[Tokens], base: Tensor, nodes: np.ndarray, weights: np.ndarray | None = None
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Rewards [text, node] on the line, and with `weights` the weighted sums of (x - x') . gradient per token."""
+    rows = [text for text in tokens for _ in nodes]
+    rewards = np.zeros(len(rows))
+    values = [np.zeros(len(t.response)) for t in tokens]
+    size = None if weights is None else max(1, GRADIENT_TOKENS // max(len(t) for t in tokens))
+    for batch in rm.batches(rows, size):
+        which = [divmod(row, len(nodes)) for row in batch.rows]
+        alphas = torch.tensor([nodes[node] for _, node in which])
+        spans = _response_positions(batch, [tokens[text] for text, _ in which])
+        with torch.set_grad_enabled(weights is not None):
+            reward, pulled = _on_the_line(rm, batch, base, alphas, spans, weights is not None)
+        rewards[list(batch.rows)] = reward
+        if weights is not None:
+            for i, (text, node) in enumerate(which):
+                values[text] += weights[node] * pulled[i, spans[i]].numpy()
+    return values, rewards.reshape(len(tokens), len(nodes))
+
+
+def _on_the_line(
+    rm: RewardModel, batch: Batch, base: Tensor, alphas: Tensor, spans: Tensor, gradient: bool
+) -> tuple[np.ndarray, Tensor]:
+    """One pass: rewards [batch] and, if asked, (x - x') . gradient [batch, pos], on the CPU in float64."""
+    points: list[tuple[Tensor, Tensor]] = []
+    ends: list[Tensor] = []
+
+    def move(x: Tensor) -> Tensor:
+        own = x.detach().to(base)
+        origin = base[: x.shape[1]].expand_as(own)
+        # lerp is exact at both ends: at 1 this is the text's own pass
+        moved = torch.lerp(origin, own, alphas.to(base)[:, None, None].expand_as(own))
+        point = torch.where(spans.to(x.device)[..., None], moved, own).to(x.dtype).requires_grad_(gradient)
+        points.append((point, own - origin))
+        return point.clone()  # some classes add in place, which a leaf does not allow
+
+    pick = at_rows(batch.reward_pos)
+    read = rm.trunk.read_residual(rm.n_layers, lambda x: ends.append(pick(x)))
+    rm.trunk.run(batch, rm.trunk.edit_residual(0, move), read)
+    reward = rm.readout.reward(ends[0])
+    pulled = torch.empty(0)
+    if gradient:
+        point, difference = points[0]
+        (slope,) = torch.autograd.grad(reward.sum(), point)
+        pulled = (slope.to(difference) * difference).sum(-1).double().cpu()
+    return reward.detach().double().cpu().numpy(), pulled
+
+
+def _response_positions(batch: Batch, texts: Sequence[Tokens]) -> Tensor:
+    """[batch, pos] where a row's response stands."""
+    where = torch.zeros(batch.ids.shape, dtype=torch.bool)
+    for i, (text, start) in enumerate(zip(texts, batch.offset.tolist(), strict=True)):
+        where[i, start + text.response.start : start + text.response.stop] = True
+    return where
+
+
+class _Reached(Exception):
+    """Ends a pass where nothing after block 0's input is wanted."""
+
+
+@torch.no_grad()
+def _entering_block_0(rm: RewardModel, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+    kept: list[Tensor] = []
+
+    def stop(x: Tensor) -> None:
+        kept.append(x.clone())
+        raise _Reached
+
+    ids = ids.to(rm.device)
+    count, length = ids.shape
+    first = torch.zeros(count, dtype=torch.long, device=rm.device)
+    order = torch.arange(length, device=rm.device).expand(count, length)
+    batch = Batch(ids, torch.ones_like(ids), order, first, first + length - 1, tuple(range(count)))
+    with contextlib.suppress(_Reached):
+        rm.trunk.run(batch, rm.trunk.read_residual(0, stop))
+    return kept[0].to(rm.readout.weight)

@@ -1,0 +1,300 @@
+"""Charts: chosen by dims and coordinates, drawn without colours of their own, nothing left out in silence."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import xarray as xr
+
+import shapes
+from reward_lens.charts import chart, kind, panels, save_chart, theme
+from reward_lens.charts.strip import COLUMNS, blocks, colour_limit, readable
+from reward_lens.charts.theme import DARK, LIGHT
+from reward_lens.errors import DataError
+from reward_lens.result import Result
+
+FORMS = {
+    "accuracy": "list",
+    "scores": "scores",
+    "calibration": "calibration",
+    "lens": "lines",
+    "contributions": "components",
+    "heads": "components",
+    "neurons": "components",
+    "effects": "components",
+    "strips": "tokens",
+    "grid": "grid",
+    "listing": "list",
+    "scalar": "table",
+    "load_report": "table",
+}
+
+
+def spec(panel) -> dict:
+    return panel.chart.to_dict()
+
+
+def values(panel) -> list[dict]:
+    """Rows of all data sets of a chart."""
+    return [row for rows in spec(panel)["datasets"].values() for row in rows]
+
+
+def find(tree, key: str) -> list:
+    """All values under a key, anywhere in a specification."""
+    if isinstance(tree, dict):
+        return [v for k, v in tree.items() if k == key] + [hit for v in tree.values() for hit in find(v, key)]
+    return [hit for v in tree for hit in find(v, key)] if isinstance(tree, list) else []
+
+
+@pytest.mark.parametrize(("shape", "form"), FORMS.items())
+def test_form_follows_from_dims(shape, form):
+    result = getattr(shapes, shape)()
+    assert kind(result) == form
+    assert bool(panels(result)) == (form != "table")
+
+
+@pytest.mark.parametrize("shape", FORMS)
+def test_every_form_is_drawn(shape, tmp_path):
+    svg = save_chart(getattr(shapes, shape)(), tmp_path / "chart.svg").read_text()
+    assert svg.startswith("<svg") and len(svg) > 1500
+    assert "<script" not in svg
+
+
+@pytest.mark.parametrize("shape", FORMS)
+def test_no_chart_knows_a_method_or_a_colour(shape):
+    result = getattr(shapes, shape)()
+    renamed = result._with(result.dataset)
+    renamed.name, renamed.meta = "another", {}
+    drawn = [json.dumps(spec(p)) for p in panels(result)]
+    assert drawn == [json.dumps(spec(p)) for p in panels(renamed)]
+    assert not re.search(r'"#[0-9a-fA-F]{3,8}"', "".join(drawn))
+
+
+def test_light_and_dark_are_one_specification_with_two_themes():
+    light, dark = (chart(shapes.lens(), dark=dark).to_dict() for dark in (False, True))
+    assert light.pop("config") == theme(False)
+    assert dark.pop("config") == theme(True) != theme(False)
+    assert light == dark
+
+
+@pytest.mark.parametrize(
+    ("suffix", "start"),
+    [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<svg"), ("html", b"<!DOCTYPE html>")],
+)
+def test_files(suffix, start, tmp_path):
+    path = save_chart(shapes.accuracy(), tmp_path / f"chart.{suffix}")
+    assert path.read_bytes().lstrip().startswith(start)
+
+
+def test_another_suffix_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"cannot be written to chart\.gif\. Found: the suffix '\.gif'"):
+        save_chart(shapes.accuracy(), tmp_path / "chart.gif")
+
+
+def test_plot_is_the_chart():
+    assert shapes.grid().plot().to_dict() == chart(shapes.grid()).to_dict()
+
+
+# --- lines, lists, heat maps
+
+
+def test_lines_have_a_band_a_side_and_the_names_of_the_sides():
+    (panel,) = panels(shapes.lens())
+    assert [m["type"] for m in find(spec(panel), "mark") if isinstance(m, dict)].count("area") == 1
+    assert shapes.SIDES in find(spec(panel), "domain")
+    assert sum("low" in row for row in values(panel)) == 3 * (shapes.LAYERS + 1)
+
+
+def test_no_interval_no_band():
+    (panel,) = panels(Result("lens", shapes.lens().value, unit="reward"))
+    assert "area" not in [m["type"] for m in find(spec(panel), "mark")]
+
+
+def test_undefined_cells_are_gaps():
+    value = xr.DataArray([1.0, np.nan, 3.0], dims="depth", coords={"depth": [0, 1, 2]})
+    (panel,) = panels(Result("lens", value, unit="reward", undefined="no pairs"))
+    assert [row["x"] for row in values(panel) if "x" in row] == [0, 2]
+    nothing = Result("none", value * np.nan, unit="reward", undefined="no pairs")
+    assert panels(nothing) == []
+
+
+def test_components_become_layer_by_kind_and_a_list():
+    blocks_panel, outside = panels(shapes.contributions())
+    cells = values(blocks_panel)
+    assert len(cells) == 2 * shapes.LAYERS and {row["y"] for row in cells} == {"attn", "mlp"}
+    assert {row["y"] for row in values(outside) if "y" in row} == {"embed", "norm", "bias"}
+    assert outside.title == "Outside the blocks"
+
+
+def test_heads_become_layer_by_head():
+    by_head, by_kind, outside = panels(shapes.heads())
+    assert len(values(by_head)) == shapes.LAYERS * shapes.HEADS
+    assert {row["y"] for row in values(by_kind)} == {"mlp"}
+    assert {row["y"] for row in values(outside) if "y" in row} == {"embed", "bias"}
+
+
+def test_a_few_components_are_a_list():
+    few = shapes.contributions().sel(component=["embed", "L0.attn", "L0.mlp", "bias"])
+    assert kind(few) == "list"
+
+
+def test_units_without_a_cell_of_their_own_are_a_list_that_counts_what_it_leaves_out():
+    (panel,) = panels(shapes.neurons())
+    assert panel.note == "The 40 largest of 50 by absolute value."
+    assert len([row for row in values(panel) if "y" in row]) == 40
+
+
+def test_heat_map_is_symmetric_around_zero_and_shows_the_margin():
+    (panel, _) = panels(shapes.contributions())
+    margin = shapes.contributions().mean.sel(side="margin")
+    (scale,) = [s for s in find(spec(panel), "scale") if s.get("range") == "diverging"]
+    assert scale["domain"][0] == -scale["domain"][1]
+    shown = {row["label"]: row["value"] for row in values(panel)}
+    assert shown["L2.mlp"] == pytest.approx(margin.sel(component="L2.mlp").item(), rel=1e-5)
+    assert "margin, reward" in find(spec(panel), "title")
+
+
+def test_values_without_sign_get_a_scale_from_zero():
+    value = xr.DataArray([[0.4, 0.9], [0.5, 0.7]], dims=("a", "b"), coords={"a": ["x", "y"], "b": ["u", "v"]})
+    (panel,) = panels(Result("style", value, unit="accuracy"))
+    (scale,) = [s for s in find(spec(panel), "scale") if s.get("range") == "heatmap"]
+    assert scale["domain"] == [0, 0.9]
+
+
+def test_panels_of_one_result_share_their_scales():
+    drawn = panels(shapes.effects())
+    assert [p.title for p in drawn if "Blocks" in p.title] == [
+        "estimator exact: Blocks",
+        "estimator gradient: Blocks",
+    ]
+    scales = [find(spec(p), "scale") for p in drawn if "Blocks" in p.title]
+    assert scales[0] == scales[1]
+
+
+def test_panels_that_are_not_drawn_are_counted():
+    sizes = {"depth": 4, "model": 3, "objective": 4, "level": 3}
+    coords = {dim: [f"{dim}{i}" for i in range(n)] for dim, n in sizes.items() if dim != "depth"}
+    value = xr.DataArray(np.ones(tuple(sizes.values())), dims=tuple(sizes), coords=coords)
+    drawn = panels(Result("many", value, unit="reward"))
+    assert [p.note for p in drawn] == [""] * 7 + ["4 of 12 panels (objective, level) are not drawn."]
+
+
+def test_two_number_lines_are_a_heat_map_with_the_longer_one_across():
+    value = xr.DataArray(
+        shapes.numbers(9, 4), dims=("layer", "head"), coords={"layer": range(9), "head": range(4)}
+    )
+    (panel,) = panels(Result("pull", value, unit="reward"))
+    assert {row["x"] for row in values(panel)} == set(range(9))
+
+
+def test_many_labels_are_a_table():
+    value = xr.DataArray(
+        shapes.numbers(200, 3),
+        dims=("word", "model"),
+        coords={"word": [f"w{i}" for i in range(200)], "model": list("abc")},
+    )
+    assert panels(Result("words", value, unit="reward")) == []
+
+
+# --- distributions and calibration
+
+
+def test_histogram_counts_every_pair_and_has_an_edge_at_zero():
+    value = xr.DataArray(
+        shapes.numbers(300, seed=1), dims="pair", coords={"pair": [str(i) for i in range(300)]}
+    )
+    (panel,) = panels(Result("margins", value, unit="reward"))
+    bins = [row for row in values(panel) if "pairs" in row]
+    assert sum(row["pairs"] for row in bins) == 300
+    assert any(abs(row["from"]) < 1e-9 for row in bins)
+
+
+def test_subsets_get_a_row_each():
+    _, by_subset = panels(shapes.scores())
+    assert {row["y"] for row in values(by_subset) if "pair" in row} == {"one", "two"}
+
+
+def test_equal_scores_are_drawn():
+    value = xr.DataArray([1.0, 1.0], dims="pair", coords={"pair": ["a", "b"]})
+    (panel,) = panels(Result("margins", value, unit="reward"))
+    assert sum(row.get("pairs", 0) for row in values(panel)) == 2
+
+
+def test_calibration_intervals_are_around_the_observed_rate_whatever_the_value_is():
+    rate = shapes.calibration()
+    difference = rate.value - rate.value["predicted"]
+    shifted = Result("calibration", difference, unit="fraction", low=difference - 0.1, high=difference + 0.1)
+    rows = [[row for row in values(panels(r)[0]) if "low" in row] for r in (rate, shifted)]
+    assert [row["low"] for row in rows[0]] == pytest.approx([row["low"] for row in rows[1]])
+
+
+# --- token strips
+
+
+def test_blocks_hold_the_texts_without_padding():
+    found = {(b.pair, b.side): b for b in blocks(shapes.strips())}
+    assert len(found) == 2 * shapes.PAIRS  # no margin: it has no token
+    for (pair, side), tokens in shapes.texts().items():
+        name = shapes.of_pairs()["pair"][pair]
+        assert found[name, side].pieces == tuple(text for text, _ in tokens)
+        assert found[name, side].roles == tuple(role for _, role in tokens)
+        assert np.isfinite(found[name, side].values).all()
+
+
+def test_blocks_without_pair_and_side():
+    value = xr.DataArray([0.1, -0.2], dims="position", coords={"piece": ("position", ["a", " b"])})
+    (block,) = blocks(Result("one", value, unit="reward"))
+    assert (block.pair, block.side, block.pieces) == ("", "", ("a", " b"))
+
+
+def test_of_a_further_dim_the_last_label_is_read():
+    strips = shapes.strips()
+    stacked = xr.concat([0 * strips.value, strips.value], "depth").assign_coords(depth=[0, 7])
+    (first, *_) = blocks(Result("lens", stacked, unit="reward"))
+    assert first.depth == "depth 7" and any(first.values)
+
+
+def test_strip_chart_wraps_and_says_what_it_leaves_out():
+    (panel,) = panels(shapes.strips())
+    cells = [row for row in values(panel) if "end" in row]
+    assert max(row["end"] for row in cells) <= COLUMNS
+    assert panel.note == "The first 6 of 10 texts."
+    places = [(row["row"], row["x"]) for row in cells]
+    assert len(set(places)) == len(places)
+
+
+def test_colour_limit_is_not_set_by_one_outlier():
+    values = [0.1] * 500 + [9.0]
+    value = xr.DataArray(values, dims="position", coords={"piece": ("position", ["x"] * 501)})
+    assert colour_limit(blocks(Result("one", value, unit="reward"))) == (pytest.approx(0.1), 9.0)
+
+
+@pytest.mark.parametrize(
+    ("piece", "shown"), [("", "\u00b7"), ("\x00", "\u2400"), ("a\n", "a\u21b5\n"), (" b", " b")]
+)
+def test_no_token_is_invisible(piece, shown):
+    assert readable(piece) == shown
+
+
+# --- colours
+
+
+def luminance(colour: str) -> float:
+    channels = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(a: str, b: str) -> float:
+    high, low = sorted((luminance(a), luminance(b)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("palette", [LIGHT, DARK], ids=["light", "dark"])
+def test_contrast(palette):
+    for background in (palette.negative, palette.neutral, palette.positive, palette.paper):
+        assert contrast(palette.ink, background) >= 4.5
+    assert contrast(palette.muted, palette.paper) >= 4.5
+    assert contrast(palette.series[0], palette.paper) >= 4.5  # links have this colour
+    assert all(contrast(colour, palette.paper) >= 3 for colour in palette.series)

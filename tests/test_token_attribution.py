@@ -1,0 +1,313 @@
+"""Token attribution adds up where it says so, and every value is what an intervention by hand gives."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+from families import TEXT_PAIRS, tiny_model
+from micro import micro_model
+from planted import KEYWORD, planted_model, planted_pairs
+from reward_lens.data import Pair
+from reward_lens.errors import CheckFailed, DataError
+from reward_lens.methods.embedding_paths import _walk, baseline_residual, completeness_gap
+from reward_lens.methods.token_attribution import _require, token_attribution
+from reward_lens.methods.units import units_of
+from reward_lens.model.reward_model import RewardModel
+from reward_lens.result import load_result
+
+FAMILIES = ("llama", "gpt2", "gemma2", "bloom", "gpt_neox", "qwen3", "mixtral")
+SHORT = [
+    Pair("Is 7 a prime number?", "Yes, it is.", "Yes, it was", id="shared prefix"),
+    Pair("Cheer me up", "Well \U0001f389\U0001f44d\U0001f3fd", "o", id="emoji, one token"),
+    Pair("Say nothing.", "", "", id="empty"),
+]
+METHODS = (
+    {"method": "prefix"},
+    {"method": "truncate"},
+    {"method": "gradient"},
+    {"method": "integrated", "steps": 8},
+    {"method": "leave_one_out"},
+    {"method": "leave_one_out", "removal": "mask"},
+)
+
+
+@functools.cache
+def model(family: str, dtype: torch.dtype = torch.float32) -> RewardModel:
+    return RewardModel(*tiny_model(family, dtype=dtype))
+
+
+def sums(result, pair: int, side: str) -> tuple[float, float, float]:
+    cell = result.value.isel(pair=pair).sel(side=side)
+    return float(cell.sum(skipna=True)), float(cell["start"]), float(cell["reward"])
+
+
+def row(result, pair: int, side: str) -> np.ndarray:
+    cell = result.value.isel(pair=pair).sel(side=side)
+    return cell.values[: int(cell["n_positions"])]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("by", ["token", "word"])
+def test_what_claims_a_sum_adds_up(family, by):
+    rm = model(family)
+    for settings in METHODS[:2] + METHODS[3:4]:
+        if family == "mixtral" and settings["method"] == "integrated":
+            continue  # see the test of jumps
+        result = token_attribution(rm, SHORT, by=by, **settings)
+        tolerance = 1e-2 if settings["method"] == "integrated" else 1e-5
+        assert result.checks[0].tolerance == tolerance
+        for pair, item in enumerate(SHORT):
+            for side, response in zip(("chosen", "rejected"), item.responses, strict=True):
+                total, start, reward = sums(result, pair, side)
+                size = max(abs(start), abs(reward), np.abs(row(result, pair, side)).sum())
+                assert abs(total - (reward - start)) <= tolerance * size
+                assert reward == pytest.approx(rm.score(item.prompt, response), abs=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefix_reads_the_head_at_every_position(family):
+    rm = model(family)
+    result = token_attribution(rm, SHORT[:1], method="prefix")
+    text = rm.tokenize(SHORT[0].prompt, SHORT[0].chosen)
+    with torch.no_grad():
+        ids = torch.tensor([text.ids])
+        curve = rm.module.score(rm.trunk.module(input_ids=ids).last_hidden_state)[0, :, 0].double().numpy()
+    first = text.response.start
+    assert float(result.value["start"][0, 0]) == pytest.approx(curve[first - 1], abs=1e-5)
+    np.testing.assert_allclose(row(result, 0, "chosen"), np.diff(curve[first - 1 :]), atol=1e-5)
+    roles = result.value["role"].values[0, 0, : len(text) - first]
+    assert list(roles) == ["response"] * len(text.response) + ["tail"] * len(text.tail)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_truncation_and_removal_match_plain_hugging_face_calls(family):
+    rm = model(family)
+    text = rm.tokenize(SHORT[0].prompt, SHORT[0].chosen)
+    head, body, tail = (list(text.ids[s.start : s.stop]) for s in (text.prompt, text.response, text.tail))
+
+    def hf(ids, **extra):
+        with torch.no_grad():
+            return float(rm.module(input_ids=torch.tensor([ids]), **extra).logits[0, 0])
+
+    read = [hf(head + body[:k] + tail) for k in range(len(body) + 1)]
+    result = token_attribution(rm, SHORT[:1], method="truncate")
+    np.testing.assert_allclose(row(result, 0, "chosen"), np.diff(read), atol=2e-5)
+
+    gone = [read[-1] - hf(head + body[:k] + body[k + 1 :] + tail) for k in range(len(body))]
+    result = token_attribution(rm, SHORT[:1], method="leave_one_out")
+    np.testing.assert_allclose(row(result, 0, "chosen"), gone, atol=2e-5)
+    assert float(result.value["start"][0, 0]) == pytest.approx(read[0], abs=2e-5)
+
+    masked = []
+    for k in text.response:
+        mask = torch.ones(1, len(text), dtype=torch.long)
+        mask[0, k] = 0
+        kept = {} if family == "bloom" else {"position_ids": torch.arange(len(text))[None]}
+        masked.append(read[-1] - hf(list(text.ids), attention_mask=mask, **kept))
+    result = token_attribution(rm, SHORT[:1], method="leave_one_out", removal="mask")
+    np.testing.assert_allclose(row(result, 0, "chosen"), masked, atol=2e-5)
+    if family == "bloom":  # its positions are counted off the mask, so hiding a token closes the gap
+        np.testing.assert_allclose(masked, gone, atol=2e-5)
+
+
+def test_words_are_removed_whole_and_summed_otherwise():
+    rm = model("llama")
+    text = rm.tokenize(SHORT[0].prompt, SHORT[0].chosen)
+    words = units_of(text, "word")
+    assert [u.text for u in words] == ["Yes,", " it", " is."]
+    result = token_attribution(rm, SHORT[:1], method="leave_one_out", by="word")
+    ids = [i for k, i in enumerate(text.ids) if k not in words[0].positions]
+    with torch.no_grad():
+        without = float(rm.module(input_ids=torch.tensor([ids])).logits[0, 0])
+    lost = rm.score(SHORT[0].prompt, SHORT[0].chosen) - without
+    assert row(result, 0, "chosen")[0] == pytest.approx(lost, abs=2e-5)
+    for settings in METHODS[:4]:
+        tokens = row(token_attribution(rm, SHORT[:1], **settings), 0, "chosen")
+        by_word = row(token_attribution(rm, SHORT[:1], by="word", **settings), 0, "chosen")
+        first = text.response.start
+        summed = [tokens[u.positions.start - first : u.positions.stop - first].sum() for u in words]
+        np.testing.assert_allclose(by_word[:3], summed, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "bloom", "gpt_neox", "qwen3"])
+def test_gradient_is_the_slope_along_the_line(family):
+    """Against finite differences of the reward, one position moved at a time by editing block 0's input."""
+    rm = model(family, torch.float64)
+    text = rm.tokenize(SHORT[0].prompt, SHORT[0].chosen)
+    base = baseline_residual(rm, len(text), "mean")
+    result = token_attribution(rm, SHORT[:1], method="gradient")
+
+    def moved(position, step):
+        def edit(x):
+            x = x.clone()
+            x[0, position] += step * (x[0, position] - base[position])
+            return x
+
+        kept = []
+        (batch,) = rm.batches([text])
+        with torch.no_grad():
+            rm.trunk.run(
+                batch, rm.trunk.edit_residual(0, edit), rm.trunk.read_residual(rm.n_layers, kept.append)
+            )
+            return float(rm.readout.reward(kept[0][0, text.reward_pos]))
+
+    step = 1e-5
+    slopes = [(moved(p, step) - moved(p, -step)) / (2 * step) for p in text.response]
+    np.testing.assert_allclose(row(result, 0, "chosen"), slopes, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_integrated_gradients_converge(family):
+    rm = model(family, torch.float64)
+    text = rm.tokenize(SHORT[0].prompt, SHORT[0].chosen)
+    base = baseline_residual(rm, len(text), "pad")
+    ends = _walk(rm, [text], base, np.array([0.0, 1.0]))[1][0]
+    assert ends[1] == pytest.approx(rm.score(SHORT[0].prompt, SHORT[0].chosen), abs=1e-12)
+    gaps = []
+    for steps in (4, 16, 64):
+        nodes, weights = np.polynomial.legendre.leggauss(steps)
+        (values,), _ = _walk(rm, [text], base, (nodes + 1) / 2, weights / 2)
+        gaps.append(completeness_gap(values, ends[1] - ends[0]))
+    assert gaps[2] < 1e-4 and gaps[2] < gaps[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "bloom"])
+def test_baselines_are_what_they_are_called(family):
+    rm = model(family)
+    text = rm.tokenize(SHORT[0].prompt, SHORT[0].chosen)
+    ids = [rm.pad_id if i in text.response else t for i, t in enumerate(text.ids)]
+    with torch.no_grad():
+        padded = float(rm.module(input_ids=torch.tensor([ids])).logits[0, 0])
+    result = token_attribution(rm, SHORT[:1], method="gradient", baseline="pad")
+    assert float(result.value["start"][0, 0]) == pytest.approx(padded, abs=2e-5)
+
+    kept = []
+    words = len(rm.tokenizer.hf)
+    ids = torch.arange(words)[:, None].expand(words, 5)
+    with torch.no_grad():
+        handle = rm.trunk.blocks[0].register_forward_pre_hook(
+            lambda _m, args, kwargs: kept.append((args or (kwargs["hidden_states"],))[0].clone()), with_kwargs=True
+        )
+        try:
+            rm.trunk.module(input_ids=ids)
+        finally:
+            handle.remove()
+    torch.testing.assert_close(baseline_residual(rm, 5, "mean"), kept[0].mean(0), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("settings", METHODS[1:2] + METHODS[3:], ids=lambda s: "-".join(map(str, s.values())))
+def test_a_planted_keyword_gets_the_points(settings):
+    rm = RewardModel(*planted_model("keyword"))
+    pairs = [Pair(*p) for p in planted_pairs("keyword", 24) if 3 <= len(p[1].split()) <= 8][:8]
+    result = token_attribution(rm, pairs, by="word", **settings)
+    found = []
+    for i in range(len(pairs)):
+        values, pieces = row(result, i, "chosen"), result.value["piece"].values[i, 0]
+        found.append(pieces[values.argmax()].strip() == KEYWORD)
+    assert np.mean(found) >= 0.8, found
+
+
+@pytest.mark.parametrize("settings", METHODS, ids=lambda s: "-".join(map(str, s.values())))
+def test_swapped_sides_repeated_calls_and_files(settings, tmp_path):
+    rm = model("qwen3")
+    state = {name: tensor.clone() for name, tensor in rm.module.state_dict().items()}
+    result = token_attribution(rm, SHORT, **settings)
+    again = token_attribution(rm, SHORT, **settings)
+    np.testing.assert_array_equal(result.value.values, again.value.values)
+    swapped = token_attribution(rm, [Pair(p.prompt, p.rejected, p.chosen, p.id) for p in SHORT], **settings)
+    a, b = result.value.values, swapped.value.values
+    np.testing.assert_allclose(a[:, [0, 1]], b[:, [1, 0]], atol=1e-5)
+    np.testing.assert_allclose(a[:, 2], -b[:, 2], atol=1e-5)
+
+    loaded = load_result(result.save(tmp_path / "one.nc"))
+    assert loaded.value.identical(result.value) and loaded.meta == result.meta
+
+    assert all(p.grad is None for p in rm.module.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in rm.module.modules())
+    assert all(torch.equal(state[name], tensor) for name, tensor in rm.module.state_dict().items())
+
+
+def test_margins_stand_where_the_texts_agree():
+    rm = model("llama")
+    for settings in METHODS:
+        result = token_attribution(rm, SHORT, **settings)
+        shared = [int(n) for n in result.value["n_positions"].sel(side="margin")]
+        tail = len(rm.tokenize("a", "b").tail) if settings["method"] == "prefix" else 0
+        assert shared == [len("Yes, it ") - 1, 0, tail]  # ' i' and ' it' differ from ' ' + 'w' at the fifth token
+        margin = row(result, 0, "margin")
+        expected = row(result, 0, "chosen")[: shared[0]] - row(result, 0, "rejected")[: shared[0]]
+        np.testing.assert_array_equal(margin, expected)
+        if settings["method"] == "truncate":
+            assert not margin.any()
+
+
+def test_a_unit_that_holds_the_reward_position_cannot_be_masked():
+    _, tokenizer = tiny_model("llama")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    rm = RewardModel(tiny_model("llama")[0], tokenizer)
+    result = token_attribution(rm, SHORT[:1], method="leave_one_out", removal="mask")
+    values = row(result, 0, "chosen")
+    assert np.isnan(values[-1]) and np.isfinite(values[:-1]).all()
+    assert any("own position" in check.note for check in result.checks)
+
+
+def test_a_reward_that_jumps_along_the_line_is_refused():
+    with pytest.raises(CheckFailed, match="jumps along the line"):
+        token_attribution(model("mixtral"), SHORT[:1], method="integrated", steps=300)
+
+
+def test_sixteen_bits():
+    rm = model("qwen3", torch.bfloat16)
+    for settings in METHODS:
+        token_attribution(rm, SHORT[:2], **settings)
+
+
+def test_rows_are_counted():
+    rm = RewardModel(*micro_model())
+    meta = token_attribution(rm, [Pair("a", "b b", "c")], method="truncate").meta
+    assert meta["forward_rows"] == 4  # the empty response once, "b", "b b" and "c"
+    meta = token_attribution(rm, [Pair("a", "b b", "c")], method="leave_one_out").meta
+    assert meta["forward_rows"] == 4  # deleting either "b" leaves the same text
+
+
+UNITS = {
+    "word": {
+        "Hello  world. \n": ["Hello", "  world. \n"],
+        " \n": [" \n"],
+        "a\n\nb": ["a", "\n\nb"],
+        "ok \U0001f44d\U0001f3fd!": ["ok", " \U0001f44d\U0001f3fd!"],
+        "\u4f60\u597d\u3002ok": ["\u4f60", "\u597d\u3002ok"],
+    },
+    "sentence": {
+        "It is 3.14. Yes! \"No.\" e": ["It is 3.14.", " Yes!", " \"No.\"", " e"],
+        "1. One\n2. Two": ["1. One\n", "2. Two"],
+        "\u4f60\u597d\u3002\u518d\u89c1\uff01": ["\u4f60\u597d\u3002", "\u518d\u89c1\uff01"],
+        "Good. \U0001f389": ["Good. \U0001f389"],
+        "no end": ["no end"],
+    },
+}
+
+
+@pytest.mark.parametrize("by", ["word", "sentence"])
+def test_units(by):
+    rm = model("llama")
+    for response, expected in UNITS[by].items():
+        text = rm.tokenize("Go on.", response)
+        units = units_of(text, by)
+        assert [u.text for u in units] == expected
+        assert [i for u in units for i in u.positions] == list(text.response)
+        assert all(not text.fragment(u.positions.start) for u in units)
+    for _, *responses in TEXT_PAIRS:
+        for response in responses:
+            assert "".join(u.text for u in units_of(rm.tokenize("Go on.", response), by)) == response
+
+
+def test_unknown_options():
+    known = {"method": "prefix", "by": "token", "baseline": "mean", "removal": "delete"}
+    for name in known:
+        with pytest.raises(DataError, match=f"no {name} of this name"):
+            _require(32, **(known | {name: "other"}))
+    with pytest.raises(DataError, match="nodes"):
+        token_attribution(model("llama"), SHORT, method="integrated", steps=0)
