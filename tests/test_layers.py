@@ -21,7 +21,11 @@ MODULES = {
 PLAIN = ("errors", "result", "charts", "stats", "data")
 MODEL = (*PLAIN, "engine.hooks", "model")
 ENGINE = (*MODEL, "engine")
-SIBLINGS = tuple(f"methods.{name}" for name in ("contributions", "lens", "effects", "sae", "scoring"))
+SIBLINGS = tuple(f"methods.{name}" for name in (
+    "contributions", "lens", "effects", "sae",
+    # what several methods share: Results of pairs, cuts of the writes, words and sentences, paths of embeddings
+    "paired", "splits", "source_tokens", "units", "embedding_paths", "embedding",
+))  # fmt: skip
 # The first row that a module falls under holds. The surface (cli, app, the front door) may import everything.
 MAY_IMPORT = {
     "errors": (),
@@ -32,7 +36,7 @@ MAY_IMPORT = {
     "methods": (*ENGINE, *SIBLINGS),
     "report": (*PLAIN, "report"),
 }
-SURFACE = ("__init__", "__main__", "cli", "app")
+SURFACE = ("__init__", "__main__", "cli", "app", "analysis")
 
 
 def under(module: str, prefix: str) -> bool:

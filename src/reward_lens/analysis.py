@@ -1,0 +1,42 @@
+"""The standard analysis behind `reward-lens report`: which questions are asked, in which order, of how many pairs.
+
+Costly questions are asked of a few named pairs only; each result says how many pairs it is of.
+"""
+
+from collections.abc import Iterator
+
+import reward_lens as rl
+
+FEW = 6  # pairs whose tokens are attributed one by one
+
+
+def steps(rm: "rl.RewardModel", pairs: "rl.Pairs", few: int = FEW) -> Iterator[tuple[str, "rl.Result"]]:
+    """Name and result of each step, computed as the iterator is drawn; one pass over the pairs serves several."""
+    yield "load_report", rm.load_report
+    scores = rm.score_pairs(pairs)
+    yield "accuracy", rl.accuracy(rm, pairs, scores=scores)
+    yield "scores", scores
+    if len(pairs) >= 20:
+        yield "calibration", rl.calibration(rm, pairs, scores=scores)
+    acts = rl.capture(rm, pairs, "components")
+    yield "lens_own_norm", rl.reward_lens(rm, acts, norm="own")
+    yield "lens_frozen_norm", rl.reward_lens(rm, acts, norm="frozen")
+    yield "contributions", rl.contributions(rm, acts)
+    del acts
+    some = spread_over_subsets(pairs, few)
+    yield "crystallization", rl.crystallization_depth(rm, some, control_seeds=1)
+    if rm.structure.attn_out is not None:
+        yield "heads", rl.contributions(rm, some, by="head")
+    yield "tokens_truncate", rl.token_attribution(rm, some, method="truncate")
+    yield "words_leave_one_out", rl.token_attribution(rm, some, method="leave_one_out", by="word")
+
+
+def spread_over_subsets(pairs: "rl.Pairs", n: int) -> "rl.Pairs":
+    """`n` pairs: the first of every subset, then the second of every subset, and so on, in the order of the file."""
+    seen: dict[str | None, int] = {}
+    ranked = []
+    for i, pair in enumerate(pairs):
+        seen[pair.subset] = seen.get(pair.subset, 0) + 1
+        ranked.append((seen[pair.subset], i))
+    keep = sorted(i for _, i in sorted(ranked)[:n])
+    return rl.Pairs([pairs[i] for i in keep])

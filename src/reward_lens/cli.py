@@ -1,0 +1,161 @@
+"""The command line: each command is a few lines over the API. Errors in the house style, no tracebacks for them.
+
+Exit codes: 0 done, 1 the library refused (model, data or a check), 2 the command line was wrong.
+"""
+
+import json
+import logging
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+import reward_lens as rl
+
+app = typer.Typer(
+    help="Look inside reward models. MODEL is 'demo', a hub id, a folder or a PEFT adapter; PAIRS is 'demo', a JSONL, "
+    "Parquet or CSV file, or a hub id.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out, err = Console(), Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="'demo', a hub id, a folder or a PEFT adapter.")]
+PairsFile = Annotated[str, typer.Argument(help="'demo', a .jsonl, .json, .parquet or .csv file, or a hub id.")]
+Objective = Annotated[str | None, typer.Option(help="Row of a head with several.")]
+Limit = Annotated[int | None, typer.Option(help="Use only the first N pairs.", min=1)]
+Split = Annotated[str | None, typer.Option(help="Split of a hub data set.")]
+Truncation = Annotated[str | None, typer.Option(help="'left' or 'right' cuts over-long texts; default: refuse them.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Save = Annotated[Path | None, typer.Option("--save", "-o", help="Also save the Result to this file.")]
+
+
+def refusals(command: Callable) -> Callable:
+    """Print the library's own errors as sentences and leave with exit code 1."""
+
+    @wraps(command)
+    def run(*args, **kwargs):
+        try:
+            return command(*args, **kwargs)
+        except rl.RewardLensError as error:
+            err.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
+            raise typer.Exit(1) from error
+
+    return run
+
+
+def load(model: str, objective: str | None = None, truncation: str | None = None) -> "rl.RewardModel":
+    """`rl.load`, with transformers' own progress and advice kept off the terminal."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    with err.status(f"Loading {model}"):
+        return rl.load(model, objective=objective, truncation=truncation)
+
+
+def show(result: "rl.Result", as_json: bool, save: Path | None = None, top: int | None = None) -> None:
+    """Print a result as a table or as JSON, and save it."""
+    if save is not None:
+        result.save(save)
+    if as_json:
+        frame = result.top(top) if top else result.to_frame()
+        checks = [{"name": c.name, "gap": c.gap, "tolerance": c.tolerance, "note": c.note} for c in result.checks]
+        body = {"name": result.name, "unit": result.unit, "values": json.loads(frame.to_json(orient="records"))}
+        typer.echo(json.dumps(body | {"checks": checks, "meta": result.meta}, allow_nan=False, default=str))
+    else:
+        typer.echo(str(result))
+        if top:
+            typer.echo(f"\nLargest {top}:\n{result.top(top).to_string(index=False)}")
+
+
+@app.command(epilog="Example: reward-lens check Skywork/Skywork-Reward-V2-Llama-3.2-1B")
+@refusals
+def check(model: Model = "demo", objective: Objective = None, as_json: AsJson = False):
+    """Load a reward model and print its load report: what was tested, the gaps, and what was found."""
+    report = load(model, objective).load_report
+    if as_json:
+        return show(report, True)
+    typer.echo(f"{report.meta['model']}: {report.meta['architecture']}, {report.meta['layers']} layers")
+    for row in report.value:
+        typer.echo(f"  {str(row['check'].item()):20} {float(row):9.1e} <= {float(row.tolerance):7.1e}  {row.found.item()}")
+
+
+@app.command(epilog="Example: reward-lens score 'What is 2 + 2?' 'It is 4.' --model demo")
+@refusals
+def score(
+    prompt: str, response: str, model: Annotated[str, typer.Option()] = "demo", objective: Objective = None,
+    as_json: AsJson = False,
+):  # fmt: skip
+    """Score one response to a prompt."""
+    reward = load(model, objective).score(prompt, response)
+    typer.echo(json.dumps({"model": model, "reward": reward}) if as_json else f"{reward:.6g}")
+
+
+@app.command(epilog="Example: reward-lens accuracy demo pairs.jsonl --json")
+@refusals
+def accuracy(
+    model: Model = "demo", pairs: PairsFile = "demo", split: Split = None, limit: Limit = None,
+    objective: Objective = None, truncation: Truncation = None, as_json: AsJson = False, save: Save = None,
+):  # fmt: skip
+    """How often the chosen response wins, by subset and beside length-only rules."""
+    rm = load(model, objective, truncation)
+    show(rl.accuracy(rm, rl.load_pairs(pairs, split=split, limit=limit)), as_json, save)
+
+
+@app.command(epilog="Example: reward-lens lens demo demo --norm frozen")
+@refusals
+def lens(
+    model: Model = "demo", pairs: PairsFile = "demo", norm: str = "own", split: Split = None, limit: Limit = None,
+    objective: Objective = None, truncation: Truncation = None, as_json: AsJson = False, save: Save = None,
+):  # fmt: skip
+    """The reward read off the residual stream at every depth."""
+    rm = load(model, objective, truncation)
+    show(rl.reward_lens(rm, rl.load_pairs(pairs, split=split, limit=limit), norm=norm), as_json, save)
+
+
+@app.command(epilog="Example: reward-lens attribute demo demo --by head --top 10")
+@refusals
+def attribute(
+    model: Model = "demo", pairs: PairsFile = "demo", by: str = "component", top: int = 10, split: Split = None,
+    limit: Limit = None, objective: Objective = None, truncation: Truncation = None, as_json: AsJson = False,
+    save: Save = None,
+):  # fmt: skip
+    """Split rewards and margins exactly over components, heads, neurons or source tokens."""
+    rm = load(model, objective, truncation)
+    show(rl.contributions(rm, rl.load_pairs(pairs, split=split, limit=limit), by=by), as_json, save, top)
+
+
+@app.command(epilog="Example: reward-lens report demo demo -o out/")
+@refusals
+def report(
+    model: Model = "demo", pairs: PairsFile = "demo", split: Split = None, limit: Limit = None,
+    objective: Objective = None, truncation: Truncation = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the page and the results.")] = Path("out"),
+):  # fmt: skip
+    """Run the whole analysis and write one offline HTML file, every Result beside it."""
+    from reward_lens.analysis import steps
+
+    rm, data = load(model, objective, truncation), rl.load_pairs(pairs, split=split, limit=limit)
+    results = {}
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err) as progress:
+        task = progress.add_task(f"{len(data)} pairs", total=None)
+        for name, result in steps(rm, data):
+            results[name] = result
+            result.save(output / f"{name}.nc")
+            progress.update(task, description=f"{result.meta['title']} done")
+    for note in data.notes:
+        err.print(f"Note: {note}", markup=False)
+    page = rl.write_report(results, output / "report.html", title=f"{rm.name}: reward model report")
+    typer.echo(f"Report: {page}")
+
+
+if __name__ == "__main__":
+    app()
