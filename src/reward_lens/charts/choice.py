@@ -5,13 +5,12 @@ from pathlib import Path
 
 import altair as alt
 import numpy as np
-import pandas as pd
 import vl_convert
 import xarray as xr
 
 from reward_lens.charts import forms
 from reward_lens.charts.forms import Panel
-from reward_lens.charts.rows import Drawing, dims_of, is_numeric, rows, words
+from reward_lens.charts.rows import Drawing, dims_of, in_order, is_numeric, rows, words
 from reward_lens.charts.theme import theme
 from reward_lens.errors import DataError
 from reward_lens.result import Result
@@ -149,19 +148,17 @@ def _split(result: Result, data: xr.Dataset, main: list[str], build) -> list[Pan
 
 def _table(result: Result) -> alt.Chart:
     """The largest cells as text, for a result that no chart fits."""
-    top = result.top(20) if result.value.dims else pd.DataFrame([{result.name: result.value.item()}])
+    top = result.top(20)
     cells = [
         {"row": i, "column": str(c), "text": f"{v:.4g}" if isinstance(v, float) else str(v)}
         for i, record in enumerate(top.to_dict("records"))
         for c, v in record.items()
     ]
-    x = alt.X(
-        "column:N", sort=[str(c) for c in top.columns], title=None, axis=alt.Axis(orient="top", labelAngle=0)
-    )
+    axis = alt.Axis(orient="top", labelAngle=0)
+    x = alt.X("column:N", scale=in_order(str(c) for c in top.columns), title=None, axis=axis)
     base = alt.Chart(rows(cells)).mark_text(style="celltext")
-    return base.encode(x=x, y=alt.Y("row:O", axis=None), text="text:N").properties(
-        width="container", height=max(24, 22 * len(top))
-    )
+    drawn = base.encode(x=x, y=alt.Y("row:O", axis=None), text="text:N")
+    return drawn.properties(width="container", height=max(24, 22 * len(top)))
 
 
 def _titled(panel: Panel) -> Drawing:

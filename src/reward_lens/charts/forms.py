@@ -14,10 +14,12 @@ import xarray as xr
 from reward_lens.charts.rows import (
     Drawing,
     frame,
+    in_order,
     is_numeric,
     layered,
     rows,
     span,
+    text_of,
     tooltip,
     unit_of,
     words,
@@ -52,7 +54,7 @@ def lines(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Dataset) 
         tooltip=tooltip(table, titles),
     )
     if series:
-        names = [str(name) for name in data[series].values]
+        names = list(text_of(data[series].values))
         dashes = [[5, 3] if name == "rejected" else [1, 0] for name in names]
         base = base.encode(
             color=alt.Color("series:N", scale=alt.Scale(domain=names, range="category"), title=None)
@@ -239,11 +241,7 @@ def _heat(
 
 
 def _by_subset(value: xr.DataArray, x: dict, line: list) -> Panel:
-    pair = (
-        value["pair"].values.astype(str)
-        if "pair" in value.coords
-        else np.arange(value.sizes["pair"]).astype(str)
-    )
+    pair = text_of(value["pair"].values)
     table = pd.DataFrame(
         {"y": value["subset"].values.astype(str), "value": value.values, "pair": pair}
     ).dropna()

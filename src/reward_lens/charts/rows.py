@@ -19,12 +19,26 @@ def rows(table: pd.DataFrame | list[dict]) -> alt.InlineData:
     return alt.InlineData(values=[{k: _plain(v) for k, v in record.items()} for record in records])
 
 
+def columns(data: xr.Dataset, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Dims, coordinates or variables of `data` as flat columns, one entry a cell of `value`."""
+    value = data["value"]
+    flat = {name: data[name].broadcast_like(value).transpose(*value.dims).values.ravel() for name in names}
+    return {name: text_of(column) if column.dtype.kind in "UO" else column for name, column in flat.items()}
+
+
+def text_of(labels: Iterable) -> np.ndarray:
+    """Labels as text. A lone surrogate, which neither a renderer nor pandas takes, is written as its escape."""
+    return np.array(
+        [str(label).encode("utf-8", "backslashreplace").decode() for label in labels], dtype=object
+    )
+
+
 def frame(data: xr.Dataset, **fields: str | None) -> pd.DataFrame:
     """The cells of `data` with a value. `fields`: plain field name -> dim or coordinate; None is left out."""
-    table = data.to_dataframe().reset_index()
-    named = {field: table[source] for field, source in fields.items() if source is not None}
-    numbers = {k: table[k] for k in ("value", "low", "high") if k in data.data_vars}
-    out = pd.DataFrame(named | numbers)
+    sources = {field: source for field, source in fields.items() if source is not None}
+    sources |= {name: name for name in ("value", "low", "high") if name in data.data_vars}
+    flat = columns(data, dict.fromkeys(sources.values()))
+    out = pd.DataFrame({field: flat[source] for field, source in sources.items()})
     return out[out["value"].notna()].reset_index(drop=True)
 
 
@@ -71,7 +85,7 @@ def span(data: xr.Dataset) -> tuple[float, float]:
 def in_order(labels: Iterable) -> alt.Scale:
     """A scale with the labels in the order given.
 
-    As a domain and not as `sort`: that would be compiled into an expression, where a label may break the parser.
+    As a domain and not as `sort`, which is compiled into an expression whose parser a label may break.
     """
     return alt.Scale(domain=[_plain(label) for label in dict.fromkeys(labels)])
 

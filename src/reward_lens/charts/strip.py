@@ -6,7 +6,7 @@ import math
 import altair as alt
 import numpy as np
 
-from reward_lens.charts.rows import Drawing, dims_of, rows
+from reward_lens.charts.rows import Drawing, dims_of, rows, text_of
 from reward_lens.result import Result
 
 COLUMNS, BLOCKS = 92, 6  # of the chart form: characters a row, texts shown
@@ -53,14 +53,15 @@ def blocks(result: Result) -> list[Block]:
     if "n_positions" in data.coords:
         counts = data["n_positions"].broadcast_like(data["value"].isel(position=0)).transpose("pair", "side")
         lengths = np.nan_to_num(counts.values.astype(float)).astype(int)
+    pairs = text_of(data["pair"].values)
     out = []
     for (p, s), n in np.ndenumerate(lengths):
         if n:
             cut = {k: v[p, s, :n] for k, v in table.items()}
-            roles = tuple(str(r) for r in cut["role"]) if "role" in cut else ("",) * n
-            pair, side = str(data["pair"].values[p]), str(data["side"].values[s])
+            roles = tuple(text_of(cut["role"])) if "role" in cut else ("",) * n
+            pair, side = str(pairs[p]), str(data["side"].values[s])
             values = tuple(float(v) for v in cut["value"])
-            out.append(Block(pair, side, tuple(str(t) for t in cut["piece"]), roles, values, label))
+            out.append(Block(pair, side, tuple(text_of(cut["piece"])), roles, values, label))
     return out
 
 

@@ -54,7 +54,7 @@ def theme(dark: bool = False) -> dict:
     return {
         "background": c.paper,
         "font": FONT,
-        "view": {"stroke": None, "continuousWidth": 640},
+        "view": {"stroke": None, "continuousWidth": 640, "continuousHeight": 300},
         "axis": {
             **text,
             "titleFontWeight": "normal",

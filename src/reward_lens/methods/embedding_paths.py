@@ -7,8 +7,9 @@ At the response's positions the residual is  x(a) = x' + a (x - x'),  elsewhere 
 and each position's term is its integrated gradient; the integrand at a = 1 is gradient times difference. The
 residual is replaced by a hook where it enters block 0, never through `inputs_embeds`.
 
-The integral is taken by Gauss-Legendre quadrature: its nodes crowd at both ends, and the first norm bends the path
-near a = 0, where the residual is small. Reference: Sundararajan, Taly, Yan 2017, arXiv 1703.01365.
+The integral is taken by Gauss-Legendre quadrature, and where a stretch of the line does not give the difference of
+the rewards at its ends it is halved: behind a norm a small residual counts as much as a large one, so a reward can
+turn within a thousandth of the line. Reference: Sundararajan, Taly, Yan 2017, arXiv 1703.01365.
 """
 
 import contextlib
@@ -28,6 +29,8 @@ from reward_lens.model.tokens import Tokens
 Baseline = Literal["mean", "zero", "pad"]
 GRADIENT_TOKENS = 1024
 """Padded tokens of a batch with gradients: every layer's activations are kept."""
+PANEL = 8
+"""Nodes of a stretch that was halved."""
 MAX_STEPS = 512
 VOCABULARY_ROWS = 4096
 
@@ -41,7 +44,7 @@ class Path:
     start: np.ndarray
     """[text] reward at the baseline."""
     steps: np.ndarray
-    """[text] nodes on the line."""
+    """[text] rows on the line."""
     forward_rows: int
     backward_rows: int
 
@@ -70,59 +73,99 @@ def baseline_residual(rm: RewardModel, length: int, baseline: Baseline) -> Float
 def gradient_path(rm: RewardModel, tokens: Sequence[Tokens], baseline: Baseline) -> Path:
     """Gradient at the text itself times (residual - baseline)."""
     base = baseline_residual(rm, max(len(t) for t in tokens), baseline)
-    values, _ = _walk(rm, tokens, base, np.ones(1), np.ones(1))
-    start = _walk(rm, tokens, base, np.zeros(1))[1][:, 0]
+    one = np.ones((len(tokens), 1))
+    values, _ = _walk(rm, tokens, base, one, one)
+    start = _walk(rm, tokens, base, 0 * one)[1][:, 0]
     return Path(values, start, np.ones(len(tokens), dtype=int), 2 * len(tokens), len(tokens))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stretch:
+    """Part of the line: its ends, the rewards there, and what the quadrature gives each token."""
+
+    ends: tuple[float, float]
+    rewards: tuple[float, float]
+    values: np.ndarray
+
+    @property
+    def error(self) -> float:
+        return abs(float(self.values.sum()) - (self.rewards[1] - self.rewards[0]))
 
 
 def integrated_path(
     rm: RewardModel, tokens: Sequence[Tokens], baseline: Baseline, rewards: np.ndarray, steps: int, tolerance: float
 ) -> Path:
-    """Integrated gradients; a text whose sum is off by more than `tolerance` is done again with twice the nodes, up to
-    `MAX_STEPS`."""
+    """Integrated gradients. While a text's stretches are off by more than `tolerance` in sum, its worst is halved, until
+    `MAX_STEPS` nodes are spent."""
     base = baseline_residual(rm, max(len(t) for t in tokens), baseline)
-    start = _walk(rm, tokens, base, np.zeros(1))[1][:, 0]
-    values: list[np.ndarray] = [np.zeros(len(t.response)) for t in tokens]
+    start = _walk(rm, tokens, base, np.zeros((len(tokens), 1)))[1][:, 0]
+    line: dict[int, list[Stretch]] = {i: [] for i in range(len(tokens))}
     used = np.zeros(len(tokens), dtype=int)
-    rows = 0
-    todo = [i for i, t in enumerate(tokens) if len(t.response)]
+    todo = [(i, (0.0, 1.0), (start[i], rewards[i])) for i, t in enumerate(tokens) if len(t.response)]
     while todo:
-        nodes, weights = np.polynomial.legendre.leggauss(steps)
-        found, _ = _walk(rm, [tokens[i] for i in todo], base, (nodes + 1) / 2, weights / 2)
-        for i, one in zip(todo, found, strict=True):
-            values[i], used[i] = one, steps
-        rows += len(todo) * steps
-        gaps = {i: completeness_gap(values[i], rewards[i] - start[i]) for i in todo}
-        todo = [i for i in todo if gaps[i] > tolerance] if 2 * steps <= MAX_STEPS else []
-        steps *= 2
-    return Path(values, start, used, rows + len(tokens), rows)
+        own = [tokens[i] for i, *_ in todo]
+        nodes, weights = _quadrature([ends for _, ends, _ in todo], steps)
+        values, _ = _walk(rm, own, base, nodes, weights)
+        for (i, ends, between), some in zip(todo, values, strict=True):
+            line[i].append(Stretch(ends, between, some))
+            used[i] += steps
+        steps, halves = PANEL, []
+        for i in sorted({i for i, *_ in todo}):
+            size = _size(sum(s.values for s in line[i]), rewards[i] - start[i])
+            # The ends in between cost a row each.
+            if sum(s.error for s in line[i]) > tolerance * size and used[i] + 2 * PANEL + 1 <= MAX_STEPS:
+                worst = max(line[i], key=lambda s: s.error)
+                line[i].remove(worst)
+                halves.append((i, worst))
+        middles = np.array([[sum(worst.ends) / 2] for _, worst in halves]).reshape(-1, 1)
+        at_middles = _walk(rm, [tokens[i] for i, _ in halves], base, middles)[1] if halves else middles
+        todo = []
+        for (i, worst), middle, reward in zip(halves, middles[:, 0], at_middles[:, 0], strict=True):
+            used[i] += 1
+            todo.append((i, (worst.ends[0], float(middle)), (worst.rewards[0], float(reward))))
+            todo.append((i, (float(middle), worst.ends[1]), (float(reward), worst.rewards[1])))
+    sums = [sum((s.values for s in line[i]), np.zeros(len(t.response))) for i, t in enumerate(tokens)]
+    return Path(sums, start, used, int(used.sum()) + len(tokens), int(used.sum()))
 
 
 def completeness_gap(values: np.ndarray, difference: float) -> float:
     """|sum - difference| over the larger of |difference| and the sum of |values|."""
-    size = max(abs(difference), float(np.abs(values).sum()))
+    size = _size(values, difference)
     return abs(float(values.sum()) - difference) / size if size else 0.0
+
+
+def _size(values: np.ndarray, difference: float) -> float:
+    return max(abs(difference), float(np.abs(values).sum()))
+
+
+def _quadrature(stretches: Sequence[tuple[float, float]], steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Gauss-Legendre nodes and weights [stretch, node]."""
+    nodes, weights = np.polynomial.legendre.leggauss(steps)
+    left, width = np.array([a for a, _ in stretches])[:, None], np.array([b - a for a, b in stretches])[:, None]
+    return left + width * (nodes + 1) / 2, width * weights / 2
 
 
 def _walk(
     rm: RewardModel, tokens: Sequence[Tokens], base: Tensor, nodes: np.ndarray, weights: np.ndarray | None = None
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Rewards [text, node] on the line, and with `weights` the weighted sums of (x - x') . gradient per token."""
-    rows = [text for text in tokens for _ in nodes]
+    """Rewards at `nodes` [text, node] of each text's line, and with `weights` the weighted sums of (x - x') . gradient
+    per response token."""
+    count = nodes.shape[1]
+    rows = [text for text in tokens for _ in range(count)]
     rewards = np.zeros(len(rows))
     values = [np.zeros(len(t.response)) for t in tokens]
     size = None if weights is None else max(1, GRADIENT_TOKENS // max(len(t) for t in tokens))
     for batch in rm.batches(rows, size):
-        which = [divmod(row, len(nodes)) for row in batch.rows]
-        alphas = torch.tensor([nodes[node] for _, node in which])
+        which = [divmod(row, count) for row in batch.rows]
+        alphas = torch.tensor([nodes[at] for at in which])
         spans = _response_positions(batch, [tokens[text] for text, _ in which])
         with torch.set_grad_enabled(weights is not None):
             reward, pulled = _on_the_line(rm, batch, base, alphas, spans, weights is not None)
         rewards[list(batch.rows)] = reward
         if weights is not None:
             for i, (text, node) in enumerate(which):
-                values[text] += weights[node] * pulled[i, spans[i]].numpy()
-    return values, rewards.reshape(len(tokens), len(nodes))
+                values[text] += weights[text, node] * pulled[i, spans[i]].numpy()
+    return values, rewards.reshape(len(tokens), count)
 
 
 def _on_the_line(

@@ -57,6 +57,8 @@ class Shares:
     forward_rows: int
     backward_rows: int = 0
     steps: np.ndarray | None = None
+    gaps: tuple[float, ...] = ()
+    """One a text where the method knows it token by token."""
 
 
 def token_attribution(
@@ -74,11 +76,11 @@ def token_attribution(
     Parameters
     ----------
     method: "prefix" (one pass; off-distribution), "truncate" (a row a unit), "gradient" (one pass and one backward),
-        "integrated" (`steps` of each, doubled up to 512 for a text whose sum does not close) or "leave_one_out" (a row
+        "integrated" (`steps` of each, and up to 512 for a text whose sum does not close) or "leave_one_out" (a row
         a unit). `meta` states the rows that ran.
     by: leave_one_out removes a unit whole; for the other methods a unit's value is the sum over its tokens. Byte tokens
         of one character are separate tokens and never separate words.
-    steps: Gauss-Legendre nodes of the integrated gradient.
+    steps: Gauss-Legendre nodes of the integrated gradient; more are put where the reward turns fast.
     baseline: of gradient and integrated, put at the response's positions of the residual entering block 0: "mean" of the
         vocabulary, "zero", or the "pad" token's.
     removal: "delete" closes the gap; "mask" blocks attention to the unit and keeps every position id (a model that
@@ -235,22 +237,24 @@ def _along_embeddings(
         for one, text, some in zip(path.values, tokens, units, strict=True)
     ]
     rows = path.forward_rows + len(tokens)
-    return Shares(values, path.start, reward, rows, path.backward_rows, path.steps if tolerance is not None else None)
+    if tolerance is None:
+        return Shares(values, path.start, reward, rows, path.backward_rows)
+    gaps = tuple(completeness_gap(v, r - s) for v, s, r in zip(path.values, path.start, reward, strict=True))
+    return Shares(values, path.start, reward, rows, path.backward_rows, path.steps, gaps)
 
 
 def _checks(rm: RewardModel, method: str, shares: Shares, baseline: str, tolerance: float | None) -> list[Check]:
     if method == "integrated":
-        gaps = [completeness_gap(v, r - s) for v, s, r in zip(shares.values, shares.start, shares.reward, strict=True)]
         note = f"baseline {baseline}, at most {shares.steps.max()} steps"
-        if not max(gaps) <= tolerance:
+        if not max(shares.gaps) <= tolerance:
             raise CheckFailed(
                 "The integrated gradients do not add up to the reward less that of the baseline",
-                found=f"a gap of {max(gaps):.3g} ({note})",
+                found=f"a gap of {max(shares.gaps):.3g} ({note})",
                 expected=f"at most {tolerance:g} of the larger of the difference and the sum of absolute values",
                 do="take another baseline; if the model routes tokens to experts, its reward jumps along the line and no "
                 "number of steps is enough: use method='truncate' or 'leave_one_out'",
             )
-        return [Check("completeness", max(gaps), tolerance, note)]
+        return [Check("completeness", max(shares.gaps), tolerance, note)]
     gaps = []
     for values, start, reward in zip(shares.values, shares.start, shares.reward, strict=True):
         size = max(abs(start), abs(reward), float(np.abs(values).sum()))

@@ -6,6 +6,7 @@ part, what stands after it the template's tail. So the spans hold for every temp
 
 import dataclasses
 import datetime
+import re
 import uuid
 from typing import Any, Literal
 
@@ -92,7 +93,7 @@ class Tokenizer:
             tokenize=False,
             add_generation_prompt=False,
             date_string=TEMPLATE_DATE.strftime("%d %b %Y"),
-            strftime_now=TEMPLATE_DATE.strftime,
+            **_pinned_dates(self.hf.chat_template),
         )
 
     def _frame(self, messages: list[dict]) -> tuple[str, str]:
@@ -165,6 +166,17 @@ class Tokenizer:
             if ids[position] != self.pooled_skips:
                 return position
         return len(ids) - 1
+
+
+def _pinned_dates(template: str) -> dict[str, Any]:
+    """For a template that asks for today's date: a macro of that name in front of it, which gives the pinned one."""
+    if not isinstance(template, str) or "strftime_now(" not in template:
+        return {}
+    forms = set(re.findall(r"""strftime_now\(\s*["']([^"']+)["']\s*\)""", template))
+    macro = "{% macro strftime_now(form) %}{{ reward_lens_dates[form] }}{% endmacro %}"
+    # Jinja drops a newline behind a block; a template that begins with one keeps it.
+    joined = macro + ("\n" if template.startswith("\n") else "") + template
+    return {"chat_template": joined, "reward_lens_dates": {form: TEMPLATE_DATE.strftime(form) for form in forms}}
 
 
 def common_prefix(a: Tokens, b: Tokens) -> int:

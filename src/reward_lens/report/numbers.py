@@ -36,12 +36,6 @@ def cell(value) -> str:
     return str(value)
 
 
-def is_number(value) -> bool:
-    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(
-        value, bool | np.bool_
-    )
-
-
 def _typeset(text: str) -> str:
     text = re.sub(r"e([+-])0*(\d)", lambda m: f"e{m[1].replace('+', '')}{m[2]}", text).replace(".0e", "e")
     return text.replace("-", "\u2212")

@@ -137,7 +137,13 @@ def _settings(result: Result) -> list[tuple[str, str]]:
     rows = [("method", meta.get("method", result.name)), *(meta.get("settings") or {}).items()]
     rows += [(NAMES.get(key, key), meta[key]) for key in SHARED if meta.get(key) is not None]
     rows.append(
-        ("shape", ", ".join(f"{dim} {size}" for dim, size in result.value.sizes.items()) or "one number")
+        (
+            "shape",
+            ", ".join(
+                f"{dim} {size}" for dim, size in zip(dims_of(result.value), result.value.shape, strict=True)
+            )
+            or "one number",
+        )
     )
     return [(str(name), numbers.cell(value)) for name, value in rows]
 

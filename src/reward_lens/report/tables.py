@@ -3,9 +3,10 @@
 import dataclasses
 import math
 
-import pandas as pd
+import numpy as np
 
 from reward_lens.charts import kind
+from reward_lens.charts.rows import columns, dims_of, words
 from reward_lens.charts.strip import blocks
 from reward_lens.report import numbers
 from reward_lens.result import Check, Result
@@ -26,41 +27,35 @@ class Table:
     stacked: bool = False
 
 
-def values_table(result: Result) -> Table | None:
+def values_table(result: Result) -> Table:
     """All cells of a small result in order; of a large one the largest, as the caption says."""
     form = kind(result)
     if form == "tokens":
         return _tokens(result)
     if form == "scores":
         return _scores(result)
-    if not result.value.dims:
-        numbers_ = {k: [float(result.dataset[k])] for k in ("value", "low", "high") if k in result.dataset}
-        return _table(pd.DataFrame(numbers_), "")
-    if result.value.dtype.kind not in "fiu":
-        frame = result.to_frame()
-        return _table(
-            frame[:WHOLE], f"The first {WHOLE} of {len(frame):,} cells." if len(frame) > WHOLE else ""
-        )
-    summary = result.summary()
-    if summary.size > WHOLE:
-        top = result.top(TOP)
-        margin = " of the margin" if "side" in summary.dims and "margin" in summary["side"].values else ""
-        return _table(top, f"The {len(top)} largest values{margin} by absolute size.")
-    data = result.dataset.assign(value=summary)
-    names = [n for n in ("value", "low", "high") if n in data and set(data[n].dims) <= set(summary.dims)]
-    frame = data[names].to_dataframe().reset_index()
-    extra = [c for c in frame.columns if c not in (*summary.dims, *names)]
-    return _table(
-        frame[[*summary.dims, *names, *extra]], "Means over pairs." if "pair" in result.value.dims else ""
-    )
+    countable = result.value.dtype.kind in "fiu"
+    data = result.dataset.assign(value=result.summary() if countable else result.value)
+    dims = dims_of(data["value"])
+    names = [n for n in ("value", "low", "high") if n in data and set(data[n].dims) <= set(dims)]
+    if not countable:
+        return _table(columns(data, [*dims, *names]), "Cells", slice(WHOLE))
+    if data["value"].size > WHOLE:
+        side = "side" in dims and "margin" in data["side"].values
+        data = data.sel(side="margin") if side else data
+        flat = columns(data, [*dims_of(data["value"]), *names])
+        return _table(flat, "Values of the margin" if side else "Values", _largest(flat["value"]))
+    extra = [str(c) for c in data.coords if c not in dims and data[c].dims and set(data[c].dims) <= set(dims)]
+    means = "Means over pairs." if "pair" in result.value.dims else ""
+    return _table(columns(data, [*dims, *names, *extra]), means)
 
 
 def checks_table(result: Result) -> Table:
     """A result whose dim is `check`: one row a check, the coordinates as columns."""
-    frame = result.value.to_dataframe(name="gap").reset_index()
-    known = ["check", *(c for c in ("gap", "tolerance", "found", "note") if c in frame)]
-    frame = frame[[*known, *(c for c in frame if c not in known)]]
-    return dataclasses.replace(_table(frame, "", write=numbers.gap), stacked=True)
+    data = result.dataset.rename(value="gap").assign(value=result.value)
+    names = ["check", "gap", *(c for c in ("tolerance", "found", "note") if c in data.coords)]
+    names += [str(c) for c in data.coords if c not in names]
+    return dataclasses.replace(_table(columns(data, names), "", write=numbers.gap), stacked=True)
 
 
 def check_rows(checks: list[tuple[str, Check]]) -> Table:
@@ -83,35 +78,46 @@ def nearest(checks: list[tuple[str, Check]]) -> tuple[str, Check] | None:
 
 def _scores(result: Result) -> Table:
     value = result.value
-    frame = pd.DataFrame({c: value.coords[c].values for c in ("pair", "subset") if c in value.coords})
+    flat = {str(c): value.coords[c].values for c in ("pair", "subset") if c in value.coords}
     if "side" in value.dims:
-        frame = frame.assign(**{str(side): value.sel(side=side).values for side in value["side"].values})
+        flat |= {str(side): value.sel(side=side).values for side in value["side"].values}
     else:
-        frame["value"] = value.values
-    by = frame["margin" if "margin" in frame else frame.columns[-1]]
-    if len(frame) <= WHOLE:
-        return _table(frame.loc[by.sort_values(kind="stable").index], "All pairs, the lowest first.")
-    frame = frame.loc[by.abs().sort_values(ascending=False, kind="stable").index[:TOP]]
-    return _table(frame, f"The {len(frame)} pairs of {len(by):,} with the largest absolute value.")
+        flat["value"] = value.values
+    by = flat["margin" if "margin" in flat else list(flat)[-1]]
+    if len(by) <= WHOLE:
+        return _table(flat, "All pairs, the lowest first.", np.argsort(by, kind="stable"))
+    return _table(flat, "Pairs", _largest(by))
 
 
 def _tokens(result: Result) -> Table:
     cells = [
-        {"pair": b.pair, "side": b.side, "token": repr(piece)[1:-1], "role": role, "value": value}
-        for b in blocks(result)
-        for piece, role, value in zip(b.pieces, b.roles, b.values, strict=True)
-        if math.isfinite(value)
+        (block.pair, block.side, repr(piece)[1:-1], role, value)
+        for block in blocks(result)
+        for piece, role, value in zip(block.pieces, block.roles, block.values, strict=True)
     ]
-    frame = pd.DataFrame(cells, columns=["pair", "side", "token", "role", "value"])
-    frame = frame.loc[frame["value"].abs().sort_values(ascending=False, kind="stable").index[:TOP]]
-    return _table(frame, f"The {len(frame)} tokens of {len(cells):,} with the largest absolute value.")
+    names = ("pair", "side", "token", "role", "value")
+    flat = {name: np.array([cell[i] for cell in cells]) for i, name in enumerate(names)}
+    return _table(flat, "Tokens", _largest(flat["value"]))
 
 
-def _table(frame: pd.DataFrame, caption: str, write=numbers.number) -> Table:
-    frame = frame[[c for c in frame.columns if c not in TEXTS or frame[c].dtype.kind in "fiu"]]
-    numeric = [frame[c].dtype.kind in "fiu" for c in frame.columns]
-    rows = [
-        [write(float(v)) if isinstance(v, float) else numbers.cell(v) for v in record]
-        for record in frame.itertuples(index=False, name=None)
+def _largest(values: np.ndarray) -> np.ndarray:
+    """Places of the largest absolute values, the largest first; undefined cells are left out."""
+    order = np.argsort(-np.abs(values), kind="stable")
+    return order[np.isfinite(values[order])][:TOP]
+
+
+def _table(flat: dict, caption: str, order=slice(None), write=numbers.number) -> Table:
+    """`order` picks rows; where it leaves some out, the caption becomes a sentence that counts them."""
+    flat = {name: np.asarray(column) for name, column in flat.items()}
+    flat = {name: c for name, c in flat.items() if name not in TEXTS or c.dtype.kind in "fiu"}
+    count = len(next(iter(flat.values())))
+    shown = [
+        [write(v) if isinstance(v, float) else numbers.cell(v) for v in c[order].tolist()]
+        for c in flat.values()
     ]
-    return Table(caption, [str(c).replace("_", " ") for c in frame.columns], rows, numeric)
+    rows = [list(row) for row in zip(*shown, strict=True)]
+    if len(rows) < count:
+        which = "first" if isinstance(order, slice) else "largest by absolute value"
+        caption = f"{caption}: the {len(rows)} {which} of {count:,}."
+    numeric = [column.dtype.kind in "fiu" for column in flat.values()]
+    return Table(caption, [words(name) for name in flat], rows, numeric)

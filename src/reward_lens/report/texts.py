@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Mapping
 
+from reward_lens.charts.rows import text_of
 from reward_lens.charts.strip import Block, blocks, colour_limit, readable
 from reward_lens.report import numbers
 from reward_lens.result import Result
@@ -115,5 +116,5 @@ def _label(result: Result, pair: str, name: str) -> str:
         return ""
     if coords[name].dims == ():
         return str(coords[name].item())
-    names = [str(p) for p in coords["pair"].values.ravel()]
+    names = list(text_of(coords["pair"].values.ravel()))
     return str(coords[name].values[names.index(pair)]) if coords[name].dims == ("pair",) else ""
