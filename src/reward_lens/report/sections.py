@@ -6,6 +6,7 @@ import unicodedata
 from collections.abc import Mapping
 
 from reward_lens.charts import kind, panels
+from reward_lens.charts.rows import dims_of, text_of, words
 from reward_lens.report import numbers
 from reward_lens.report.tables import Table, checks_table, values_table
 from reward_lens.report.texts import Strip, strip
@@ -114,16 +115,14 @@ def _rewards(results: Mapping[str, Result]) -> dict[tuple[str, str], float]:
             and result.unit == "reward"
             and {"pair", "side"} <= set(value.coords)
         ):
-            pairs, sides = ([str(label) for label in value[dim].values] for dim in ("pair", "side"))
+            pairs, sides = (text_of(value[dim].values) for dim in ("pair", "side"))
             cells = value.transpose("pair", "side").values
             return {(p, s): float(cells[i, j]) for i, p in enumerate(pairs) for j, s in enumerate(sides)}
     return {}
 
 
 def _facts(result: Result) -> str:
-    unit = (
-        f"unit: {result.unit.replace('_', ' ')}" if result.unit and "check" not in result.value.dims else ""
-    )
+    unit = f"unit: {words(result.unit)}" if result.unit and "check" not in result.value.dims else ""
     return " \u00b7 ".join(part for part in (_facts_of_data(result), unit) if part)
 
 
@@ -136,15 +135,8 @@ def _settings(result: Result) -> list[tuple[str, str]]:
     meta = result.meta
     rows = [("method", meta.get("method", result.name)), *(meta.get("settings") or {}).items()]
     rows += [(NAMES.get(key, key), meta[key]) for key in SHARED if meta.get(key) is not None]
-    rows.append(
-        (
-            "shape",
-            ", ".join(
-                f"{dim} {size}" for dim, size in zip(dims_of(result.value), result.value.shape, strict=True)
-            )
-            or "one number",
-        )
-    )
+    sizes = zip(dims_of(result.value), result.value.shape, strict=True)
+    rows.append(("shape", ", ".join(f"{dim} {size}" for dim, size in sizes) or "one number"))
     return [(str(name), numbers.cell(value)) for name, value in rows]
 
 

@@ -6,13 +6,14 @@ import math
 import numpy as np
 
 from reward_lens.charts import kind
-from reward_lens.charts.rows import columns, dims_of, words
+from reward_lens.charts.rows import columns, dims_of, text_of, words
 from reward_lens.charts.strip import blocks
 from reward_lens.report import numbers
 from reward_lens.result import Check, Result
 
 WHOLE = 60  # rows up to which a table is complete
 TOP = 12  # rows of a table that is not
+EVERY = slice(None)
 TEXTS = ("prompt", "prompt_id", "chosen", "rejected")  # coordinates that hold whole texts
 
 
@@ -78,7 +79,7 @@ def nearest(checks: list[tuple[str, Check]]) -> tuple[str, Check] | None:
 
 def _scores(result: Result) -> Table:
     value = result.value
-    flat = {str(c): value.coords[c].values for c in ("pair", "subset") if c in value.coords}
+    flat = {c: text_of(value.coords[c].values) for c in ("pair", "subset") if c in value.coords}
     if "side" in value.dims:
         flat |= {str(side): value.sel(side=side).values for side in value["side"].values}
     else:
@@ -106,16 +107,13 @@ def _largest(values: np.ndarray) -> np.ndarray:
     return order[np.isfinite(values[order])][:TOP]
 
 
-def _table(flat: dict, caption: str, order=slice(None), write=numbers.number) -> Table:
+def _table(flat: dict, caption: str, order: slice | np.ndarray = EVERY, write=numbers.number) -> Table:
     """`order` picks rows; where it leaves some out, the caption becomes a sentence that counts them."""
     flat = {name: np.asarray(column) for name, column in flat.items()}
     flat = {name: c for name, c in flat.items() if name not in TEXTS or c.dtype.kind in "fiu"}
     count = len(next(iter(flat.values())))
-    shown = [
-        [write(v) if isinstance(v, float) else numbers.cell(v) for v in c[order].tolist()]
-        for c in flat.values()
-    ]
-    rows = [list(row) for row in zip(*shown, strict=True)]
+    picked = zip(*(column[order].tolist() for column in flat.values()), strict=True)
+    rows = [[write(v) if isinstance(v, float) else numbers.cell(v) for v in row] for row in picked]
     if len(rows) < count:
         which = "first" if isinstance(order, slice) else "largest by absolute value"
         caption = f"{caption}: the {len(rows)} {which} of {count:,}."
