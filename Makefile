@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -c constraints.txt
 
-.PHONY: setup report test test-full bench docs lint
+.PHONY: setup report test test-full conformance bench docs lint
 
 setup: .venv/.setup
 
@@ -38,6 +38,9 @@ test: .venv/.setup
 
 test-full: .venv/.setup
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m 'full or not full' $(PYTEST_ARGS)
+
+conformance: .venv/.setup
+	$(BIN)/python benchmarks/conformance.py
 
 bench: .venv/.setup
 	$(BIN)/python benchmarks/spine.py

@@ -68,7 +68,7 @@ def test_any_label_is_drawn(shape, tmp_path):
     for name in set(data.coords) - {"side", "kind", "role"}:
         if data[name].dtype.kind in "UO":
             labels = data[name].values.astype(object)
-            labels.flat[1] = "\\ ' \" ] \u2028 \u0000 \ud800 </script>"
+            labels.flat[1] = "\\ ' \" ] \u2028 \u0001 \uffff \ud800 </script>"
             data = data.assign_coords({name: (data[name].dims, labels.astype(str))})
     save_chart(result._with(data), tmp_path / "chart.svg")
 
@@ -282,9 +282,7 @@ def test_colour_limit_is_not_set_by_one_outlier():
     assert colour_limit(blocks(Result("one", value, unit="reward"))) == (pytest.approx(0.1), 9.0)
 
 
-@pytest.mark.parametrize(
-    ("piece", "shown"), [("", "\u00b7"), ("\x00", "\u2400"), ("a\n", "a\u21b5\n"), (" b", " b")]
-)
+@pytest.mark.parametrize(("piece", "shown"), [("", "\u00b7"), ("a\n", "a\u21b5\n"), (" b", " b")])
 def test_no_token_is_invisible(piece, shown):
     assert readable(piece) == shown
 

@@ -9,13 +9,13 @@ import torch
 from families import TEXT_PAIRS, tiny_model
 from planted import KEYWORD, planted_model, planted_pairs
 from reward_lens.data import Pair
+from reward_lens.engine.hooks import attached
 from reward_lens.errors import CheckFailed, DataError
 from reward_lens.methods import embedding_paths
 from reward_lens.methods.embedding_paths import (
     _quadrature,
     _walk,
     baseline_residual,
-    completeness_gap,
     integrated_path,
 )
 from reward_lens.methods.token_attribution import _require, token_attribution
@@ -182,7 +182,7 @@ def test_integrated_gradients_converge(family):
     gaps = []
     for steps in (4, 16, 64):
         (values,), _ = _walk(rm, [text], base, *_quadrature([(0.0, 1.0)], steps))
-        gaps.append(completeness_gap(values, ends[1] - ends[0]))
+        gaps.append(abs(values.sum() - (ends[1] - ends[0])) / np.abs(values).sum())
     assert gaps[2] < 1e-5 and gaps[2] < gaps[0]  # llama's norms are float32 inside
 
     fine = integrated_path(rm, [text], "pad", ends[1:], 4, 1e-5)
@@ -202,15 +202,8 @@ def test_baselines_are_what_they_are_called(family):
 
     kept = []
     words = len(rm.tokenizer.hf)
-    ids = torch.arange(words)[:, None].expand(words, 5)
-    with torch.no_grad():
-        handle = rm.trunk.blocks[0].register_forward_pre_hook(
-            lambda _m, args, kwargs: kept.append((args or (kwargs["hidden_states"],))[0].clone()), with_kwargs=True
-        )
-        try:
-            rm.trunk.module(input_ids=ids)
-        finally:
-            handle.remove()
+    with torch.no_grad(), attached([rm.trunk.read_residual(0, lambda x: kept.append(x.clone()))]):
+        rm.trunk.module(input_ids=torch.arange(words)[:, None].expand(words, 5))
     torch.testing.assert_close(baseline_residual(rm, 5, "mean"), kept[0].mean(0), atol=1e-5, rtol=1e-5)
 
 

@@ -10,7 +10,7 @@ import xarray as xr
 
 from reward_lens.charts import forms
 from reward_lens.charts.forms import Panel
-from reward_lens.charts.rows import Drawing, dims_of, in_order, is_numeric, rows, words
+from reward_lens.charts.rows import Drawing, dims_of, in_order, is_numeric, rows, text_of, words
 from reward_lens.charts.theme import theme
 from reward_lens.errors import DataError
 from reward_lens.result import Result
@@ -19,6 +19,7 @@ WIDE = 12  # above this many components a grid of layers reads better than a lis
 MAX_LABELS = 80  # a heat map with more labels on a side is no longer read; the table is
 MAX_LINES = 8  # lines of one chart, as many as there are colours
 MAX_PANELS = 8  # small multiples of one result
+TABLE_ROWS = 20  # of the table that stands in for a chart
 STILL_WIDTH = 720  # pixels of a chart in a file, where no container gives the width
 SUFFIXES = (".svg", ".png", ".pdf", ".html")
 
@@ -136,8 +137,8 @@ def _split(result: Result, data: xr.Dataset, main: list[str], build) -> list[Pan
     out = []
     for index in cells[:MAX_PANELS]:
         where = dict(zip(rest, index, strict=True))
-        names = (f"{words(d)} {data[d].values[i] if d in data.coords else i}" for d, i in where.items())
-        label = ", ".join(names)
+        names = [f"{words(d)} {data[d].values[i] if d in data.coords else i}" for d, i in where.items()]
+        label = ", ".join(text_of(names))
         for panel in build(result, data.isel(where, drop=True), main, data):
             out.append(dataclasses.replace(panel, title=f"{label}: {panel.title}" if panel.title else label))
     if len(cells) > MAX_PANELS:
@@ -148,17 +149,19 @@ def _split(result: Result, data: xr.Dataset, main: list[str], build) -> list[Pan
 
 def _table(result: Result) -> alt.Chart:
     """The largest cells as text, for a result that no chart fits."""
-    top = result.top(20)
-    cells = [
-        {"row": i, "column": str(c), "text": f"{v:.4g}" if isinstance(v, float) else str(v)}
-        for i, record in enumerate(top.to_dict("records"))
-        for c, v in record.items()
-    ]
+    data = result.dataset.assign(value=result.summary())
+    flat = columns(data, [*dims_of(data["value"]), "value"])
+    countable = flat["value"].dtype.kind in "fiu"
+    order = largest(flat["value"], TABLE_ROWS) if countable else np.arange(flat["value"].size)[:TABLE_ROWS]
+    cells = []
+    for name, column in flat.items():
+        shown = (f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in column[order])
+        cells += [{"row": i, "column": name, "text": text} for i, text in enumerate(shown)]
     axis = alt.Axis(orient="top", labelAngle=0)
-    x = alt.X("column:N", scale=in_order(str(c) for c in top.columns), title=None, axis=axis)
+    x = alt.X("column:N", scale=in_order(flat), title=None, axis=axis)
     base = alt.Chart(rows(cells)).mark_text(style="celltext")
     drawn = base.encode(x=x, y=alt.Y("row:O", axis=None), text="text:N")
-    return drawn.properties(width="container", height=max(24, 22 * len(top)))
+    return drawn.properties(width="container", height=max(24, 22 * len(order)))
 
 
 def _titled(panel: Panel) -> Drawing:

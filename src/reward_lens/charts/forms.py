@@ -241,10 +241,7 @@ def _heat(
 
 
 def _by_subset(value: xr.DataArray, x: dict, line: list) -> Panel:
-    pair = text_of(value["pair"].values)
-    table = pd.DataFrame(
-        {"y": value["subset"].values.astype(str), "value": value.values, "pair": pair}
-    ).dropna()
+    table = frame(value.to_dataset(name="value"), y="subset", pair="pair")
     means = table.groupby("y", sort=False).agg(mean=("value", "mean"), pairs=("value", "size")).reset_index()
     means = means.sort_values("mean", ascending=False)
     y = alt.Y("y:N", title=None, scale=in_order(means["y"]))

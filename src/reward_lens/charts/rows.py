@@ -1,6 +1,7 @@
 """What every chart form needs: tidy rows under plain field names, axis titles, a zero line, a size."""
 
 import math
+import re
 from collections.abc import Iterable
 
 import altair as alt
@@ -10,6 +11,7 @@ import xarray as xr
 
 from reward_lens.result import Result
 
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 Drawing = alt.LayerChart | alt.FacetChart  # what `alt.layer` returns
 
 
@@ -27,10 +29,18 @@ def columns(data: xr.Dataset, names: Iterable[str]) -> dict[str, np.ndarray]:
 
 
 def text_of(labels: Iterable) -> np.ndarray:
-    """Labels as text. A lone surrogate, which neither a renderer nor pandas takes, is written as its escape."""
-    return np.array(
-        [str(label).encode("utf-8", "backslashreplace").decode() for label in labels], dtype=object
-    )
+    """Labels as text. What XML does not allow (control characters, lone surrogates) becomes its escape.
+
+    A renderer of SVG given such a character ends the whole process.
+    """
+    legible = [_NOT_XML.sub(lambda found: f"\\u{ord(found[0]):04x}", str(label)) for label in labels]
+    return np.array(legible, dtype=object)
+
+
+def largest(values: np.ndarray, count: int) -> np.ndarray:
+    """Places of the largest absolute values, the largest first; undefined ones are left out."""
+    order = np.argsort(-np.abs(values), kind="stable")
+    return order[np.isfinite(values[order])][:count]
 
 
 def frame(data: xr.Dataset, **fields: str | None) -> pd.DataFrame:

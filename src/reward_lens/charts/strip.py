@@ -78,8 +78,7 @@ def readable(piece: str) -> str:
     """A piece as it is shown: what has no glyph of its own gets one, so that no token is invisible."""
     if not piece:
         return "\u00b7"
-    shown = "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in piece)
-    return shown.replace("\n", "\u21b5\n")
+    return piece.replace("\n", "\u21b5\n")
 
 
 def strip_chart(texts: list[Block], unit: str) -> tuple[Drawing, str]:

@@ -1,4 +1,5 @@
-"""Gradients of the reward along a straight line in the residual that enters block 0, from a baseline to the text.
+"""Gradients of the reward along a straight line in the residual that enters block 0, from a baseline to the
+text.
 
 At the response's positions the residual is  x(a) = x' + a (x - x'),  elsewhere it is the text's own. Then
 
@@ -7,9 +8,10 @@ At the response's positions the residual is  x(a) = x' + a (x - x'),  elsewhere 
 and each position's term is its integrated gradient; the integrand at a = 1 is gradient times difference. The
 residual is replaced by a hook where it enters block 0, never through `inputs_embeds`.
 
-The integral is taken by Gauss-Legendre quadrature, and where a stretch of the line does not give the difference of
-the rewards at its ends it is halved: behind a norm a small residual counts as much as a large one, so a reward can
-turn within a thousandth of the line. Reference: Sundararajan, Taly, Yan 2017, arXiv 1703.01365.
+The integral is taken by Gauss-Legendre quadrature, and where a stretch of the line does not give the
+difference of the rewards at its ends it is halved: behind a norm a small residual counts as much as a large
+one, so a reward can turn within a thousandth of the line. Reference: Sundararajan, Taly, Yan 2017, arXiv
+1703.01365.
 """
 
 import contextlib
@@ -43,6 +45,10 @@ class Path:
     """One a text: [response token]."""
     start: np.ndarray
     """[text] reward at the baseline."""
+    gaps: np.ndarray
+    """[text] |sum of values - (reward - start)| over the larger of |reward - start| and the sum of |values|;
+    in 16 bits |reward| and |start| count too, since their rounding is what limits the sum. NaN where none was
+    taken."""
     steps: np.ndarray
     """[text] rows on the line."""
     forward_rows: int
@@ -54,9 +60,9 @@ def baseline_residual(rm: RewardModel, length: int, baseline: Baseline) -> Float
 
     "pad": the residual of the padding token (the end-of-text token where there is none), position included.
     "zero": the zero vector; where positions are added to the embedding, they go too.
-    "mean": the mean over the vocabulary, with the position's part added as it is to every token: it is measured as the
-    difference between one token's residual there and at position 0. Measured at the site itself, all three hold for
-    embeddings that are scaled (Gemma), normed (Bloom) or have positions added (GPT-2).
+    "mean": the mean over the vocabulary, with the position's part added as it is to every token: it is measured
+    as the difference between one token's residual there and at position 0. Measured at the site itself, all
+    three hold for embeddings that are scaled (Gemma), normed (Bloom) or have positions added (GPT-2).
     """
     if baseline == "zero":
         return rm.readout.weight.new_zeros(length, rm.d_model)
@@ -76,7 +82,8 @@ def gradient_path(rm: RewardModel, tokens: Sequence[Tokens], baseline: Baseline)
     one = np.ones((len(tokens), 1))
     values, _ = _walk(rm, tokens, base, one, one)
     start = _walk(rm, tokens, base, 0 * one)[1][:, 0]
-    return Path(values, start, np.ones(len(tokens), dtype=int), 2 * len(tokens), len(tokens))
+    none = np.full(len(tokens), np.nan)
+    return Path(values, start, none, np.ones(len(tokens), dtype=int), 2 * len(tokens), len(tokens))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,14 +100,19 @@ class Stretch:
 
 
 def integrated_path(
-    rm: RewardModel, tokens: Sequence[Tokens], baseline: Baseline, rewards: np.ndarray, steps: int, tolerance: float
+    rm: RewardModel,
+    tokens: Sequence[Tokens],
+    baseline: Baseline,
+    rewards: np.ndarray,
+    steps: int,
+    tolerance: float,
 ) -> Path:
-    """Integrated gradients. While a text's stretches are off by more than `tolerance` in sum, its worst is halved, until
-    `MAX_STEPS` nodes are spent."""
+    """Integrated gradients. While a text's stretches are off by more than `tolerance` in sum, its worst is
+    halved, until `MAX_STEPS` rows are spent."""
     base = baseline_residual(rm, max(len(t) for t in tokens), baseline)
     start = _walk(rm, tokens, base, np.zeros((len(tokens), 1)))[1][:, 0]
     line: dict[int, list[Stretch]] = {i: [] for i in range(len(tokens))}
-    used = np.zeros(len(tokens), dtype=int)
+    used, ends_inside = np.zeros(len(tokens), dtype=int), 0
     todo = [(i, (0.0, 1.0), (start[i], rewards[i])) for i, t in enumerate(tokens) if len(t.response)]
     while todo:
         own = [tokens[i] for i, *_ in todo]
@@ -111,8 +123,8 @@ def integrated_path(
             used[i] += steps
         steps, halves = PANEL, []
         for i in sorted({i for i, *_ in todo}):
-            size = _size(sum(s.values for s in line[i]), rewards[i] - start[i])
-            # The ends in between cost a row each.
+            size = _size(rm, sum(s.values for s in line[i]), rewards[i], start[i])
+            # The new end in the middle costs a row too.
             if sum(s.error for s in line[i]) > tolerance * size and used[i] + 2 * PANEL + 1 <= MAX_STEPS:
                 worst = max(line[i], key=lambda s: s.error)
                 line[i].remove(worst)
@@ -122,34 +134,38 @@ def integrated_path(
         todo = []
         for (i, worst), middle, reward in zip(halves, middles[:, 0], at_middles[:, 0], strict=True):
             used[i] += 1
+            ends_inside += 1
             todo.append((i, (worst.ends[0], float(middle)), (worst.rewards[0], float(reward))))
             todo.append((i, (float(middle), worst.ends[1]), (float(reward), worst.rewards[1])))
     sums = [sum((s.values for s in line[i]), np.zeros(len(t.response))) for i, t in enumerate(tokens)]
-    return Path(sums, start, used, int(used.sum()) + len(tokens), int(used.sum()))
+    sizes = [_size(rm, *row) for row in zip(sums, rewards, start, strict=True)]
+    off = [abs(v.sum() - (r - s)) for v, r, s in zip(sums, rewards, start, strict=True)]
+    gaps = np.array([o / size if size else 0.0 for o, size in zip(off, sizes, strict=True)])
+    return Path(sums, start, gaps, used, int(used.sum()) + len(tokens), int(used.sum()) - ends_inside)
 
 
-def completeness_gap(values: np.ndarray, difference: float) -> float:
-    """|sum - difference| over the larger of |difference| and the sum of |values|."""
-    size = _size(values, difference)
-    return abs(float(values.sum()) - difference) / size if size else 0.0
-
-
-def _size(values: np.ndarray, difference: float) -> float:
-    return max(abs(difference), float(np.abs(values).sum()))
+def _size(rm: RewardModel, values: np.ndarray, reward: float, start: float) -> float:
+    size = max(abs(reward - start), float(np.abs(values).sum()))
+    return max(size, abs(reward), abs(start)) if rm.sixteen_bit else size
 
 
 def _quadrature(stretches: Sequence[tuple[float, float]], steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Gauss-Legendre nodes and weights [stretch, node]."""
     nodes, weights = np.polynomial.legendre.leggauss(steps)
-    left, width = np.array([a for a, _ in stretches])[:, None], np.array([b - a for a, b in stretches])[:, None]
+    ends = np.array(stretches)
+    left, width = ends[:, :1], np.diff(ends)
     return left + width * (nodes + 1) / 2, width * weights / 2
 
 
 def _walk(
-    rm: RewardModel, tokens: Sequence[Tokens], base: Tensor, nodes: np.ndarray, weights: np.ndarray | None = None
+    rm: RewardModel,
+    tokens: Sequence[Tokens],
+    base: Tensor,
+    nodes: np.ndarray,
+    weights: np.ndarray | None = None,
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Rewards at `nodes` [text, node] of each text's line, and with `weights` the weighted sums of (x - x') . gradient
-    per response token."""
+    """Rewards at `nodes` [text, node] of each text's line, and with `weights` the weighted sums of (x - x') .
+    gradient per response token."""
     count = nodes.shape[1]
     rows = [text for text in tokens for _ in range(count)]
     rewards = np.zeros(len(rows))

@@ -1,22 +1,23 @@
 """Which words earned the points: the reward of a response shared out over its tokens, words or sentences.
 
-    prefix           r_t - r_(t-1), with r_t the head (own norm) at position t of one pass      sums to r - start
-    truncate         r(prompt, response[:t], tail) - r(prompt, response[:t-1], tail)            sums to r - start
-    gradient         (x_t - x'_t) . dr/dx_t, x the residual entering block 0, x' its baseline   no sum is claimed
-    integrated       the same gradient averaged over the line from x' to x                      sums to r - start
-    leave_one_out    r - r without the unit, its tokens deleted or attention to them blocked    no sum is claimed
+    prefix          r_t - r_(t-1), with r_t the head (own norm) at position t of one pass    sums to r - start
+    truncate        r(prompt, response[:t], tail) - r(prompt, response[:t-1], tail)          sums to r - start
+    gradient        (x_t - x'_t) . dr/dx_t, x the residual entering block 0, x' its baseline   no sum is claimed
+    integrated      the same gradient averaged over the line from x' to x                    sums to r - start
+    leave_one_out   r - r without the unit, its tokens deleted or attention to them blocked  no sum is claimed
 
 `start` is the reward of the reference: read before the response (prefix), of the empty response (truncate,
 leave_one_out), at the baseline (gradient, integrated). The prompt and the template's tail stay as they are.
 
-What this cannot show: which words *would* have earned points elsewhere. Prefix reads the head at positions it was not
-trained at; the others score texts (or residuals) that nobody wrote. Where the methods disagree, the answer depends
-on the question. References: Sundararajan et al. 2017, arXiv 1703.01365; Li, Monroe, Jurafsky 2016, arXiv 1612.08220.
+What this cannot show: which words *would* have earned points elsewhere. Prefix reads the head at positions it
+was not trained at; the others score texts (or residuals) that nobody wrote. Where the methods disagree, the
+answer depends on the question. References: Sundararajan et al. 2017, arXiv 1703.01365; Li, Monroe, Jurafsky
+2016, arXiv 1612.08220.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -24,10 +25,10 @@ from torch import Tensor
 
 from reward_lens import data
 from reward_lens.errors import CheckFailed, DataError
-from reward_lens.methods.embedding_paths import Baseline, completeness_gap, gradient_path, integrated_path
+from reward_lens.methods.embedding_paths import Baseline, gradient_path, integrated_path
 from reward_lens.methods.paired import paired_result
+from reward_lens.methods.removals import deleted, masked, rewards, truncated
 from reward_lens.methods.units import By, Unit, common_units, units_of
-from reward_lens.model.forward import at_rows
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.tokens import Tokens, common_prefix
 from reward_lens.result import Check, Result
@@ -35,12 +36,7 @@ from reward_lens.result import Check, Result
 Method = Literal["prefix", "truncate", "gradient", "integrated", "leave_one_out"]
 Removal = Literal["delete", "mask"]
 
-CHOICES = {
-    "method": ("prefix", "truncate", "gradient", "integrated", "leave_one_out"),
-    "by": ("token", "word", "sentence"),
-    "baseline": ("mean", "zero", "pad"),
-    "removal": ("delete", "mask"),
-}
+CHOICES = {"method": Method, "by": By, "baseline": Baseline, "removal": Removal}
 SUMS = ("prefix", "truncate", "integrated")
 
 
@@ -57,8 +53,8 @@ class Shares:
     forward_rows: int
     backward_rows: int = 0
     steps: np.ndarray | None = None
-    gaps: tuple[float, ...] = ()
-    """One a text where the method knows it token by token."""
+    gaps: np.ndarray | None = None
+    """[text] of the integrated gradients, token by token."""
 
 
 def token_attribution(
@@ -75,27 +71,29 @@ def token_attribution(
 
     Parameters
     ----------
-    method: "prefix" (one pass; off-distribution), "truncate" (a row a unit), "gradient" (one pass and one backward),
-        "integrated" (`steps` of each, and up to 512 for a text whose sum does not close) or "leave_one_out" (a row
-        a unit). `meta` states the rows that ran.
-    by: leave_one_out removes a unit whole; for the other methods a unit's value is the sum over its tokens. Byte tokens
-        of one character are separate tokens and never separate words.
+    method: "prefix" (one pass; off-distribution), "truncate" (a row a unit), "gradient" (one pass and one
+        backward), "integrated" (`steps` of each, and up to 512 for a text whose sum does not close) or
+        "leave_one_out" (a row a unit). `meta` states the rows that ran.
+    by: leave_one_out removes a unit whole; for the other methods a unit's value is the sum over its tokens.
+        Byte tokens of one character are separate tokens and never separate words.
     steps: Gauss-Legendre nodes of the integrated gradient; more are put where the reward turns fast.
-    baseline: of gradient and integrated, put at the response's positions of the residual entering block 0: "mean" of the
-        vocabulary, "zero", or the "pad" token's.
-    removal: "delete" closes the gap; "mask" blocks attention to the unit and keeps every position id (a model that
-        counts positions off the attention mask, as ALiBi in Bloom does, closes the gap in both). A unit at which
-        the reward itself is read cannot be masked: undefined.
+    baseline: of gradient and integrated, put at the response's positions of the residual entering block 0:
+        "mean" of the vocabulary, "zero", or the "pad" token's.
+    removal: "delete" closes the gap; "mask" blocks attention to the unit and keeps every position id (a model
+        that counts positions off the attention mask, as ALiBi in Bloom does, closes the gap in both). A unit
+        at which the reward itself is read cannot be masked: undefined.
     seed: recorded; nothing here is random.
 
-    Returns value (pair, side, position) in reward units, `position` counting units of the response (prefix: and of the
-    template's tail), padded past `n_positions`. The margin exists on the leading units that both responses share (for
-    prefix and truncate it is zero there: they have read the same text). Coordinates: `piece`, `role`, `token_position` (first
-    token), `n_tokens`, `token` (id, by="token"), and per side `start` and `reward`. Checks: "telescoping" (prefix,
-    truncate; 1e-5 S, S = the largest of |reward|, |start|, sum of |values|), "completeness" (integrated; 1e-2 of the
-    larger of |reward - start| and sum of |values|, 5e-2 in 16 bits); gradient and leave_one_out record how far they are
-    from adding up. Raises `DataError` for an unknown option, `CheckFailed` if a sum does not close: a reward that jumps along
-    the line, as routing to experts makes it (Mixtral), has no integrated gradients.
+    Returns value (pair, side, position) in reward units, `position` counting units of the response (prefix:
+    and of the template's tail), padded past `n_positions`. The margin exists on the leading units that both
+    responses share (for prefix and truncate it is zero there: they have read the same text). Coordinates:
+    `piece`, `role`, `token_position` (first token), `n_tokens`, `token` (id, by="token"), and per side
+    `start` and `reward`. Checks: "telescoping" (prefix, truncate; 1e-5 S, S = the largest of |reward|,
+    |start|, sum of |values|), "completeness" (integrated; 1e-2 of the larger of |reward - start| and sum of
+    |token values|; in 16 bits 5e-2 of the largest of these, |reward| and |start|); gradient and leave_one_out
+    record how far they are from adding up. Raises `DataError` for an unknown option, `CheckFailed` if a sum
+    does not close: a reward that jumps along the line, as routing to experts makes it (Mixtral), has no
+    integrated gradients.
     """
     _require(steps, method=method, by=by, baseline=baseline, removal=removal)
     pairs = data.as_pairs(pairs)
@@ -105,9 +103,9 @@ def token_attribution(
     if method == "prefix":
         shares = _prefix(rm, tokens, units)
     elif method == "truncate":
-        shares = _in_pairs(rm, tokens, units, _truncated)
+        shares = _in_pairs(rm, tokens, units, truncated)
     elif method == "leave_one_out":
-        shares = _in_pairs(rm, tokens, units, _deleted if removal == "delete" else _masked)
+        shares = _in_pairs(rm, tokens, units, deleted if removal == "delete" else masked)
     else:
         shares = _along_embeddings(rm, tokens, units, baseline, steps, tolerance)
     settings: dict = {"method": method, "by": by}
@@ -119,7 +117,8 @@ def token_attribution(
         settings |= {"removal": removal}
     values, coords = _table(tokens, units, shares, by)
     return paired_result(
-        rm, "token_attribution", pairs, values, ("pair", "side", "position"), coords, seed=seed, interval=False,
+        rm, "token_attribution", pairs, values, ("pair", "side", "position"), coords, seed=seed,
+        interval=False,
         checks=_checks(rm, method, shares, baseline, tolerance),
         undefined="the reward is read at this unit's own position, so attention to it cannot be blocked",
         forward_rows=shares.forward_rows, backward_rows=shares.backward_rows, settings=settings,
@@ -150,78 +149,18 @@ def _prefix(rm: RewardModel, tokens: Sequence[Tokens], units: Sequence[list[Unit
 
 
 def _in_pairs(rm: RewardModel, tokens: Sequence[Tokens], units: Sequence[list[Unit]], variants) -> Shares:
-    """Score each text's variants, those of a pair together, so that what its responses share is scored once."""
+    """Score each text's variants, those of a pair together, so that what its responses share is scored
+    once."""
     values, start, reward, rows = [], [], [], 0
     for i in range(0, len(tokens), 2):
         made = [variants(rm, tokens[j], units[j]) for j in (i, i + 1)]
-        read, n_rows = _rewards(rm, [*made[0], *made[1]])
+        read, n_rows = rewards(rm, [*made[0], *made[1]])
         rows += n_rows
         for some in (read[: len(made[0])], read[len(made[0]) :]):
-            values.append(np.diff(some) if variants is _truncated else some[-1] - some[1:-1])
+            values.append(np.diff(some) if variants is truncated else some[-1] - some[1:-1])
             start.append(some[0])
             reward.append(some[-1])
     return Shares(values, np.array(start), np.array(reward), rows)
-
-
-# A variant is a text and the positions no one may attend to. Each list opens with the reference, ends with the whole.
-Variant = tuple[Tokens, range]
-
-
-def _truncated(rm: RewardModel, text: Tokens, units: list[Unit]) -> list[Variant]:
-    first = text.response.start
-    ends = [first, *(unit.positions.stop for unit in units)]
-    return [(_keep(rm, text, range(first, end)), range(0)) for end in ends]
-
-
-def _deleted(rm: RewardModel, text: Tokens, units: list[Unit]) -> list[Variant]:
-    kept = [[], *([i for i in text.response if i not in unit.positions] for unit in units), text.response]
-    return [(_keep(rm, text, positions), range(0)) for positions in kept]
-
-
-def _masked(rm: RewardModel, text: Tokens, units: list[Unit]) -> list[Variant]:
-    return [(text, text.response), *((text, unit.positions) for unit in units), (text, range(0))]
-
-
-def _keep(rm: RewardModel, text: Tokens, kept: Sequence[int]) -> Tokens:
-    """The text with these tokens of its response, and its prompt and tail as they are."""
-    order = [*text.prompt, *kept, *text.tail]
-    if not order:
-        raise DataError(
-            "A response cannot be removed from a conversation that has nothing else",
-            found="no token in the prompt and none in the template's tail",
-            expected="at least one token for the reward head to read",
-            do="use method='prefix', 'gradient' or 'integrated', or give the conversation a prompt",
-        )
-    ids = [text.ids[i] for i in order]
-    first, end = len(text.prompt), len(text.prompt) + len(kept)
-    return dataclasses.replace(
-        text, ids=tuple(ids), pieces=tuple(text.pieces[i] for i in order), starts=tuple(text.starts[i] for i in order),
-        prompt=range(first), response=range(first, end), tail=range(end, len(ids)),
-        reward_pos=rm.tokenizer.reward_position(ids),
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def _rewards(rm: RewardModel, variants: Sequence[Variant]) -> tuple[np.ndarray, int]:
-    """Rewards of the variants, equal ones scored once, and how many were; NaN where the reward's position is hidden."""
-    index = {(text.ids, hidden): i for i, (text, hidden) in enumerate(variants)}
-    distinct = [variants[i] for i in index.values()]
-    read = np.full(len(distinct), np.nan)
-    for batch in rm.batches([text for text, _ in distinct]):
-        mask, kept = batch.mask.clone(), []
-        for row, (run, first) in enumerate(zip(batch.rows, batch.offset.tolist(), strict=True)):
-            hidden = distinct[run][1]
-            mask[row, first + hidden.start : first + hidden.stop] = 0
-        pick = at_rows(batch.reward_pos)
-        read_end = rm.trunk.read_residual(rm.n_layers, lambda x, pick=pick, kept=kept: kept.append(pick(x)))
-        # The position ids are those of the whole text: only attention is blocked.
-        rm.trunk.run(dataclasses.replace(batch, mask=mask), read_end)
-        read[list(batch.rows)] = rm.readout.reward(kept[0]).double().cpu().numpy()
-    for i, (text, hidden) in enumerate(distinct):
-        if text.reward_pos in hidden:
-            read[i] = np.nan
-    order = {key: i for i, key in enumerate(index)}
-    return read[[order[text.ids, hidden] for text, hidden in variants]], len(distinct)
 
 
 def _along_embeddings(
@@ -232,29 +171,32 @@ def _along_embeddings(
         path = gradient_path(rm, tokens, baseline)
     else:
         path = integrated_path(rm, tokens, baseline, reward, steps, tolerance)
-    values = [
-        np.array([one[unit.positions.start - text.response.start :][: len(unit.positions)].sum() for unit in some])
-        for one, text, some in zip(path.values, tokens, units, strict=True)
-    ]
+    values = []
+    for one, text, some in zip(path.values, tokens, units, strict=True):
+        first = text.response.start
+        sums = [one[u.positions.start - first : u.positions.stop - first].sum() for u in some]
+        values.append(np.array(sums, dtype=float))
     rows = path.forward_rows + len(tokens)
     if tolerance is None:
         return Shares(values, path.start, reward, rows, path.backward_rows)
-    gaps = tuple(completeness_gap(v, r - s) for v, s, r in zip(path.values, path.start, reward, strict=True))
-    return Shares(values, path.start, reward, rows, path.backward_rows, path.steps, gaps)
+    return Shares(values, path.start, reward, rows, path.backward_rows, path.steps, path.gaps)
 
 
-def _checks(rm: RewardModel, method: str, shares: Shares, baseline: str, tolerance: float | None) -> list[Check]:
+def _checks(
+    rm: RewardModel, method: str, shares: Shares, baseline: str, tolerance: float | None
+) -> list[Check]:
     if method == "integrated":
         note = f"baseline {baseline}, at most {shares.steps.max()} steps"
-        if not max(shares.gaps) <= tolerance:
+        if not shares.gaps.max() <= tolerance:
             raise CheckFailed(
                 "The integrated gradients do not add up to the reward less that of the baseline",
-                found=f"a gap of {max(shares.gaps):.3g} ({note})",
-                expected=f"at most {tolerance:g} of the larger of the difference and the sum of absolute values",
-                do="take another baseline; if the model routes tokens to experts, its reward jumps along the line and no "
-                "number of steps is enough: use method='truncate' or 'leave_one_out'",
+                found=f"a gap of {shares.gaps.max():.3g} ({note})",
+                expected=f"at most {tolerance:g} of the larger of the difference and the sum of sizes",
+                do="load the model in float32 if it is in 16 bits, or take another baseline; if it routes tokens "
+                "to experts, its reward jumps along the line and no number of steps is enough: use "
+                "method='truncate' or 'leave_one_out'",
             )
-        return [Check("completeness", max(shares.gaps), tolerance, note)]
+        return [Check("completeness", shares.gaps.max(), tolerance, note)]
     gaps = []
     for values, start, reward in zip(shares.values, shares.start, shares.reward, strict=True):
         size = max(abs(start), abs(reward), float(np.abs(values).sum()))
@@ -262,13 +204,15 @@ def _checks(rm: RewardModel, method: str, shares: Shares, baseline: str, toleran
     if method in SUMS:
         return [Check("telescoping", max(gaps), 2e-2 if rm.sixteen_bit else 1e-5)]
     known = [gap for gap in gaps if np.isfinite(gap)]
-    return [Check("distance from adding up", max(known), np.inf, "a fact: no sum is claimed")] if known else []
+    note = "a fact: no sum is claimed"
+    return [Check("distance from adding up", max(known), np.inf, note)] if known else []
 
 
 def _table(
     tokens: list[Tokens], units: list[list[Unit]], shares: Shares, by: str
 ) -> tuple[np.ndarray, dict[str, object]]:
-    """Values [pair, side, position] and the coordinates of their units; the margin's are the pair's common units."""
+    """Values [pair, side, position] and the coordinates of their units; the margin's are the pair's common
+    units."""
     n_pairs, longest = len(tokens) // 2, max(1, max(len(some) for some in units))
     shape = (n_pairs, 3, longest)
     values = np.full(shape, np.nan)
@@ -308,10 +252,11 @@ def _sides(values: np.ndarray) -> np.ndarray:
 
 def _require(steps: int, **given: str) -> None:
     for name, value in given.items():
-        if value not in CHOICES[name]:
+        choices = get_args(CHOICES[name])
+        if value not in choices:
             raise DataError(
                 f"Token attribution has no {name} of this name", found=repr(value),
-                expected=", ".join(repr(choice) for choice in CHOICES[name]), do="pass one of these",
+                expected=", ".join(repr(choice) for choice in choices), do="pass one of these",
             )  # fmt: skip
     if steps < 1:
         raise DataError("Integrated gradients need nodes on their line", found=f"steps={steps}",
@@ -319,24 +264,25 @@ def _require(steps: int, **given: str) -> None:
 
 
 def _words(method: str, by: str, baseline: str, removal: str) -> dict[str, str]:
-    line = f"when the response's {by}s come in from the baseline ({baseline}) in the residual entering block 0"
+    line = f"when each {by} comes in from the baseline ({baseline}) in the residual entering block 0"
     gone = {"delete": "deleted", "mask": "hidden from attention"}[removal]
     shows, cannot = {
         "prefix": (
-            f"How the head's reading changes over each {by} of one pass; the steps add up to the reward.",
+            f"How the head's reading changes over each {by} of one pass; the values add up to the "
+            "reward less the reading before the response.",
             "What the reward is after each prefix: the head was trained at the last position only, so the readings "
             "before it are off its distribution.",
         ),
         "truncate": (
-            f"How the reward changes when the response is cut one {by} later; the steps add up to the reward less that "
-            "of the empty response.",
+            f"How the reward changes when the response is cut one {by} later; the values add up to the reward "
+            "less that of the empty response.",
             "What a word is worth beside what follows it: each step scores an unfinished response, which the model "
             "may mark down for being unfinished.",
         ),
         "gradient": (
             f"How the reward changes, to first order at the text, {line}.",
-            "The effect of a change as large as a word: the reward is curved between the baseline and the text, and the "
-            "values do not add up.",
+            "The effect of a change as large as a word: the reward is curved between the baseline and the text, "
+            "and the values do not add up.",
         ),
         "integrated": (
             f"How the reward changes {line}, averaged over the way; the values add up to the difference.",
@@ -345,8 +291,8 @@ def _words(method: str, by: str, baseline: str, removal: str) -> dict[str, str]:
         ),
         "leave_one_out": (
             f"How much reward the response loses when one {by} is {gone}.",
-            "What words earn together: two that say the same each look worthless alone. The values do not add up, and a "
-            "gap in a text may itself be marked down.",
+            "What words earn together: two that say the same each look worthless alone. The values do not add "
+            "up, and a gap in a text may itself be marked down.",
         ),
     }[method]
     return {"title": f"Token attribution ({method}, by {by})", "shows": shows, "cannot_show": cannot}

@@ -1,9 +1,10 @@
 """The units of a response that attribution gives points to: tokens, words or sentences.
 
-A unit is a run of whole tokens, because a token is the least that a model can be shown without. Words and sentences
-are cut in the text that the tokens spell, and a token belongs to the unit in which it begins; byte tokens of one
-character stay together. A leading space belongs to its word, punctuation to the word before it. Scripts written
-without spaces (Chinese, Japanese) are cut at every character, which is what a tokenizer knows of their words.
+A unit is a run of whole tokens, because a token is the least that a model can be shown without. Words and
+sentences are cut in the text that the tokens spell, and a token belongs to the unit in which it begins; byte
+tokens of one character stay together. A leading space belongs to its word, punctuation to the word before it.
+Scripts written without spaces (Chinese, Japanese) are cut at every character, which is what a tokenizer knows
+of their words.
 """
 
 import bisect
@@ -36,7 +37,8 @@ class Unit:
 
 
 def units_of(text: Tokens, by: By, tail: bool = False) -> list[Unit]:
-    """The units of the response in order; with `tail` the template's tail follows, token by token or as one unit."""
+    """The units of the response in order; with `tail` the template's tail follows, token by token or as one
+    unit."""
     first, pieces = text.response.start, [text.pieces[i] for i in text.response]
     if by == "token":
         starts = [True] * len(pieces)
@@ -68,7 +70,8 @@ def _word_cuts(text: str) -> list[int]:
 
 
 def _sentence_cuts(text: str) -> list[int]:
-    """A sentence has a letter: a list's "1." opens the sentence after it, and a closing smile joins the one before."""
+    """A sentence has a letter: a list's "1." opens the sentence after it, and a closing smile joins the one
+    before."""
     cuts, last = [], 0
     for match in _SENTENCE.finditer(text):
         if _has_letter(text[last : match.end()]) and _has_letter(text[match.end() :]):

@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 from reward_lens.charts import kind
-from reward_lens.charts.rows import columns, dims_of, text_of, words
+from reward_lens.charts.rows import columns, dims_of, largest, text_of, words
 from reward_lens.charts.strip import blocks
 from reward_lens.report import numbers
 from reward_lens.result import Check, Result
@@ -45,7 +45,7 @@ def values_table(result: Result) -> Table:
         side = "side" in dims and "margin" in data["side"].values
         data = data.sel(side="margin") if side else data
         flat = columns(data, [*dims_of(data["value"]), *names])
-        return _table(flat, "Values of the margin" if side else "Values", _largest(flat["value"]))
+        return _table(flat, "Values of the margin" if side else "Values", largest(flat["value"], TOP))
     extra = [str(c) for c in data.coords if c not in dims and data[c].dims and set(data[c].dims) <= set(dims)]
     means = "Means over pairs." if "pair" in result.value.dims else ""
     return _table(columns(data, [*dims, *names, *extra]), means)
@@ -87,7 +87,7 @@ def _scores(result: Result) -> Table:
     by = flat["margin" if "margin" in flat else list(flat)[-1]]
     if len(by) <= WHOLE:
         return _table(flat, "All pairs, the lowest first.", np.argsort(by, kind="stable"))
-    return _table(flat, "Pairs", _largest(by))
+    return _table(flat, "Pairs", largest(by, TOP))
 
 
 def _tokens(result: Result) -> Table:
@@ -98,13 +98,7 @@ def _tokens(result: Result) -> Table:
     ]
     names = ("pair", "side", "token", "role", "value")
     flat = {name: np.array([cell[i] for cell in cells]) for i, name in enumerate(names)}
-    return _table(flat, "Tokens", _largest(flat["value"]))
-
-
-def _largest(values: np.ndarray) -> np.ndarray:
-    """Places of the largest absolute values, the largest first; undefined cells are left out."""
-    order = np.argsort(-np.abs(values), kind="stable")
-    return order[np.isfinite(values[order])][:TOP]
+    return _table(flat, "Tokens", largest(flat["value"], TOP))
 
 
 def _table(flat: dict, caption: str, order: slice | np.ndarray = EVERY, write=numbers.number) -> Table:
