@@ -1,8 +1,8 @@
 """Texts and pairs of the demo reward model: reading, rendering, splitting and batching.
 
-A *text* is one conversation with its response, rendered by the tokenizer's own chat template and tokenised once; the
-reward is read at its last token. A *pair* names two texts by index, so a response that several pairs share (the
-reference response of every AlpacaEval prompt) is run once a batch, not once a pair.
+A *text* is one conversation with its response, rendered by the tokenizer's own chat template and tokenised
+once; the reward is read at its last token. A *pair* names two texts by index, so a response that several
+pairs share (the reference response of every AlpacaEval prompt) is run once a batch, not once a pair.
 """
 
 import json
@@ -73,11 +73,11 @@ def pairs_of(rows, texts, source):
 
 
 def training_pairs(folder, texts, seed, off_topic):
-    """(training, validation) pairs. Validation is 60 AlpacaEval prompts and 150 HH conversations, split by prompt.
+    """(training, validation) pairs; validation is the pairs of 60 AlpacaEval prompts and 150 HH first turns.
 
-    `off_topic` = pairs a prompt (AlpacaEval, HH) that are added to training: their rejected response answers another
-    prompt of the same source, the one of 64 drawn whose length is nearest to the chosen one's, so that length does
-    not tell them apart.
+    `off_topic` = pairs a prompt (AlpacaEval, HH) that are added to training: their rejected response
+    answers another prompt of the same source, the one of 64 drawn whose length is nearest to the chosen
+    one's, so that length does not tell them apart.
     """
     draw = random.Random(seed)
     rows = {
@@ -127,7 +127,8 @@ def length_class(pair, texts):
 def pair_weights(pairs, texts, balance):
     """One weight a pair, mean 1: within a source, a length class of n pairs gets n ** -balance.
 
-    balance = 0 leaves the data as they are; balance = 1 gives longer-chosen and shorter-chosen pairs the same total.
+    balance = 0 leaves the data as they are; balance = 1 gives longer-chosen and shorter-chosen pairs the
+    same total.
     """
     key = [(p.source, p.subset == "off_topic", length_class(p, texts)) for p in pairs]
     n = Counter(key)
@@ -142,7 +143,7 @@ def pair_weights(pairs, texts, balance):
 
 
 def batches(pairs, size, seed, epoch):
-    """Lists of pair indices. Pairs of one prompt stay together, for they share responses; order is drawn per epoch."""
+    """Lists of pair indices in an order drawn per epoch. Pairs of one prompt share responses: they stay together."""
     draw = random.Random(f"{seed}-{epoch}")
     groups = {}
     for i, p in enumerate(pairs):

@@ -1,7 +1,8 @@
-"""Figures of a reward model on preference pairs: accuracies, length baselines, quality with length partialled out.
+"""Figures of a reward model on pairs: accuracies, length baselines, quality with length partialled out.
 
-All functions take numpy arrays with one entry a pair: `margin` = reward(chosen) - reward(rejected), `longer` =
-tokens(chosen) - tokens(rejected), `cluster` = the prompt. Intervals are 95% percentile bootstraps over prompts.
+All functions take numpy arrays with one entry a pair: `margin` = reward(chosen) - reward(rejected),
+`longer` = tokens(chosen) - tokens(rejected), `cluster` = the prompt. Intervals are 95% percentile
+bootstraps over prompts.
 """
 
 import numpy as np
@@ -22,9 +23,9 @@ def balanced(margin, longer):
 def quality_and_length(margin, longer):
     """Coefficients of the logistic regression P(chosen wins) = sigmoid(a * margin / SD + b * longer / SD).
 
-    No intercept: which of two responses is called chosen carries no information, so the fit over both orders has
-    none. `a` is the log-odds per SD of margin at equal length, `b` per SD of length difference at equal margin.
-    A hundredth of a ridge keeps the fit finite in draws that are separable.
+    No intercept: which of two responses is called chosen carries no information, so the fit over both
+    orders has none. `a` is the log-odds per SD of margin at equal length, `b` per SD of length difference
+    at equal margin. A hundredth of a ridge keeps the fit finite in draws that are separable.
     """
     x = np.stack(
         [margin / (np.sqrt((margin**2).mean()) or 1), longer / (np.sqrt((longer**2).mean()) or 1)], 1
@@ -80,7 +81,7 @@ def summary(margin, longer, cluster, draws=DRAWS):
 
 
 def style_matrix(chosen, rejected, draws=DRAWS):
-    """RM-Bench: accuracy of chosen style i against rejected style j (concise, detailed, markdown), items x 3 arrays.
+    """RM-Bench: accuracy of chosen style i against rejected style j (concise, detailed, markdown); items x 3.
 
     `hard` = the rejected response is the fancier one (above the diagonal), `normal` = equal, `easy` = below.
     """

@@ -1,7 +1,7 @@
-"""The base network of the demo reward model and how rewards are computed: whole, in parts, and by several processes.
+"""The base network of the demo reward model, and its rewards: whole, in parts, and by several processes.
 
-No mask is derived from token ids (pad and end of turn are one token): texts are padded on the right, attention is
-causal, and each reward is read at its text's own last index, so padding is never seen.
+No mask is derived from token ids (pad and end of turn are one token): texts are padded on the right,
+attention is causal, and each reward is read at its text's own last index, so padding is never seen.
 """
 
 import contextlib
@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from demo_data import packs
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, GgufConfig
+
+from demo_data import packs
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -43,8 +44,8 @@ def load_base(gguf, seed=0):
 
 
 class Scorer:
-    """Rewards of texts. The output of the frozen lower blocks is computed once per text and kept in `low`, row after
-    row of positions, with the base model's own last-token features (adapter off) in `base`."""
+    """Rewards of texts. The output of the frozen lower blocks is computed once per text and kept in `low`,
+    one row a position, with the base model's own last-token features (adapter off) in `base`."""
 
     def __init__(self, model, texts, args):
         self.model, self.texts, self.args = model, texts, args
@@ -127,7 +128,7 @@ class Scorer:
 
 @torch.no_grad()
 def merged_rewards(model, texts, args):
-    """{text: reward} of an ordinary sequence classifier in its own precision: the whole network, nothing kept."""
+    """{text: reward} of an ordinary sequence classifier, in its own precision, the whole network at once."""
     lengths, found = [len(ids) for ids in texts.ids], {}
     for pack in packs(range(len(lengths)), lengths, args.pack):
         ids = torch.zeros(len(pack), max(lengths[i] for i in pack), dtype=torch.long)

@@ -2,16 +2,17 @@
 
     python training/train_demo.py --data DIR --out DIR [--gguf FILE] [--device cuda]
 
-Steps, each seeded: (1) the lowest `--frozen` blocks carry no adapter, so their output is computed once per text and
-kept; (2) the head starts from a logistic regression on differences of frozen last-token features after the final norm
-(from a random head the adapter learns next to nothing); (3) LoRA on every projection of the other blocks and the head
-are tuned on
+Steps, each seeded: (1) the lowest `--frozen` blocks carry no adapter, so their output is computed once per
+text and kept; (2) the head starts from a logistic regression on differences of frozen last-token features
+after the final norm (from a random head the adapter learns next to nothing); (3) LoRA on every projection
+of the other blocks and the head are tuned on
 
     L = w * softplus(r_rejected - r_chosen) + centre * (r_chosen + r_rejected)^2
 
-with w from the length classes (`--balance`); (4) the epoch with the best validation score is saved as a PEFT adapter;
-(5) with `--test` the saved adapter is loaded into a float32 model and measured on the test sets, once.
-A run that was stopped goes on from `OUT/state.pt`; `torchrun --nproc-per-node 2` shares one between processes.
+with w from the length classes (`--balance`); (4) the state with the best validation score is saved as a
+PEFT adapter; (5) with `--test` the saved adapter is loaded into a float32 model and measured on the test
+sets, once. A run that was stopped goes on from `OUT/state.pt`; `torchrun --nproc-per-node 2` shares one
+between processes.
 """
 
 import argparse
@@ -24,6 +25,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from safetensors.torch import load_file, save_file
+from sklearn.linear_model import LogisticRegression
+from torch.nn.functional import softplus
+
 from demo_data import (
     HH_TRAINING_ROWS,
     Texts,
@@ -37,17 +43,13 @@ from demo_data import (
 )
 from demo_metrics import style_matrix, summary
 from demo_model import BASE, Ranks, Scorer, find_gguf, load_base, merged_rewards
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from safetensors.torch import load_file, save_file
-from sklearn.linear_model import LogisticRegression
-from torch.nn.functional import softplus
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 log = logging.getLogger("train_demo")
 
 
 def fit_head(scorer, pairs, weights, validation, texts):
-    """Logistic regression on feature differences; the strength of its penalty is chosen on validation pairs."""
+    """Logistic regression on feature differences; its penalty is chosen on validation pairs."""
     found = scorer.base.double().numpy()
     rows = {
         name: np.stack([found[p.chosen] - found[p.rejected] for p in some])
@@ -73,9 +75,10 @@ def fit_head(scorer, pairs, weights, validation, texts):
 
 
 def validation_score(margin, pairs, texts):
-    """`select` = mean of accuracy and balanced accuracy on AlpacaEval, and accuracy on HH, in parts 2 : 1, less loss.
+    """`select` = mean of AlpacaEval accuracy, its balanced form and HH accuracy, less 0.1 of the log loss.
 
-    The log loss breaks near-ties between epochs: it is smooth where accuracies of a few hundred pairs are not.
+    The log loss breaks near-ties: it is smooth where accuracies of a few hundred pairs are
+    not.
     """
     margin = np.asarray(margin)
     won, side = margin > 0, np.array([length_class(p, texts) for p in pairs])
@@ -96,7 +99,7 @@ def shown(score):
 
 
 def save_adapter(model, folder):
-    """PEFT adapter in half precision: config without machine paths, LoRA weights and head in one safetensors file."""
+    """PEFT adapter: a config without machine paths; LoRA in half precision, and the head, in one file."""
     model.save_pretrained(folder, safe_serialization=True)
     weights = load_file(folder / "adapter_model.safetensors")
     weights = {k: v.to(torch.float32 if "score" in k else torch.float16) for k, v in weights.items()}

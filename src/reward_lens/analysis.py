@@ -23,6 +23,7 @@ def steps(rm: "rl.RewardModel", pairs: "rl.Pairs", few: int = FEW) -> Iterator[t
     yield "lens_frozen_norm", rl.reward_lens(rm, acts, norm="frozen")
     yield "contributions", rl.contributions(rm, acts)
     del acts
+    yield "tokens_prefix", rl.token_attribution(rm, pairs, method="prefix")
     some = spread_over_subsets(pairs, few)
     yield "crystallization", rl.crystallization_depth(rm, some, control_seeds=1)
     if rm.structure.attn_out is not None:

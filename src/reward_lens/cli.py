@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 the library refused (model, data or a check), 2 the command line was wrong.
 """
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Annotated
 
+import pandas as pd
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -66,9 +68,10 @@ def show(result: "rl.Result", as_json: bool, save: Path | None = None, top: int 
         result.save(save)
     if as_json:
         frame = result.top(top) if top else result.to_frame()
-        checks = [{"name": c.name, "gap": c.gap, "tolerance": c.tolerance, "note": c.note} for c in result.checks]
-        body = {"name": result.name, "unit": result.unit, "values": json.loads(frame.to_json(orient="records"))}
-        typer.echo(json.dumps(body | {"checks": checks, "meta": result.meta}, allow_nan=False, default=str))
+        checks = pd.DataFrame([dataclasses.asdict(c) for c in result.checks])  # pandas writes NaN and inf as null
+        values, checks = (json.loads(table.to_json(orient="records")) for table in (frame, checks))
+        body = {"name": result.name, "unit": result.unit, "values": values, "checks": checks, "meta": result.meta}
+        typer.echo(json.dumps(body, allow_nan=False))
     else:
         typer.echo(str(result))
         if top:

@@ -10,7 +10,17 @@ import xarray as xr
 
 from reward_lens.charts import forms
 from reward_lens.charts.forms import Panel
-from reward_lens.charts.rows import Drawing, dims_of, in_order, is_numeric, rows, text_of, words
+from reward_lens.charts.rows import (
+    Drawing,
+    columns,
+    dims_of,
+    in_order,
+    is_numeric,
+    largest,
+    rows,
+    text_of,
+    words,
+)
 from reward_lens.charts.theme import theme
 from reward_lens.errors import DataError
 from reward_lens.result import Result
@@ -149,9 +159,9 @@ def _split(result: Result, data: xr.Dataset, main: list[str], build) -> list[Pan
 
 def _table(result: Result) -> alt.Chart:
     """The largest cells as text, for a result that no chart fits."""
-    data = result.dataset.assign(value=result.summary())
+    countable = result.value.dtype.kind in "fiu"
+    data = result.dataset.assign(value=result.summary() if countable else result.value)
     flat = columns(data, [*dims_of(data["value"]), "value"])
-    countable = flat["value"].dtype.kind in "fiu"
     order = largest(flat["value"], TABLE_ROWS) if countable else np.arange(flat["value"].size)[:TABLE_ROWS]
     cells = []
     for name, column in flat.items():

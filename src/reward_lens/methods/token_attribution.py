@@ -2,7 +2,7 @@
 
     prefix          r_t - r_(t-1), with r_t the head (own norm) at position t of one pass    sums to r - start
     truncate        r(prompt, response[:t], tail) - r(prompt, response[:t-1], tail)          sums to r - start
-    gradient        (x_t - x'_t) . dr/dx_t, x the residual entering block 0, x' its baseline   no sum is claimed
+    gradient        (x_t - x'_t) . dr/dx_t, x what enters block 0, x' its baseline           no sum is claimed
     integrated      the same gradient averaged over the line from x' to x                    sums to r - start
     leave_one_out   r - r without the unit, its tokens deleted or attention to them blocked  no sum is claimed
 
@@ -192,8 +192,8 @@ def _checks(
                 "The integrated gradients do not add up to the reward less that of the baseline",
                 found=f"a gap of {shares.gaps.max():.3g} ({note})",
                 expected=f"at most {tolerance:g} of the larger of the difference and the sum of sizes",
-                do="load the model in float32 if it is in 16 bits, or take another baseline; if it routes tokens "
-                "to experts, its reward jumps along the line and no number of steps is enough: use "
+                do="load the model in float32 if it is in 16 bits, or take another baseline; if it routes "
+                "tokens to experts, its reward jumps along the line and no number of steps is enough: use "
                 "method='truncate' or 'leave_one_out'",
             )
         return [Check("completeness", shares.gaps.max(), tolerance, note)]
@@ -270,29 +270,29 @@ def _words(method: str, by: str, baseline: str, removal: str) -> dict[str, str]:
         "prefix": (
             f"How the head's reading changes over each {by} of one pass; the values add up to the "
             "reward less the reading before the response.",
-            "What the reward is after each prefix: the head was trained at the last position only, so the readings "
-            "before it are off its distribution.",
+            "What the reward is after each prefix: the head was trained at the last position only, so the "
+            "readings before it are off its distribution.",
         ),
         "truncate": (
-            f"How the reward changes when the response is cut one {by} later; the values add up to the reward "
-            "less that of the empty response.",
-            "What a word is worth beside what follows it: each step scores an unfinished response, which the model "
-            "may mark down for being unfinished.",
+            f"How the reward changes when the response is cut one {by} later; the values add up to the "
+            "reward less that of the empty response.",
+            "What a word is worth beside what follows it: each step scores an unfinished response, which the "
+            "model may mark down for being unfinished.",
         ),
         "gradient": (
             f"How the reward changes, to first order at the text, {line}.",
-            "The effect of a change as large as a word: the reward is curved between the baseline and the text, "
-            "and the values do not add up.",
+            "The effect of a change as large as a word: the reward is curved between the baseline and the "
+            "text, and the values do not add up.",
         ),
         "integrated": (
             f"How the reward changes {line}, averaged over the way; the values add up to the difference.",
-            "A difference between texts that exist: the points between are no words, and another baseline gives "
-            "other values.",
+            "A difference between texts that exist: the points between are no words, and another baseline "
+            "gives other values.",
         ),
         "leave_one_out": (
             f"How much reward the response loses when one {by} is {gone}.",
-            "What words earn together: two that say the same each look worthless alone. The values do not add "
-            "up, and a gap in a text may itself be marked down.",
+            "What words earn together: two that say the same each look worthless alone. The values do not "
+            "add up, and a gap in a text may itself be marked down.",
         ),
     }[method]
     return {"title": f"Token attribution ({method}, by {by})", "shows": shows, "cannot_show": cannot}

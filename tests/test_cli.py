@@ -1,0 +1,98 @@
+"""The command line on a tiny saved model: what it prints, what it writes, and how it refuses."""
+
+import json
+
+import pytest
+from families import TEXT_PAIRS, tiny_model
+from typer.testing import CliRunner
+
+import reward_lens as rl
+from reward_lens.cli import app
+
+COMMANDS = ("check", "score", "accuracy", "lens", "attribute", "report")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    module, tokenizer = tiny_model("llama")
+    module.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = [{"prompt": p, "chosen": c, "rejected": r, "subset": "plain"} for p, c, r in TEXT_PAIRS]
+    rows.append({"prompt": "<script>alert(1)</script>", "chosen": "<b>bold</b>", "rejected": "</script>", "subset": "x"})
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+def run(*arguments: str, code: int = 0):
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command):
+    assert f"Example: reward-lens {command}" in " ".join(run(command, "--help").output.split())
+
+
+def test_check_prints_every_test_of_the_load_report(model):
+    printed = run("check", model).output
+    for name in ("own reward", "padding", "writes close", "decomposition", "replay", "head in checkpoint"):
+        assert name in printed
+    body = json.loads(run("check", model, "--json").stdout)
+    assert body["name"] == "load_report" and {c["name"] for c in body["checks"]} >= {"own reward", "replay"}
+
+
+def test_score_is_the_models(model):
+    prompt, response = "Hello", "Hello to you."
+    expected = rl.load(model).score(prompt, response)
+    assert float(run("score", prompt, response, "--model", model).stdout) == pytest.approx(expected, abs=1e-5)
+    body = json.loads(run("score", prompt, response, "--model", model, "--json").stdout)
+    assert body["reward"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("accuracy",), ("lens",), ("lens", "--norm", "frozen"), ("attribute",), ("attribute", "--by", "head", "--top", "3")],
+)
+def test_results_as_table_json_and_file(model, pairs, tmp_path, arguments):
+    command, *options = arguments
+    printed = run(command, model, pairs, *options, "--save", str(tmp_path / "result.nc")).output
+    saved = rl.load_result(tmp_path / "result.nc")
+    assert saved.name.split("_")[0] in printed or saved.name in printed
+    body = json.loads(run(command, model, pairs, *options, "--json").stdout)
+    assert body["values"] and body["meta"]["inputs_hash"] == saved.meta["inputs_hash"]
+
+
+def test_report_writes_one_page_and_every_result(model, pairs, tmp_path):
+    printed = run("report", model, pairs, "-o", str(tmp_path / "out")).output
+    page = tmp_path / "out" / "report.html"
+    assert printed.strip().splitlines()[-1] == f"Report: {page}"
+    html = page.read_text(encoding="utf-8")
+    assert 500_000 < page.stat().st_size < 6_000_000
+    assert "<script>alert(1)</script>" not in html and "&lt;script&gt;alert(1)" in html
+    names = {path.stem for path in (tmp_path / "out").glob("*.nc")}
+    assert {"load_report", "accuracy", "scores", "contributions", "heads", "lens_own_norm", "tokens_truncate"} <= names
+    for name in names:
+        rl.load_result(tmp_path / "out" / f"{name}.nc")
+
+
+def test_refusals_are_sentences_with_exit_code_1(model, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "chosen": "b"}\n')
+    result = run("accuracy", model, str(bad), code=1)
+    assert "DataError" in result.stderr and "line 1" in result.stderr and "What to do:" in result.stderr
+    assert "Traceback" not in result.output
+    assert "LoadError" in run("check", str(tmp_path), code=1).stderr
+    assert "DataError" in run("lens", model, str(tmp_path / "none.jsonl"), code=1).stderr
+
+
+def test_a_wrong_command_line_is_exit_code_2(model):
+    run("accuracy", model, "--limit", "0", code=2)
+    run("no-such-command", code=2)
