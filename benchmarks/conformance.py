@@ -40,9 +40,11 @@ def gaps(family: str, dtype: torch.dtype) -> list[float]:
     row.append(check(parts, "margin split"))
     sites = ["embed", *(f"L{layer}.{kind}" for layer in range(rm.n_layers) for kind in ("attn", "mlp"))]
     acts = rl.capture(rm, equal, sites, at="all")
-    unchanged = [rl.intervene(rm, equal, {s: rl.from_run(acts)}, at="all").value.sel(state="change") for s in sites]
+    own = rl.from_run(acts)
+    unchanged = [rl.intervene(rm, equal, {s: own}, at="all").value.sel(state="change") for s in sites]
     row.append(max(float(np.abs(change).max()) for change in unchanged))
-    every = rl.intervene(rm, equal, dict.fromkeys(sites, rl.from_run(acts.swapped())), at="all").value
+    other = rl.from_run(acts.swapped())
+    every = rl.intervene(rm, equal, dict.fromkeys(sites, other), at="all").value
     off = every.sel(side="chosen", state="intervened") - every.sel(side="rejected", state="clean")
     row.append(float(np.abs(off).max() / np.abs(every.sel(state="clean")).max()))
     swapped = rl.contributions(rm, [rl.Pair(p.prompt, p.rejected, p.chosen) for p in PAIRS]).value

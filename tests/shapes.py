@@ -45,9 +45,7 @@ def summary(value: xr.DataArray, width: float = 0.2) -> dict:
 
 def lens() -> Result:
     coords = {**of_pairs(), "side": SIDES, "depth": np.arange(LAYERS + 1)}
-    value = xr.DataArray(
-        with_margin(numbers(PAIRS, 2, LAYERS + 1)), dims=("pair", "side", "depth"), coords=coords
-    )
+    value = xr.DataArray(with_margin(numbers(PAIRS, 2, LAYERS + 1)), dims=("pair", "side", "depth"), coords=coords)
     checks = [Check("last point equals the reward", 2.4e-7, 1e-5)]
     return Result("lens", value, unit="reward", checks=checks, meta=meta("Lens"), **summary(value))
 
@@ -82,9 +80,7 @@ def _by_component(title: str, names: list[tuple[str, int, str, int]]) -> Result:
     cells = with_margin(numbers(PAIRS, 2, len(names), seed=len(names)))
     value = xr.DataArray(cells, dims=("pair", "side", "component"), coords=coords)
     checks = [Check("contributions sum to the reward", 3e-6, 1e-5)]
-    return Result(
-        "contributions", value, unit="reward", checks=checks, meta=meta(title), **summary(value, 0.05)
-    )
+    return Result("contributions", value, unit="reward", checks=checks, meta=meta(title), **summary(value, 0.05))
 
 
 def effects() -> Result:
@@ -102,18 +98,14 @@ def scores() -> Result:
 
 def accuracy() -> Result:
     value = xr.DataArray([0.7, 0.8, 0.6], dims="subset", coords={"subset": ["all", "one", HOSTILE]})
-    return Result(
-        "accuracy", value, unit="accuracy", low=value - 0.2, high=value + 0.1, meta=meta("Accuracy")
-    )
+    return Result("accuracy", value, unit="accuracy", low=value - 0.2, high=value + 0.1, meta=meta("Accuracy"))
 
 
 def calibration() -> Result:
     predicted = np.linspace(0.1, 0.9, 5)
     coords = {"predicted": ("bin", predicted), "observed": ("bin", predicted**2), "n": ("bin", [4] * 5)}
     value = xr.DataArray(predicted**2, dims="bin", coords=coords)
-    return Result(
-        "calibration", value, unit="fraction", low=value - 0.1, high=value + 0.1, meta=meta("Calibration")
-    )
+    return Result("calibration", value, unit="fraction", low=value - 0.1, high=value + 0.1, meta=meta("Calibration"))
 
 
 def grid() -> Result:
@@ -123,9 +115,7 @@ def grid() -> Result:
 
 
 def listing(count: int = 70) -> Result:
-    value = xr.DataArray(
-        np.linspace(-1, 1, count), dims="token", coords={"token": [f"t{i}" for i in range(count)]}
-    )
+    value = xr.DataArray(np.linspace(-1, 1, count), dims="token", coords={"token": [f"t{i}" for i in range(count)]})
     return Result("vocabulary", value, unit="cosine", meta=meta("Vocabulary"))
 
 
@@ -160,9 +150,9 @@ def texts() -> dict[tuple[int, str], list[tuple[str, str]]]:
     return out
 
 
-def strips(pairs: int = PAIRS, repeat: int = 1) -> Result:
-    """Token strips; margin holds no token. `repeat` makes the texts longer."""
-    rows = {key: tokens * repeat for key, tokens in texts().items()}
+def strips(pairs: int = PAIRS) -> Result:
+    """Token strips; margin holds no token."""
+    rows = texts()
     longest = max(map(len, rows.values()))
     value = np.full((pairs, 3, longest), np.nan)
     piece, role = (np.full(value.shape, "", dtype=object) for _ in range(2))

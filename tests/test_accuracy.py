@@ -31,9 +31,7 @@ def with_scores(rm, pairs, margins, lengths=None) -> Result:
     value.values[:] = np.stack([margins, np.zeros_like(margins), margins], 1)
     if lengths is not None:
         lengths = np.asarray(lengths)
-        value = value.assign_coords(
-            chosen_tokens=("pair", 100 + lengths), rejected_tokens=("pair", 100 + 0 * lengths)
-        )
+        value = value.assign_coords(chosen_tokens=("pair", 100 + lengths), rejected_tokens=("pair", 100 + 0 * lengths))
     meta = rm.describe("score_pairs", pairs)
     return Result("score_pairs", value, unit="reward", meta=meta)
 
@@ -60,9 +58,7 @@ def test_accuracy_by_subset_rule_and_length(rm):
     model = result.value.sel(rule="reward model")
     expected = {"all": 5.5 / 8, "x": 1.5 / 3, "y": 3 / 4, "chosen longer": 2.5 / 4, "chosen shorter": 2 / 3,
                 "equal length": 1.0, "balanced": (2.5 / 4 + 2 / 3) / 2}  # fmt: skip
-    assert dict(zip(model["subset"].values.tolist(), model.values.tolist(), strict=True)) == pytest.approx(
-        expected
-    )
+    assert dict(zip(model["subset"].values.tolist(), model.values.tolist(), strict=True)) == pytest.approx(expected)
     assert model["group"].values.tolist() == ["all", "subset", "subset", *["length"] * 4]
     assert model["n_pairs"].values.tolist() == [8, 3, 4, 4, 3, 1, 7]
     longer = result.value.sel(rule="longer wins")
@@ -151,9 +147,7 @@ def test_calibration_bins_and_summary(rm):
     assert result.value["n"].values.tolist() == [4, 0, 0, 0, 2]
     summary = result.meta["summary"]
     assert summary["ece"] == pytest.approx((4 * abs(0.75 - small) + 2 * abs(0.5 - large)) / 6)
-    assert summary["brier"] == pytest.approx(
-        (3 * (1 - small) ** 2 + small**2 + (1 - large) ** 2 + large**2) / 6
-    )
+    assert summary["brier"] == pytest.approx((3 * (1 - small) ** 2 + small**2 + (1 - large) ** 2 + large**2) / 6)
     right = [small] * 3 + [1 - small, large, 1 - large]
     assert summary["log_loss"] == pytest.approx(-np.mean(np.log(right)))
     assert (float(result.low[0]), float(result.high[0])) == pytest.approx(stats.wilson(3, 4))
@@ -215,9 +209,7 @@ def test_length_partial_tells_quality_from_length(rm):
     """Labels that follow length alone: the margin, which goes with length, loses its weight to it."""
     rng = np.random.default_rng(3)
     lengths = rng.normal(0, 10, 400)
-    lengths *= np.where(
-        rng.random(400) < 1 / (1 + np.exp(-np.abs(lengths) / 8)), np.sign(lengths), -np.sign(lengths)
-    )
+    lengths *= np.where(rng.random(400) < 1 / (1 + np.exp(-np.abs(lengths) / 8)), np.sign(lengths), -np.sign(lengths))
     lengths = lengths.round().astype(int)
     margins = 0.1 * lengths + rng.normal(0, 1, 400)
     pairs = some_pairs(400)
@@ -320,9 +312,7 @@ def test_style_matrix_by_hand(rm):
     hard = [cells[:, 0, 1], cells[:, 0, 2], cells[:, 1, 2]]
     assert float(summary.mean.sel(difficulty="hard")) == pytest.approx(np.mean(hard))
     assert float(summary.mean.sel(difficulty="easy")) == pytest.approx(np.tril(cells, -1).sum() / 21)
-    assert float(summary.mean.sel(difficulty="normal")) == pytest.approx(
-        np.trace(cells, axis1=1, axis2=2).mean() / 3
-    )
+    assert float(summary.mean.sel(difficulty="normal")) == pytest.approx(np.trace(cells, axis1=1, axis2=2).mean() / 3)
     assert float(summary.mean.sel(difficulty="overall")) == pytest.approx(cells.mean())
     assert matrix.value["subset"].values.tolist() == ["maths"] * 6 + [""]
 
@@ -331,10 +321,7 @@ def test_style_of_a_model_that_learnt_length():
     """Whatever is right, the longer response wins: nothing on hard, everything on easy."""
     rm = rl.RewardModel(*planted_model("length"))
     styles = ("the cat", "the cat and the dog", "the cat and the dog is on the red hat and the sun")
-    items = [
-        rl.StyleItem(f"{word} the", styles, styles)
-        for word in ("run", "sea", "old", "hat", "tree", "dog", "cat")
-    ]
+    items = [rl.StyleItem(f"{word} the", styles, styles) for word in ("run", "sea", "old", "hat", "tree", "dog", "cat")]
     summary = style_summary(style_matrix(rm, items))
     assert summary.mean.values.tolist() == [0.0, 0.5, 1.0, 0.5]
     assert (summary.high - summary.low).sel(difficulty="hard") < 0.45

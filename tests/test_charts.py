@@ -193,9 +193,7 @@ def test_panels_that_are_not_drawn_are_counted():
 
 
 def test_two_number_lines_are_a_heat_map_with_the_longer_one_across():
-    value = xr.DataArray(
-        shapes.numbers(9, 4), dims=("layer", "head"), coords={"layer": range(9), "head": range(4)}
-    )
+    value = xr.DataArray(shapes.numbers(9, 4), dims=("layer", "head"), coords={"layer": range(9), "head": range(4)})
     (panel,) = panels(Result("pull", value, unit="reward"))
     assert {row["x"] for row in values(panel)} == set(range(9))
 
@@ -213,9 +211,7 @@ def test_many_labels_are_a_table():
 
 
 def test_histogram_counts_every_pair_and_has_an_edge_at_zero():
-    value = xr.DataArray(
-        shapes.numbers(300, seed=1), dims="pair", coords={"pair": [str(i) for i in range(300)]}
-    )
+    value = xr.DataArray(shapes.numbers(300, seed=1), dims="pair", coords={"pair": [str(i) for i in range(300)]})
     (panel,) = panels(Result("margins", value, unit="reward"))
     bins = [row for row in values(panel) if "pairs" in row]
     assert sum(row["pairs"] for row in bins) == 300

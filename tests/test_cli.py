@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from families import TEXT_PAIRS, tiny_model
 from typer.testing import CliRunner
 
 import reward_lens as rl
+from families import TEXT_PAIRS, tiny_model
 from reward_lens.cli import app
 
 COMMANDS = ("check", "score", "accuracy", "lens", "attribute", "report")
@@ -25,7 +25,8 @@ def model(tmp_path_factory) -> str:
 def pairs(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     rows = [{"prompt": p, "chosen": c, "rejected": r, "subset": "plain"} for p, c, r in TEXT_PAIRS]
-    rows.append({"prompt": "<script>alert(1)</script>", "chosen": "<b>bold</b>", "rejected": "</script>", "subset": "x"})
+    markup = {"prompt": "<script>alert(1)</script>", "chosen": "<b>bold</b>", "rejected": "</script>"}
+    rows.append(markup | {"subset": "markup"})
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return str(path)
 
@@ -59,7 +60,7 @@ def test_score_is_the_models(model):
 
 @pytest.mark.parametrize(
     "arguments",
-    [("accuracy",), ("lens",), ("lens", "--norm", "frozen"), ("attribute",), ("attribute", "--by", "head", "--top", "3")],
+    [("accuracy",), ("lens", "--norm", "frozen"), ("attribute",), ("attribute", "--by", "head", "--top", "3")],
 )
 def test_results_as_table_json_and_file(model, pairs, tmp_path, arguments):
     command, *options = arguments

@@ -6,10 +6,10 @@ import functools
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, STRUCTURES, TEXT_PAIRS, tiny_model
-from reference.loops import plain_contributions, plain_lens
 
 import reward_lens as rl
+from families import FAMILIES, STRUCTURES, TEXT_PAIRS, tiny_model
+from reference.loops import plain_contributions, plain_lens
 
 DTYPES = (torch.float32, torch.bfloat16)
 PAIRS = [rl.Pair(*texts) for texts in TEXT_PAIRS]
@@ -235,7 +235,7 @@ def test_alone_equals_in_a_batch(family, name):
 def fingerprint(rm: rl.RewardModel) -> tuple:
     """What E10 forbids a method to change."""
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in rm.module.modules())
-    weights = tuple(float(p.double().sum()) for p in rm.module.parameters())
+    weights = tuple(float(p.detach().double().sum()) for p in rm.module.parameters())
     grads = sum(p.grad is not None for p in rm.module.parameters())
     wants = sum(p.requires_grad for p in rm.module.parameters())
     config = rm.config.to_json_string(), rm.config._attn_implementation

@@ -24,7 +24,7 @@ ENGINE = (*MODEL, "engine")
 SIBLINGS = tuple(f"methods.{name}" for name in (
     "contributions", "lens", "effects", "sae",
     # what several methods share: Results of pairs, cuts of the writes, words and sentences, paths of embeddings
-    "paired", "splits", "source_tokens", "units", "embedding_paths", "embedding",
+    "paired", "splits", "source_tokens", "units", "embedding_paths", "removals",
 ))  # fmt: skip
 # The first row that a module falls under holds. The surface (cli, app, the front door) may import everything.
 MAY_IMPORT = {

@@ -143,7 +143,7 @@ def pair_weights(pairs, texts, balance):
 
 
 def batches(pairs, size, seed, epoch):
-    """Lists of pair indices in an order drawn per epoch. Pairs of one prompt share responses: they stay together."""
+    """Lists of pair indices in an order drawn per epoch; pairs of one prompt share responses and stay together."""
     draw = random.Random(f"{seed}-{epoch}")
     groups = {}
     for i, p in enumerate(pairs):

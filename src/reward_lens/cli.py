@@ -87,7 +87,8 @@ def check(model: Model = "demo", objective: Objective = None, as_json: AsJson = 
         return show(report, True)
     typer.echo(f"{report.meta['model']}: {report.meta['architecture']}, {report.meta['layers']} layers")
     for row in report.value:
-        typer.echo(f"  {str(row['check'].item()):20} {float(row):9.1e} <= {float(row.tolerance):7.1e}  {row.found.item()}")
+        name, found = row["check"].item(), row.found.item()
+        typer.echo(f"  {name:20} {float(row):9.1e} <= {float(row.tolerance):7.1e}  {found}")
 
 
 @app.command(epilog="Example: reward-lens score 'What is 2 + 2?' 'It is 4.' --model demo")

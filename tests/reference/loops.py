@@ -1,4 +1,4 @@
-"""Slow, obvious versions of the fast paths: one text at a time, plain Hugging Face outputs, written to be checked by eye."""
+"""Slow, obvious versions of the fast paths: one text at a time, plain hooks, written to be checked by eye."""
 
 import torch
 

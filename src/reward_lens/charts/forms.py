@@ -47,18 +47,14 @@ def lines(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Dataset) 
     table, unit, limits = frame(data, x=axis, series=series), unit_of(result, data), span(whole)
     titles = {"series": series, "x": axis, "value": unit}
     base = alt.Chart(rows(table)).encode(
-        x=alt.X(
-            "x:Q", title=words(axis), scale=alt.Scale(nice=False), axis=alt.Axis(grid=False, tickMinStep=1)
-        ),
+        x=alt.X("x:Q", title=words(axis), scale=alt.Scale(nice=False), axis=alt.Axis(grid=False, tickMinStep=1)),
         y=alt.Y("value:Q", title=unit, scale=alt.Scale(domain=limits, zero=False)),
         tooltip=tooltip(table, titles),
     )
     if series:
         names = list(text_of(data[series].values))
         dashes = [[5, 3] if name == "rejected" else [1, 0] for name in names]
-        base = base.encode(
-            color=alt.Color("series:N", scale=alt.Scale(domain=names, range="category"), title=None)
-        )
+        base = base.encode(color=alt.Color("series:N", scale=alt.Scale(domain=names, range="category"), title=None))
         dash = alt.StrokeDash("series:N", scale=alt.Scale(domain=names, range=dashes), title=None)
     line = base.mark_line()
     layers = [
@@ -110,11 +106,7 @@ def grid(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Dataset) -
     counted = [d for d in dims if is_numeric(data["value"], d)]
     across = max(counted, key=lambda d: data.sizes[d]) if counted else min(dims, key=lambda d: data.sizes[d])
     down = next(d for d in dims if d != across)
-    return [
-        Panel(
-            "", _heat(frame(data, x=across, y=down), unit_of(result, data), across, down, None, span(whole))
-        )
-    ]
+    return [Panel("", _heat(frame(data, x=across, y=down), unit_of(result, data), across, down, None, span(whole)))]
 
 
 def listing(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Dataset) -> list[Panel]:

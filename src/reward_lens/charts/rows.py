@@ -67,11 +67,7 @@ def words(name: str) -> str:
 
 def unit_of(result: Result, data: xr.Dataset | None = None) -> str:
     """The unit in words, for axes and legends; with the side in front where `data` is of one side."""
-    side = (
-        f"{data['side'].item()}, "
-        if data is not None and "side" in data.coords and not data["side"].dims
-        else ""
-    )
+    side = f"{data['side'].item()}, " if data is not None and "side" in data.coords and not data["side"].dims else ""
     return side + words(result.unit)
 
 

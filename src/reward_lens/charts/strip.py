@@ -11,9 +11,7 @@ from reward_lens.result import Result
 
 COLUMNS, BLOCKS = 92, 6  # of the chart form: characters a row, texts shown
 CHARACTER, ROW = 7.3, 21  # pixels of one monospaced character and of one row
-CLIP = (
-    0.99  # the colour scale ends at this quantile of the absolute values; the legend says so where it matters
-)
+CLIP = 0.99  # the colour scale ends at this quantile of the absolute values; the legend says so where it matters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +40,8 @@ def blocks(result: Result) -> list[Block]:
         if dim not in data["value"].dims:
             fixed = str(data[dim].item()) if dim in data.coords else ""
             data = data.drop_vars(dim, errors="ignore").expand_dims({dim: [fixed]})
-    names = {"value": data["value"], "piece": data["piece"]} | (
-        {"role": data["role"]} if "role" in data.coords else {}
-    )
-    table = {
-        k: v.broadcast_like(data["value"]).transpose("pair", "side", "position").values
-        for k, v in names.items()
-    }
+    names = {"value": data["value"], "piece": data["piece"]} | ({"role": data["role"]} if "role" in data.coords else {})
+    table = {k: v.broadcast_like(data["value"]).transpose("pair", "side", "position").values for k, v in names.items()}
     lengths = np.full(table["value"].shape[:2], data.sizes["position"])
     if "n_positions" in data.coords:
         counts = data["n_positions"].broadcast_like(data["value"].isel(position=0)).transpose("pair", "side")
@@ -110,9 +103,7 @@ def _typeset(texts: list[Block]) -> tuple[list[dict], list[dict], int]:
     """Cells and headings with their row and columns, and the number of rows. A line break ends its row."""
     cells, headings, row = [], [], 0
     for block in texts:
-        headings.append(
-            {"row": row, "text": "  ".join(t for t in (block.pair, block.side, block.depth) if t)}
-        )
+        headings.append({"row": row, "text": "  ".join(t for t in (block.pair, block.side, block.depth) if t)})
         row, column = row + 1, 0
         for piece, role, value in zip(block.pieces, block.roles, block.values, strict=True):
             shown = readable(piece).replace("\n", "").replace("\t", " ").replace(" ", "\u00a0")
@@ -121,9 +112,7 @@ def _typeset(texts: list[Block]) -> tuple[list[dict], list[dict], int]:
                 if column + len(part) > COLUMNS:
                     row, column = row + 1, 0
                 end = column + len(part)
-                cells.append(
-                    {"row": row, "x": column, "end": end, "text": part, "value": value, "role": role}
-                )
+                cells.append({"row": row, "x": column, "end": end, "text": part, "value": value, "role": role})
                 column = end
             if piece.endswith("\n"):
                 row, column = row + 1, 0

@@ -43,7 +43,9 @@ class Activations:
     def swapped(self) -> "Activations":
         """Chosen and rejected exchanged: run i holds the other response's activations."""
         order = [i ^ 1 for i in range(len(self.tokens))]
-        tensors = {s: v[order] if isinstance(v, Tensor) else tuple(v[i] for i in order) for s, v in self.tensors.items()}
+        tensors = {
+            s: v[order] if isinstance(v, Tensor) else tuple(v[i] for i in order) for s, v in self.tensors.items()
+        }
         return Activations(tuple(self.tokens[i] for i in order), tensors, self.at, self.pairs)
 
     def __repr__(self) -> str:
@@ -51,16 +53,18 @@ class Activations:
 
 
 @torch.no_grad()
-def capture(rm: RewardModel, texts_or_pairs, sites="components", at: str | range = "final", batch_size=None) -> Activations:
+def capture(
+    rm: RewardModel, texts_or_pairs, sites="components", at: str | range = "final", batch_size: int | None = None
+) -> Activations:
     """Run texts or pairs through the model once and return what stands at the sites.
 
     Parameters
     ----------
     texts_or_pairs: pairs; or (prompt, response) tuples; or raw strings, which are tokenised without a template.
     sites: `Site` objects or their written forms (``"L3.attn"``, ``"L5.resid_pre"``, ``"L2.head"`` for all heads of a
-        block); ``"components"`` means what the lens and the component split need: every residual and every write.
-    at: "final" (the reward position), "response" (the response's first token through the reward position), "all", or
-        an explicit range of positions.
+        block); ``"components"``: what the lens and the component split need, every residual and every write.
+    at: "final" (the reward position), "response" (its first token through the reward position), "all", or an explicit
+        range of positions.
 
     Returns `Activations` in the readout's precision (float32): [run, d_model] a site at "final", a tuple of
     [pos, d_model] otherwise; heads [.., n_heads, head_dim] (z, before the output map), neurons [.., d_mlp].

@@ -37,31 +37,37 @@ class AttentionRow:
     """The mixed values that reached the output map."""
 
 
-def attention_rows(rm: RewardModel, tokens: Sequence[Tokens]) -> Iterator[tuple[Batch, list[AttentionRow], list]]:
-    """Batches with one `AttentionRow` a layer, and the residual reads [(embed, attn and mlp writes ..., pre-norm)]."""
+def attention_rows(
+    rm: RewardModel, tokens: Sequence[Tokens]
+) -> Iterator[tuple[Batch, list[AttentionRow], list[Tensor]]]:
+    """Batches with one `AttentionRow` a layer, and what was written at the reward position: the residual entering
+    block 0, then each block's attention and MLP write, then the pre-norm residual."""
     for batch in rm.batches(tokens):
-        recorder = _Recorder()
-        rows: list[AttentionRow] = []
-        writes: list[Tensor] = []
-        pick = at_rows(batch.reward_pos)
-        like = rm.readout.weight
+        yield batch, *_pass(rm, batch)
 
-        def keep(x: Tensor, writes=writes, pick=pick) -> None:
-            writes.append(pick(x).to(like))
 
-        def mixed(x: Tensor, rows=rows, recorder=recorder, batch=batch, pick=pick) -> None:
-            z = pick(x.reshape(*batch.ids.shape, -1)).to(like).unflatten(-1, (rm.n_heads, -1))
-            rows.append(_row(rm, len(rows), recorder, batch, z))
+def _pass(rm: RewardModel, batch: Batch) -> tuple[list[AttentionRow], list[Tensor]]:
+    recorder = _Recorder()
+    rows: list[AttentionRow] = []
+    writes: list[Tensor] = []
+    pick, like = at_rows(batch.reward_pos), rm.readout.weight
 
-        wanted = [rm.trunk.read_residual(0, keep)]
-        for layer, block in enumerate(rm.trunk.blocks):
-            wanted.append(hooks.read_call(block, lambda args, kwargs, recorder=recorder: recorder.forget()))
-            wanted.append(hooks.read_input(out_map(rm, layer, "attn"), mixed))
-            wanted += [rm.trunk.read_write(batch, layer, kind, keep) for kind in ("attn", "mlp")]
-        wanted.append(rm.trunk.read_residual(rm.n_layers, keep))
-        with recorder:
-            rm.trunk.run(batch, *wanted)
-        yield batch, rows, writes
+    def keep(x: Tensor) -> None:
+        writes.append(pick(x).to(like))
+
+    def mixed(x: Tensor) -> None:
+        z = pick(x.reshape(*batch.ids.shape, -1)).to(like).unflatten(-1, (rm.n_heads, -1))
+        rows.append(_row(rm, len(rows), recorder, batch, z))
+
+    wanted = [rm.trunk.read_residual(0, keep)]
+    for layer, block in enumerate(rm.trunk.blocks):
+        wanted.append(hooks.read_call(block, lambda args, kwargs: recorder.forget()))
+        wanted.append(hooks.read_input(out_map(rm, layer, "attn"), mixed))
+        wanted += [rm.trunk.read_write(batch, layer, kind, keep) for kind in ("attn", "mlp")]
+    wanted.append(rm.trunk.read_residual(rm.n_layers, keep))
+    with recorder:
+        rm.trunk.run(batch, *wanted)
+    return rows, writes
 
 
 class _Recorder(TorchFunctionMode):

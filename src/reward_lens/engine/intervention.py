@@ -20,7 +20,7 @@ from reward_lens.engine import hooks
 from reward_lens.engine.activations import Activations, positions_of, runs_of
 from reward_lens.engine.run import out_map, require_site
 from reward_lens.errors import AlignmentError, DataError
-from reward_lens.model.forward import Batch, at_rows
+from reward_lens.model.forward import Batch
 from reward_lens.model.reward_model import SIDES, RewardModel, pair_coords
 from reward_lens.model.sites import Site
 from reward_lens.model.tokens import Tokens
@@ -132,12 +132,8 @@ def intervene(
     rewards = torch.empty(len(tokens), 2, dtype=torch.float64)
     for batch in rm.batches(tokens, batch_size):
         for column, changed in enumerate(({}, sites)):
-            kept: list[Tensor] = []
-            pick = at_rows(batch.reward_pos)
             edits = [h for site, source in changed.items() for h in _edit(rm, batch, tokens, site, source, at, mask)]
-            reading = rm.trunk.read_residual(rm.n_layers, lambda x, kept=kept, pick=pick: kept.append(pick(x)))
-            rm.trunk.run(batch, *edits, reading)
-            rewards[list(batch.rows), column] = rm.readout.reward(kept[0]).double().cpu()
+            rewards[list(batch.rows), column] = rm.readout.reward(rm.trunk.pooled(batch, *edits)).double().cpu()
     states = torch.cat([rewards, rewards[:, 1:] - rewards[:, :1]], 1).numpy()
     coords = {"state": np.array(["clean", "intervened", "change"], dtype=object)}
     settings = {"sites": {str(s): source.name for s, source in sites.items()}, "at": str(at), "mask": mask}

@@ -266,7 +266,7 @@ def _subset_rows(pairs: data.Pairs, longer: np.ndarray) -> list[tuple[str, str, 
     return rows + [(label, "length", mask) for label, mask in zip(BY_LENGTH, masks, strict=False)]
 
 
-def _share(credit: np.ndarray, prompts: np.ndarray) -> tuple[float, float, float]:
+def _share(credit: np.ndarray, prompts: np.ndarray) -> tuple:
     if not len(credit):
         return np.nan, np.nan, np.nan
     over = stats.proportion_interval(credit, prompts)
@@ -287,7 +287,7 @@ def _balanced(longer, shorter, longer_prompts, shorter_prompts) -> list[tuple[fl
     return out
 
 
-def _over_prompts(rows: list[tuple[str, float]], interval) -> tuple[float, float, float, int, int]:
+def _over_prompts(rows: list[tuple[str, float]], interval) -> tuple:
     if not rows:
         return np.nan, np.nan, np.nan, 0, 0
     prompts, values = zip(*rows, strict=True)

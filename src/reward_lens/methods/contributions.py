@@ -51,8 +51,8 @@ def contributions(
     top: keep only the components largest in mean absolute margin; the others are summed in the row "rest".
 
     Returns value (pair, side, component) in reward units, with coordinates `layer`, `kind` and `head` on `component`;
-    `by="token"` has a further dim `position`. Mean and interval over prompts. Checks: "completeness" (E2), "finer split"
-    (E3), "margin split" (E4), and in 16 bits "residual rounding", whose row closes the sum.
+    `by="token"` has a further dim `position`. Mean and interval over prompts. Checks: "completeness" (E2), "finer
+    split" (E3), "margin split" (E4), and in 16 bits "residual rounding", whose row closes the sum.
     Raises `StructureError` if a write cannot be split (fused experts), `CheckFailed` if the sums do not close.
     """
     if by == "token":
@@ -92,7 +92,7 @@ def contributions(
 
 
 def _of_chunk(rm: RewardModel, split: Split, acts: Activations, scale: str) -> tuple[np.ndarray, np.ndarray]:
-    """[pair, side, component] of one chunk and its gaps (completeness, margin, rounding, finer), NaN: not applicable."""
+    """[pair, side, component] of one chunk, and its gaps (completeness, margin, rounding, finer; NaN: no check)."""
     h = acts[split.sites[-1]]
     reward, direction = rm.readout.reward(h), rm.readout.direction(h)
     other = torch.arange(len(h)).view(-1, 2).flip(1).flatten()  # the same pair's other run

@@ -62,7 +62,8 @@ def baseline_residual(rm: RewardModel, length: int, baseline: Baseline) -> Float
     "zero": the zero vector; where positions are added to the embedding, they go too.
     "mean": the mean over the vocabulary, with the position's part added as it is to every token: it is
     measured as the difference between one token's residual there and at position 0. Measured at the site
-    itself, all three hold for embeddings that are scaled (Gemma), normed (Bloom) or have positions added (GPT-2).
+    itself, all three hold for embeddings that are scaled (Gemma), normed (Bloom) or have positions added
+    (GPT-2).
     """
     if baseline == "zero":
         return rm.readout.weight.new_zeros(length, rm.d_model)

@@ -1,7 +1,7 @@
 """The reward lens: the reward read off the residual stream at every depth.
 
     own norm      r_d = w . N(h_d) + b              the head as it stands, applied early (the logit-lens habit)
-    frozen norm   r_d = w . N_s(h_d) + b            with the final residual's scale s(h_L): the running sum of contributions
+    frozen norm   r_d = w . N_s(h_d) + b            at the final scale s(h_L): the running sum of contributions
 
 h_d is the residual that enters block d; d = n_layers is the pre-norm residual, where both equal the reward. The two
 differ by the norm's scale: residual norms grow with depth, so a frozen lens of an untrained network already rises.
@@ -152,7 +152,7 @@ def _lens_everywhere(rm: RewardModel, pairs: data.Pairs, norm: Norms) -> Result:
         rm, "reward_lens", pairs, values, ("pair", "side", "depth", "position"),
         {"depth": np.arange(rm.n_layers + 1), **token_coords(tokens, prefixes)},
         checks=[Check("last depth", gap, 2e-2 if rm.sixteen_bit else 1e-5)], interval=False,
-        undefined=None if all(n == 0 for n in prefixes) else "a margin exists only where both runs have the same tokens",
+        undefined="a margin exists only where both runs have the same tokens",
         **_words(norm, "all"),
     )  # fmt: skip
 

@@ -106,7 +106,7 @@ def style_summary(matrix: Result) -> Result:
     )  # fmt: skip
 
 
-def _share(credit: np.ndarray, prompts) -> tuple[float, float, float]:
+def _share(credit: np.ndarray, prompts) -> tuple:
     over = stats.proportion_interval(credit, prompts)
     return over.mean, over.low, over.high
 

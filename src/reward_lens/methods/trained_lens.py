@@ -21,7 +21,7 @@ Reference: Belrose et al. 2023, arXiv 2303.08112 (tuned lens); Hewitt and Liang 
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -41,9 +41,7 @@ FEWEST_RESPONSES = 50
 FOLDS = 5
 
 
-def tuned_lens(
-    rm: RewardModel, train_pairs, pairs, alphas: Sequence[float] = ALPHAS, seed: int = 0
-) -> Result:
+def tuned_lens(rm: RewardModel, train_pairs, pairs, alphas: Sequence[float] = ALPHAS, seed: int = 0) -> Result:
     """The final reward as a ridge regression, fitted on other prompts, reads it off every depth.
 
     Parameters
@@ -190,7 +188,7 @@ def _ridge(
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    def fitted(rows: np.ndarray, columns: np.ndarray, penalties: np.ndarray):
+    def fitted(rows: np.ndarray, columns: np.ndarray, penalties: Any):
         return make_pipeline(StandardScaler(), Ridge(alpha=penalties)).fit(rows, columns)
 
     x, unknown = x.astype(np.float64), unknown.astype(np.float64)

@@ -19,6 +19,7 @@ Reference: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuit
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ def vocab_alignment(rm: RewardModel, top: int | None = 25) -> Result:
     (rows share a common part). Raises `StructureError` if the embedding is not as wide as the residual
     stream.
     """
-    table = rm.module.get_input_embeddings().weight
+    table = _embedding(rm)
     if table.shape[1] != rm.d_model:
         raise StructureError(
             f"The embedding of {rm.name} cannot be held against the reward direction",
@@ -161,9 +162,14 @@ def value_maps(rm: RewardModel) -> list[ValueMap]:
     return [_value_map(rm, layer, seen[layer], fresh[layer]) for layer in range(rm.n_layers)]
 
 
+def _embedding(rm: RewardModel) -> Tensor:
+    module: Any = rm.module
+    return module.get_input_embeddings().weight
+
+
 def _probe_ids(rm: RewardModel) -> Tensor:
     """Twice `PROBES` token ids, drawn without the padding token."""
-    n_tokens = min(len(rm.tokenizer.hf), len(rm.module.get_input_embeddings().weight))
+    n_tokens = min(len(rm.tokenizer.hf), len(_embedding(rm)))
     ids = torch.randperm(n_tokens, generator=torch.Generator().manual_seed(0))
     return ids[ids != rm.pad_id][: 2 * PROBES]
 
@@ -174,8 +180,8 @@ class _Seen:
 
     inputs: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     outputs: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    resid: Tensor | None = None
-    z: Tensor | None = None
+    resid: Tensor = dataclasses.field(init=False)
+    z: Tensor = dataclasses.field(init=False)
 
 
 def _watch(rm: RewardModel, ids: Tensor) -> list[_Seen]:
@@ -239,9 +245,7 @@ def _value_map(rm: RewardModel, layer: int, seen: _Seen, fresh: _Seen) -> ValueM
     linear, starts = block.get_submodule(path), found[path][1]
     weight = linear_weight(linear).to(like).unflatten(0, (-1, width))[starts]
     bias = linear_bias(linear)
-    bias = (
-        torch.zeros_like(weight[..., 0]) if bias is None else bias.to(like).unflatten(0, (-1, width))[starts]
-    )
+    bias = torch.zeros_like(weight[..., 0]) if bias is None else bias.to(like).unflatten(0, (-1, width))[starts]
     norm = _norm_before(rm, layer, path, seen)
     x = fresh.resid.to(like)
     x = x if norm is None else norm(x)
@@ -252,9 +256,7 @@ def _value_map(rm: RewardModel, layer: int, seen: _Seen, fresh: _Seen) -> ValueM
     return ValueMap(weight, bias, norm, float(((z - share * values).abs() / size).max()))
 
 
-def _match(
-    z: Float[Tensor, "probe head width"], slices: Float[Tensor, "probe slice width"]
-) -> tuple[float, Tensor]:
+def _match(z: Float[Tensor, "probe head width"], slices: Float[Tensor, "probe slice width"]) -> tuple[float, Tensor]:
     """The largest share of a head's z that its best slice, times a factor in [0, 1] a probe, leaves
     unexplained; and which slice that is, for every head."""
     dots = torch.einsum("phi,psi->phs", z, slices)

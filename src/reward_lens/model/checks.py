@@ -32,8 +32,8 @@ PROBES = (
 )
 COMPARED = 2  # texts whose rewards are compared; the others only give the reward's spread
 CHECKS_HELP = {
-    "head in checkpoint": "load a checkpoint that holds its reward head; a head filled with random numbers scores noise",
-    "own reward": "the model's forward does more than trunk, norm and head: pass readout= or structure=",
+    "head in checkpoint": "load a checkpoint that holds its reward head; a random head scores noise",
+    "own reward": "the model does more than trunk, norm and head: pass readout= or structure=",
     "template tokens": "set tokenizer.chat_template to the template the model was trained with",
     "no doubled BOS": "remove the BOS from the chat template or set tokenizer.add_bos_token=False, whichever the "
     "model's authors trained without",
@@ -88,10 +88,10 @@ def load_report(rm: "RewardModel") -> Result:
     tokens = [rm.tokenize(prompt, response) for prompt, response in PROBES]
     rows = list(_from_checkpoint(rm))
     rows += _tokenisation(rm, tokens)
-    rewards = rm.rewards(tokens).double()
-    scale = torch.maximum(rewards.abs(), rewards.std())
-    rows += _own_reward(rm, tokens[:COMPARED], scale)
-    rows += _padding(rm, tokens, scale)
+    alone = torch.stack([rm.rewards([t])[0] for t in tokens]).double()
+    scale = torch.maximum(alone.abs(), alone.std())
+    rows += _own_reward(rm, alone[:COMPARED], scale)
+    rows += _padding(rm, tokens, alone, scale)
     rows += _residuals(rm, tokens[0])
     for name, gap, tolerance, found in rows:
         if not gap <= tolerance:
@@ -157,9 +157,8 @@ def _tokenisation(rm, tokens: list[Tokens]):
     yield "reward position", 0.0, math.inf, found
 
 
-def _own_reward(rm, tokens: list[Tokens], scale: Tensor):
+def _own_reward(rm, alone: Tensor, scale: Tensor):
     own = torch.tensor([rm.hf_score(*probe) for probe in PROBES[:COMPARED]], dtype=torch.float64)
-    alone = torch.stack([rm.rewards([t])[0] for t in tokens]).double()
     gap = (alone - own).abs()
     allowed = [reward_tolerance(rm, float(r), float(s)) for r, s in zip(own, scale, strict=False)]
     worst = int(torch.argmax(gap / torch.tensor(allowed)))
@@ -167,16 +166,12 @@ def _own_reward(rm, tokens: list[Tokens], scale: Tensor):
     yield "own reward", float(gap[worst]), allowed[worst], found
 
 
-def _padding(rm, tokens: list[Tokens], scale: Tensor):
+def _padding(rm, tokens: list[Tokens], alone: Tensor, scale: Tensor):
     """In 16 bits padding changes the order of sums, so one text may move by several roundings: the root mean square
     over the probe texts is held against the tolerance, which a wrong mask or position exceeds on every text."""
-    alone = torch.stack([rm.rewards([t])[0] for t in tokens]).double()
     for name, padding, text in (("batching", "right", "right-padded"), ("padding", "left", "left-padded")):
         batch = make_batch(tokens, range(len(tokens)), rm.pad_id, rm.device, padding)
-        kept: list[Tensor] = []
-        pick = at_rows(batch.reward_pos)
-        rm.trunk.run(batch, rm.trunk.read_residual(rm.n_layers, lambda x, pick=pick, kept=kept: kept.append(pick(x))))
-        gap = (rm.readout.reward(kept[0]).double().cpu() - alone).abs()
+        gap = (rm.readout.reward(rm.trunk.pooled(batch)).double().cpu() - alone).abs()
         if rm.sixteen_bit:
             measured = float(gap.square().mean().sqrt())
             allowed = reward_tolerance(rm, float(alone.abs().max()), float(scale.square().mean().sqrt()))

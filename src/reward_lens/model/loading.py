@@ -94,7 +94,7 @@ def _load_classifier(path: str, options: dict, settings: dict):
             found=f"the checkpoint lacks {', '.join(missing[:5])}"
             + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
             + (f"; its architecture is {causal[0]}" if causal else ""),
-            expected="every weight of the reward model in the checkpoint; a head filled with random numbers scores noise",
+            expected="every weight of the reward model in the checkpoint: a head of random numbers scores noise",
             do="load the reward model itself (its config names ...ForSequenceClassification), or pass readout= for a "
             "reward read from a language model's vocabulary",
         )
@@ -149,7 +149,7 @@ def _is_adapter(path: str, revision: str | None) -> bool:
     if folder.exists():
         return (folder / "adapter_config.json").exists()
     from huggingface_hub import file_exists
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     try:
         return file_exists(path, "adapter_config.json", revision=revision)

@@ -4,15 +4,14 @@ Linear head:  r = w . N(h) + b  with N the final norm. With the norm's scale s(h
     u(h) = s(h) * centre(gain * w)      and      r = u(h) . h + (w . shift + b)
 exactly, so u (the effective direction) is the axis on which every write to the residual stream is measured.
 
-Kinds: linear, vocabulary (rows of an unembedding), prompt_gated (direction depends on the prompt, exact), self_gated and
-mlp (local gradient), log_ratio (summed over positions). Only the linear kind is built here; the protocol is what the
-methods rely on, so the others join without a change to them.
+Kinds: linear, vocabulary (rows of an unembedding), prompt_gated (direction depends on the prompt, exact), self_gated
+and mlp (local gradient), log_ratio (summed over positions). Only the linear kind is built here; the protocol is what
+the methods rely on, so the others join without a change to them.
 """
 
 import dataclasses
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 

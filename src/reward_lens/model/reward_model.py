@@ -1,7 +1,6 @@
 """A reward model with its structure proven, its readout exact and its load report attached."""
 
 import functools
-import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 
 from reward_lens import data
 from reward_lens.errors import LoadError
-from reward_lens.model import checks, structure as structures
-from reward_lens.model.forward import Batch, Trunk, at_rows, batches
+from reward_lens.model import checks
+from reward_lens.model import structure as structures
+from reward_lens.model.forward import Batch, Trunk, batches
 from reward_lens.model.norm import measure_norm
 from reward_lens.model.readout import LinearReadout, linear_readout, objective_names
 from reward_lens.model.structure import Structure
@@ -153,10 +153,7 @@ class RewardModel:
         """Rewards of tokenised texts, batched by length, on the CPU in the order given."""
         out = torch.empty(len(tokens), dtype=self.readout.weight.dtype)
         for batch in self.batches(tokens, batch_size):
-            kept: list[Tensor] = []
-            pick = at_rows(batch.reward_pos)
-            self.trunk.run(batch, self.trunk.read_residual(self.n_layers, lambda x: kept.append(pick(x))))
-            out[list(batch.rows)] = self.readout.reward(kept[0]).cpu()
+            out[list(batch.rows)] = self.readout.reward(self.trunk.pooled(batch)).cpu()
         return out
 
     def batches(self, tokens: Sequence[Tokens], batch_size: int | None = None) -> Iterable[Batch]:

@@ -135,7 +135,7 @@ class Tokenizer:
         )
 
     def _fit(self, length: int, first: int, end: int, truncation: str | None) -> tuple[list[int], list[int]]:
-        """Positions kept and cut. "left" cuts the prompt's beginning (its first token stays), "right" the response's end."""
+        """Positions kept and cut: "left" cuts the prompt's beginning (not its first token), "right" the response."""
         if truncation not in (None, "left", "right"):
             raise DataError(
                 "truncation was not understood",

@@ -27,9 +27,7 @@ from reward_lens.report.tables import check_rows, nearest
 from reward_lens.result import Result
 
 
-def write_report(
-    results: Iterable[Result] | Mapping[str, Result], path: str | Path, title: str | None = None
-) -> Path:
+def write_report(results: Iterable[Result] | Mapping[str, Result], path: str | Path, title: str | None = None) -> Path:
     """Write one self-contained HTML file that shows `results` in the order given, and return its path.
 
     Each result becomes a section: its `meta` gives the heading (`title`), what it shows and cannot show, the
@@ -106,8 +104,7 @@ def _style() -> str:
     light, dark = dataclasses.asdict(LIGHT), dataclasses.asdict(DARK)
     colours = [f"  --{k}: light-dark({light[k]}, {dark[k]});" for k in light if k != "series"]
     colours += [
-        f"  --{k}: light-dark({light['series'][i]}, {dark['series'][i]});"
-        for i, k in enumerate(("chosen", "rejected"))
+        f"  --{k}: light-dark({light['series'][i]}, {dark['series'][i]});" for i, k in enumerate(("chosen", "rejected"))
     ]
     return ":root {\n" + "\n".join(colours) + "\n}\n" + _resource("style.css")
 

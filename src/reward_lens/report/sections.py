@@ -75,9 +75,7 @@ def provenance(results: Mapping[str, Result], without: tuple[str, ...] = ()) -> 
     for key in SHARED:
         if key in ("n_pairs", "n_prompts", "inputs_hash", *without):
             continue
-        values = dict.fromkeys(
-            numbers.cell(r.meta[key]) for r in results.values() if r.meta.get(key) is not None
-        )
+        values = dict.fromkeys(numbers.cell(r.meta[key]) for r in results.values() if r.meta.get(key) is not None)
         if values:
             out.append((NAMES.get(key, key), ", ".join(values)))
     pairs = dict.fromkeys(_facts_of_data(r) for r in results.values())
@@ -110,11 +108,7 @@ def _rewards(results: Mapping[str, Result]) -> dict[tuple[str, str], float]:
     """Rewards by pair and side, from the first result that holds nothing else."""
     for result in results.values():
         value = result.value
-        if (
-            set(value.dims) == {"pair", "side"}
-            and result.unit == "reward"
-            and {"pair", "side"} <= set(value.coords)
-        ):
+        if set(value.dims) == {"pair", "side"} and result.unit == "reward" and {"pair", "side"} <= set(value.coords):
             pairs, sides = (text_of(value[dim].values) for dim in ("pair", "side"))
             cells = value.transpose("pair", "side").values
             return {(p, s): float(cells[i, j]) for i, p in enumerate(pairs) for j, s in enumerate(sides)}

@@ -78,9 +78,7 @@ def strip(result: Result, rewards: Mapping[tuple[str, str], float], room: int) -
     return Strip(shown, ends, " ".join(notes), shades, used)
 
 
-def _pair(
-    result: Result, pair: str, group: list[Block], limit: float, rewards: Mapping, opened: bool
-) -> PairText:
+def _pair(result: Result, pair: str, group: list[Block], limit: float, rewards: Mapping, opened: bool) -> PairText:
     prompt, subset = _label(result, pair, "prompt"), _label(result, pair, "subset")
     texts = [_text(block, limit, rewards.get((pair, block.side))) for block in group]
     margin = rewards.get((pair, "margin"))
@@ -104,9 +102,7 @@ def _token(piece: str, value: float, limit: float) -> Token:
     level = min(LEVELS, round(LEVELS * abs(value) / limit)) if limit else 0
     shade = f"{'p' if value > 0 else 'n'}{level}" if level else ""
     if not shade and not piece.strip():
-        shade = (
-            "u"  # the glyph that stands for a line break stays in the background unless it carries something
-        )
+        shade = "u"  # the glyph that stands for a line break stays in the background unless it carries something
     return Token(readable(piece), shade, numbers.number(value, signed=True))
 
 
