@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 
 # Read by the kernels that execute the examples.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -9,7 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 project = "reward-lens"
 author = "reward-lens contributors"
-copyright = author  # noqa: A001
+copyright = author
 release = importlib.metadata.version("reward-lens")
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
@@ -22,3 +23,14 @@ nb_execution_mode = "auto"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600  # the first load of the demo model merges and caches its weights
 nb_merge_streams = True
+
+
+def keep_absolute_values(app, what, name, obj, options, lines):
+    """In a docstring's formulas |x| is an absolute value; to reStructuredText it is a substitution."""
+    parts = re.split(r"(`+[^`]*`+)", "\n".join(lines))
+    parts[::2] = [part.replace("|", r"\|") for part in parts[::2]]
+    lines[:] = "".join(parts).split("\n")
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", keep_absolute_values, priority=400)  # before napoleon's

@@ -112,15 +112,17 @@ def test_plot_is_the_chart():
 
 
 def test_lines_have_a_band_a_side_and_the_names_of_the_sides():
-    (panel,) = panels(shapes.lens())
-    assert [m["type"] for m in find(spec(panel), "mark") if isinstance(m, dict)].count("area") == 1
-    assert shapes.SIDES in find(spec(panel), "domain")
-    assert sum("low" in row for row in values(panel)) == 3 * (shapes.LAYERS + 1)
+    margin, others = panels(shapes.lens())
+    assert (margin.title, others.title) == ("Margin", "Chosen and rejected")
+    for panel, sides in ((margin, 1), (others, 2)):
+        assert [m["type"] for m in find(spec(panel), "mark") if isinstance(m, dict)].count("area") == 1
+        assert shapes.SIDES in find(spec(panel), "domain")  # so that a side keeps its colour
+        assert sum("low" in row for row in values(panel)) == sides * (shapes.LAYERS + 1)
 
 
 def test_no_interval_no_band():
-    (panel,) = panels(Result("lens", shapes.lens().value, unit="reward"))
-    assert "area" not in [m["type"] for m in find(spec(panel), "mark")]
+    for panel in panels(Result("lens", shapes.lens().value, unit="reward")):
+        assert "area" not in [m["type"] for m in find(spec(panel), "mark")]
 
 
 def test_undefined_cells_are_gaps():
@@ -190,6 +192,14 @@ def test_panels_that_are_not_drawn_are_counted():
     value = xr.DataArray(np.ones(tuple(sizes.values())), dims=tuple(sizes), coords=coords)
     drawn = panels(Result("many", value, unit="reward"))
     assert [p.note for p in drawn] == [""] * 7 + ["4 of 12 panels (objective, level) are not drawn."]
+
+
+def test_two_sets_of_labels_with_intervals_are_a_list_in_colours():
+    value = shapes.grid().value
+    (panel,) = panels(Result("probes", value, unit="reward", low=value - 0.1, high=value + 0.1))
+    cells = [row for row in values(panel) if "low" in row]
+    assert {row["series"] for row in cells} == {"real", "shuffled"} and len(cells) == value.size
+    assert find(spec(panel), "yOffset")
 
 
 def test_two_number_lines_are_a_heat_map_with_the_longer_one_across():

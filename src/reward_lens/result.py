@@ -186,20 +186,17 @@ class Result:
 
     def _table(self) -> pd.DataFrame:
         """Rows: the first dim beside pair and side. Columns: sides, or value with its interval."""
-        data = self.dataset.assign(value=self.summary()) if self._is_wide() else self.dataset
+        wide = "mean" in self.dataset or len([d for d in self.value.dims if d != "side"]) > 1
+        data = self.dataset.assign(value=self.summary()) if wide else self.dataset
         dims = [d for d in data["value"].dims if d != "side"]
         for extra in dims[1:]:
             data = data.isel({extra: slice(0, 1)})
-        if "side" in data["value"].dims:
+        if "side" in data["value"].dims and data["side"].ndim:
             return data["value"].to_dataframe()["value"].unstack("side")[list(data["side"].values)]
         names = [v for v in ("value", "low", "high") if v in data and data[v].dims == data["value"].dims]
         if not data["value"].dims:
             return pd.DataFrame({v: [data[v].item()] for v in names})
         return data[names].to_dataframe()[names]
-
-    def _is_wide(self) -> bool:
-        return "pair" in self.value.dims and len([d for d in self.value.dims if d != "side"]) > 1
-
 
 def load_result(path: str | Path) -> Result:
     """Read a result written by `Result.save`; values, coordinates, checks and provenance come back equal."""

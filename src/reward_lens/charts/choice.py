@@ -27,6 +27,7 @@ from reward_lens.result import Result
 
 WIDE = 12  # above this many components a grid of layers reads better than a list
 MAX_LABELS = 80  # a heat map with more labels on a side is no longer read; the table is
+MAX_SERIES = 4  # labels side by side in one row of a list
 MAX_LINES = 8  # lines of one chart, as many as there are colours
 MAX_PANELS = 8  # small multiples of one result
 TABLE_ROWS = 20  # of the table that stands in for a chart
@@ -99,6 +100,9 @@ def kind(result: Result) -> str:
         return "components"
     if len(counted) == 1 and summary.sizes[counted[0]] > 1 and max(sizes.values(), default=0) <= MAX_LINES:
         return "lines"
+    shown = len(labels) == 2 and not counted and _interval(result) is not None
+    if shown and min(sizes.values()) <= MAX_SERIES and max(sizes.values()) <= forms.MAX_ROWS:
+        return "list"  # a heat map would hide the intervals
     if len(counted) + len(labels) > 1:
         return "table" if max(sizes.values(), default=0) > MAX_LABELS else "grid"
     return "list" if summary.dims else "table"
@@ -122,7 +126,7 @@ def panels(result: Result) -> list[Panel]:
     main, build = {
         "components": (["component"], forms.components),
         "grid": (dims[:2], forms.grid),
-        "list": (dims[:1], forms.listing),
+        "list": (sorted(dims, key=lambda d: -data.sizes[d])[:2], forms.listing),
     }[form]
     return _split(result, data, main, build)
 
@@ -130,10 +134,15 @@ def panels(result: Result) -> list[Panel]:
 def _summary(result: Result) -> xr.Dataset:
     """The mean over pairs as `value`, with its interval where the result has one over the same dims."""
     data = xr.Dataset({"value": result.summary()})
+    interval = _interval(result)
+    return data if interval is None else data.assign(low=interval[0], high=interval[1])
+
+
+def _interval(result: Result) -> tuple[xr.DataArray, xr.DataArray] | None:
     low, high = result.low, result.high
-    if low is None or high is None or set(low.dims) != set(data["value"].dims):
-        return data
-    return data.assign(low=low, high=high)
+    if low is None or high is None or set(low.dims) != set(result.summary().dims):
+        return None
+    return low, high
 
 
 def _split(result: Result, data: xr.Dataset, main: list[str], build) -> list[Panel]:

@@ -29,6 +29,7 @@ from reward_lens.charts.strip import blocks, strip_chart
 from reward_lens.result import Result
 
 MAX_ROWS = 40  # rows of one list; the largest are kept and the note says so
+SIDES = ("chosen", "rejected", "margin")  # always in these colours
 WRITTEN = 60  # up to this many cells a heat map writes its numbers
 
 
@@ -42,8 +43,20 @@ class Panel:
 
 
 def lines(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Dataset) -> list[Panel]:
-    """`dims`: the number line, and the labels told apart by colour (if any). Intervals are bands."""
+    """`dims`: the number line, and the labels told apart by colour (if any). Intervals are bands.
+
+    The margin has a chart of its own: rewards far from zero would flatten it.
+    """
     axis, series = dims[0], dims[1] if len(dims) > 1 else None
+    sides = list(data["side"].values) if series == "side" else []
+    if "margin" in sides and len(sides) > 1:
+        others = [side for side in sides if side != "margin"]
+        parts = (("Margin", ["margin"]), (" and ".join(others).capitalize(), others))
+        return [
+            dataclasses.replace(panel, title=title)
+            for title, part in parts
+            for panel in lines(result, data.sel(side=part), dims, whole.sel(side=part))
+        ]
     table, unit, limits = frame(data, x=axis, series=series), unit_of(result, data), span(whole)
     titles = {"series": series, "x": axis, "value": unit}
     base = alt.Chart(rows(table)).encode(
@@ -53,9 +66,12 @@ def lines(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Dataset) 
     )
     if series:
         names = list(text_of(data[series].values))
+        legend = alt.Legend(values=names, title=None) if len(names) > 1 else None
+        names = list(SIDES) if series == "side" else names
         dashes = [[5, 3] if name == "rejected" else [1, 0] for name in names]
-        base = base.encode(color=alt.Color("series:N", scale=alt.Scale(domain=names, range="category"), title=None))
-        dash = alt.StrokeDash("series:N", scale=alt.Scale(domain=names, range=dashes), title=None)
+        scale = alt.Scale(domain=names, range="category")
+        base = base.encode(color=alt.Color("series:N", scale=scale, legend=legend))
+        dash = alt.StrokeDash("series:N", scale=alt.Scale(domain=names, range=dashes), legend=legend)
     line = base.mark_line()
     layers = [
         line.encode(strokeDash=dash) if series else line,
@@ -65,7 +81,7 @@ def lines(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Dataset) 
         layers.insert(0, base.mark_area(style="band").encode(y=alt.Y("low:Q", title=unit), y2="high:Q"))
     if limits[0] <= 0 <= limits[1]:
         layers.insert(0, zero("y"))
-    return [Panel("", layered(layers, 320))]
+    return [Panel("", layered(layers, 280))]
 
 
 def components(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Dataset) -> list[Panel]:
@@ -110,15 +126,23 @@ def grid(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Dataset) -
 
 
 def listing(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Dataset) -> list[Panel]:
-    """One row a label: points with intervals where there are any, else bars."""
-    table = frame(data, y=dims[0], n=_count(data))
+    """One row a label: points with intervals where there are any, else bars. A second dim has a colour a label."""
+    series = dims[1] if len(dims) > 1 else None
+    table = frame(data, y=dims[0], series=series, n=_count(data))
     count, title, (least, most) = len(table), unit_of(result, data), span(whole)
-    if count > MAX_ROWS:
+    if count > MAX_ROWS and not series:
         table = table.loc[table["value"].abs().sort_values(ascending=False, kind="stable").index[:MAX_ROWS]]
     base = alt.Chart(rows(table)).encode(
         y=alt.Y("y:N", title=None, scale=in_order(table["y"])),
-        tooltip=tooltip(table, {"y": dims[0], "value": title, "n": "count"}),
+        tooltip=tooltip(table, {"y": dims[0], "series": series, "value": title, "n": "count"}),
     )
+    height = 24 * len(set(table["y"]))
+    if series:
+        names = list(text_of(data[series].values))
+        scale = alt.Scale(domain=names, range="category")
+        color = alt.Color("series:N", scale=scale, legend=alt.Legend(title=None))
+        base = base.encode(color=color, yOffset=alt.YOffset("series:N", scale=in_order(names)))
+        height *= 0.4 + 0.5 * len(names)
     if "low" in table:
         x = {"title": title, "scale": alt.Scale(domain=[least, most], zero=False)}
         layers = [
@@ -129,8 +153,8 @@ def listing(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Dataset
     else:
         x = {"title": title, "scale": alt.Scale(domain=[min(least, 0), max(most, 0)])}
         layers = [base.mark_bar(style="bar").encode(x=alt.X("value:Q", **x)), zero("x")]
-    note = f"The {MAX_ROWS} largest of {count:,} by absolute value." if count > MAX_ROWS else ""
-    return [Panel("", layered(layers, max(60, 24 * len(table))), note)]
+    note = f"The {MAX_ROWS} largest of {count:,} by absolute value." if len(table) < count else ""
+    return [Panel("", layered(layers, max(60, round(height))), note)]
 
 
 def scores(result: Result) -> list[Panel]:
@@ -170,7 +194,7 @@ def calibration(result: Result) -> list[Panel]:
         # The interval is of `value`: the observed rate, or its distance from the predicted one.
         shift = table["y"] - table["value"]
         table["low"], table["high"] = table["low"] + shift, table["high"] + shift
-    ends = [float(table[["x", "y"]].min().min()), float(table[["x", "y"]].max().max())]
+    ends = [float(table["x"].min()), float(table["x"].max())]
     diagonal = alt.Chart(rows([{"x": e, "y": e} for e in ends])).mark_line(style="reference")
     y = {"title": "observed", "scale": alt.Scale(zero=False)}
     base = alt.Chart(rows(table)).encode(

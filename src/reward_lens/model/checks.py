@@ -4,7 +4,9 @@ Each row is a measured gap with its tolerance. Scale S of the reward tests: the 
 deviation of the reward over the probe texts.
 """
 
+import dataclasses
 import math
+import os
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +19,7 @@ from reward_lens.errors import LoadError
 from reward_lens.model.forward import at_rows, make_batch, record, replay
 from reward_lens.model.structure import is_linear, linear_weight
 from reward_lens.model.tokens import Tokens
-from reward_lens.result import Check, Result
+from reward_lens.result import Check, Result, load_result
 
 if TYPE_CHECKING:
     from reward_lens.model.reward_model import RewardModel
@@ -113,12 +115,38 @@ def load_report(rm: "RewardModel") -> Result:
     meta = rm.describe(
         "load_report", title="Load report", parameters=sum(p.numel() for p in rm.module.parameters()),
         architecture=type(rm.module).__name__, layers=rm.n_layers, heads=rm.n_heads,
+        structure=dataclasses.asdict(rm.structure), probe_reward=float(alone[1]),
         shows="Whether the numbers below are the model's own: its head, its tokens, its padding, and that its parts "
         "add up to its reward.",
         cannot_show="Whether the chat template is the one the model was trained with: that stands on the model's card.",
     )  # fmt: skip
     checks = [Check(name, gap, tolerance, found) for name, gap, tolerance, found in rows]
-    return Result("load_report", value, unit="gap", checks=checks, meta=meta)
+    report = Result("load_report", value, unit="gap", checks=checks, meta=meta)
+    path = rm.loading.get("kept_report")
+    if path is not None and os.access(path.parent, os.W_OK):
+        report.save(path)
+    return report
+
+
+def kept_report(rm: "RewardModel") -> Result | None:
+    """The report that an earlier load of exactly these weights kept, if the loader named one and nothing it depends on
+    (revision, precision, device, versions) has changed. Only loaders that know the weights by their hash name one."""
+    path = rm.loading.get("kept_report")
+    if path is None or not path.exists():
+        return None
+    report = load_result(path)
+    now = rm.surroundings()
+    return report if all(report.meta.get(key) == value for key, value in now.items()) else None
+
+
+def confirmed(rm: "RewardModel", kept: Result | None) -> Result | None:
+    """The kept report, if the model still gives the reward that was written into it; None otherwise."""
+    if kept is None:
+        return None
+    reward = float(rm.rewards([rm.tokenize(*PROBES[1])])[0])
+    expected = float(kept.meta["probe_reward"])
+    near = abs(reward - expected) <= reward_tolerance(rm, expected, max(abs(expected), 1e-2))
+    return kept if near else None
 
 
 def reward_tolerance(rm: "RewardModel", reward: float, scale: float) -> float:
@@ -169,6 +197,9 @@ def _own_reward(rm, alone: Tensor, scale: Tensor):
 def _padding(rm, tokens: list[Tokens], alone: Tensor, scale: Tensor):
     """In 16 bits padding changes the order of sums, so one text may move by several roundings: the root mean square
     over the probe texts is held against the tolerance, which a wrong mask or position exceeds on every text."""
+    # Texts on either side of a change of rotary factors are never batched together, here no more than elsewhere.
+    same = [i for i, t in enumerate(tokens) if rm.has_long_factors(t) == rm.has_long_factors(tokens[0])]
+    tokens, alone, scale = [tokens[i] for i in same], alone[same], scale[same]
     for name, padding, text in (("batching", "right", "right-padded"), ("padding", "left", "left-padded")):
         batch = make_batch(tokens, range(len(tokens)), rm.pad_id, rm.device, padding)
         gap = (rm.readout.reward(rm.trunk.pooled(batch)).double().cpu() - alone).abs()

@@ -40,7 +40,9 @@ def load_demo(device: Any = None, dtype: Any = None, attn_implementation: str | 
             module.set_attn_implementation(attn_implementation)
     if device is not None:
         module = module.to(device)
-    return RewardModel(module, tokenizer, name="demo", revision=_key()[:12], loading={"missing_keys": []})
+    report = None if folder is None else folder / f"load_report-{str(settings['dtype']).removeprefix('torch.')}.nc"
+    loading = {"missing_keys": [], "kept_report": report}
+    return RewardModel(module, tokenizer, name="demo", revision=_key()[:12], loading=loading)
 
 
 def demo_tokenizer() -> Any:

@@ -67,14 +67,20 @@ class RewardModel:
         pad_id = self.config.pad_token_id if self.config.pad_token_id is not None else text_config.pad_token_id
         limit = getattr(text_config, "max_position_embeddings", None)
         self.tokenizer = Tokenizer(tokenizer, pad_id, limit)
+        self._rotary_threshold = _rotary_threshold(text_config)
         self.pad_id = next((i for i in (pad_id, tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
         probe = functools.partial(checks.run_probe, module, self.device)
+        kept = checks.kept_report(self)
         with torch.no_grad():
-            found = structure or structures.find_structure(
-                module, probe, text_config.num_hidden_layers, text_config.num_attention_heads
-            )
-            self.structure = structures.prove(module, found, probe)
+            if kept is not None:
+                known = kept.meta["structure"]
+                found = self.structure = Structure(**known | {"gaps": tuple(known["gaps"])})
+            else:
+                found = structure or structures.find_structure(
+                    module, probe, text_config.num_hidden_layers, text_config.num_attention_heads
+                )
+                self.structure = structures.prove(module, found, probe)
             self._norm = None if found.final_norm is None else module.get_submodule(found.final_norm)
             self.head = module.get_submodule(found.head)
             blocks = list(module.get_submodule(found.blocks))
@@ -85,7 +91,7 @@ class RewardModel:
             trunk_module = _trunk_module(module, found.blocks)
             self.trunk = Trunk(trunk_module, blocks, self._norm, writers, found.write_scale)
             self.readout = readout or self._linear_readout(objective)
-            self.load_report: Result = checks.load_report(self)
+            self.load_report: Result = checks.confirmed(self, kept) or checks.load_report(self)
 
     @property
     def n_layers(self) -> int:
@@ -159,12 +165,15 @@ class RewardModel:
     def batches(self, tokens: Sequence[Tokens], batch_size: int | None = None) -> Iterable[Batch]:
         """Length-bucketed batches on the model's device. Texts on either side of a length at which the rotary
         factors change (longrope, dynamic) never share one."""
-        threshold = _rotary_threshold(self.config.get_text_config())
         for long in (False, True):
-            rows = [i for i, t in enumerate(tokens) if (threshold is not None and len(t) > threshold) == long]
+            rows = [i for i, t in enumerate(tokens) if self.has_long_factors(t) == long]
             for batch in batches([tokens[i] for i in rows], self.pad_id, self.device, batch_size):
                 yield Batch(batch.ids, batch.mask, batch.positions, batch.offset, batch.reward_pos,
                             tuple(rows[i] for i in batch.rows))  # fmt: skip
+
+    def has_long_factors(self, tokens: Tokens) -> bool:
+        """Whether a text is past the length at which the model's rotary factors change (longrope, dynamic)."""
+        return self._rotary_threshold is not None and len(tokens) > self._rotary_threshold
 
     def tokenize_pairs(self, pairs: Iterable["data.Pair"]) -> list[tuple[Tokens, Tokens]]:
         """(chosen, rejected) tokens of every pair."""
@@ -241,20 +250,23 @@ class RewardModel:
             other.load_report = checks.load_report(other)
         return other
 
-    def describe(self, method: str, inputs: Sequence | None = None, **meta: Any) -> dict[str, Any]:
-        """Provenance that every result carries; `meta` adds settings, title, shows and cannot_show."""
-        out: dict[str, Any] = {
-            "method": method,
-            "model": self.name,
+    def surroundings(self) -> dict[str, Any]:
+        """What the numbers depend on besides the inputs and the settings."""
+        return {
             "revision": self.revision,
-            "objective": self.readout.objective,
-            "readout": self.readout.kind,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
+            "attention": self.config._attn_implementation,
             "versions": _versions(),
         }
+
+    def describe(self, method: str, inputs: Sequence | None = None, **meta: Any) -> dict[str, Any]:
+        """Provenance that every result carries; `meta` adds settings, title, shows and cannot_show."""
+        out: dict[str, Any] = {"method": method, "model": self.name, **self.surroundings()}
+        out |= {"objective": self.readout.objective, "readout": self.readout.kind}
         if inputs is not None:
-            out["n_pairs"] = len(inputs)
+            kind = type(inputs[0]).__name__
+            out[{"Pair": "n_pairs", "Group": "n_groups"}.get(kind, "n_items")] = len(inputs)
             out["n_prompts"] = len({item.prompt_key for item in inputs})
             out["inputs_hash"] = data.inputs_hash(inputs)
         return out | meta

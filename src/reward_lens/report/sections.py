@@ -5,6 +5,8 @@ import re
 import unicodedata
 from collections.abc import Mapping
 
+import xarray as xr
+
 from reward_lens.charts import kind, panels
 from reward_lens.charts.rows import dims_of, text_of, words
 from reward_lens.report import numbers
@@ -38,6 +40,7 @@ class Section:
     table: Table | None
     open_table: bool
     checks: list[Check]
+    lists_checks: bool  # the table is of checks already
     settings: list[tuple[str, str]]
 
 
@@ -49,7 +52,7 @@ def sections(results: Mapping[str, Result]) -> list[Section]:
         title = str(result.meta.get("title") or _heading(key))
         anchor = _anchor(title, used)
         form = kind(result)
-        text = strip(result, rewards, room) if form == "tokens" else None
+        text = strip(result, _own_rewards(result) or rewards, room) if form == "tokens" else None
         room -= text.tokens if text else 0
         out.append(
             Section(
@@ -63,6 +66,7 @@ def sections(results: Mapping[str, Result]) -> list[Section]:
                 table=checks_table(result) if "check" in result.value.dims else values_table(result),
                 open_table=form == "table",
                 checks=list(result.checks),
+                lists_checks="check" in result.value.dims,
                 settings=_settings(result),
             )
         )
@@ -109,10 +113,22 @@ def _rewards(results: Mapping[str, Result]) -> dict[tuple[str, str], float]:
     for result in results.values():
         value = result.value
         if set(value.dims) == {"pair", "side"} and result.unit == "reward" and {"pair", "side"} <= set(value.coords):
-            pairs, sides = (text_of(value[dim].values) for dim in ("pair", "side"))
-            cells = value.transpose("pair", "side").values
-            return {(p, s): float(cells[i, j]) for i, p in enumerate(pairs) for j, s in enumerate(sides)}
+            return _by_name(value)
     return {}
+
+
+def _own_rewards(result: Result) -> dict[tuple[str, str], float]:
+    """Rewards by pair and side that a result carries as a coordinate."""
+    coords = result.dataset.coords
+    if "reward" not in coords or set(coords["reward"].dims) != {"pair", "side"} or not {"pair", "side"} <= set(coords):
+        return {}
+    return _by_name(coords["reward"])
+
+
+def _by_name(value: xr.DataArray) -> dict[tuple[str, str], float]:
+    pairs, sides = (text_of(value[dim].values) for dim in ("pair", "side"))
+    cells = value.transpose("pair", "side").values
+    return {(p, s): float(cells[i, j]) for i, p in enumerate(pairs) for j, s in enumerate(sides)}
 
 
 def _facts(result: Result) -> str:

@@ -1,0 +1,193 @@
+"""The page in headless Chromium: drawn, quiet, safe, readable and usable, wide and narrow, light and dark."""
+
+import json
+
+import pytest
+from playwright.sync_api import sync_playwright
+
+import shapes
+from reward_lens.report import write_report
+
+pytestmark = pytest.mark.browser
+
+LAUNCH = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+WATCH = """
+window.violations = [];
+document.addEventListener("securitypolicyviolation", (event) => violations.push(event.violatedDirective));
+"""
+CONTRAST = """() => {
+  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const luminance = (colour) => {
+    canvas.clearRect(0, 0, 1, 1);
+    canvas.fillStyle = colour;
+    canvas.fillRect(0, 0, 1, 1);
+    const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3)
+      .map((c) => c / 255).map((c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  return [...document.querySelectorAll(".strip span[class]:not(.u)")].map((token) => {
+    const style = getComputedStyle(token);
+    const [low, high] = [style.color, style.backgroundColor].map(luminance).sort((a, b) => a - b);
+    return (high + 0.05) / (low + 0.05);
+  });
+}"""
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return write_report(shapes.all_shapes(), tmp_path_factory.mktemp("report") / "report.html")
+
+
+@pytest.fixture(scope="module")
+def browser(chromium):
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=chromium, args=[*LAUNCH, "--no-first-run"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def visit(browser, path):
+    """Opens the page. In the end nothing was logged, asked or requested, but what the test itself cleared."""
+    opened, noise = [], []
+
+    def go(width: int = 1280, scheme: str = "light", script: bool = True, height: int = 900):
+        size = {"width": width, "height": height}
+        context = browser.new_context(viewport=size, color_scheme=scheme, java_script_enabled=script)
+        tab = context.new_page()
+        tab.add_init_script(WATCH)
+        tab.on("console", lambda message: noise.append(message.text))
+        tab.on("pageerror", lambda error: noise.append(str(error)))
+        tab.on("dialog", lambda dialog: noise.append(dialog.message))
+        tab.on("request", lambda request: None if request.url == path.as_uri() else noise.append(request.url))
+        tab.goto(path.as_uri())
+        if script:
+            tab.wait_for_selector(f"html[data-drawn={scheme}]")
+        opened.append(context)
+        return tab
+
+    go.noise = noise
+    yield go
+    for context in opened:
+        context.close()
+    assert noise == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_page_is_drawn_and_fits(visit, width, scheme):
+    tab = visit(width, scheme)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert tab.evaluate("violations") == []
+    charts = tab.locator(".chart")
+    specs = "Object.keys(JSON.parse(document.getElementById('charts').textContent).specs).length"
+    assert charts.count() == tab.evaluate(specs) > 10
+    drawn = charts.evaluate_all(
+        "all => all.map(c => [c.querySelectorAll('svg path, svg text').length, c.clientWidth, c.scrollWidth])"
+    )
+    assert all(marks > 5 for marks, _, _ in drawn)
+    assert all(scroll <= client for _, client, scroll in drawn)
+    for details in tab.locator("details").all():
+        details.evaluate("d => { d.open = true; }")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_tokens_are_readable_on_their_background(visit, scheme):
+    contrasts = visit(scheme=scheme).evaluate(CONTRAST)
+    assert len(contrasts) > 100 and min(contrasts) >= 4.5
+
+
+def test_hostile_text_is_seen_as_text(visit):
+    tab = visit()
+    for where in (".pair .name", ".quote", ".text.rejected > .strip", ".stacked td"):
+        assert any("<script>alert(1)</script>" in text for text in tab.locator(where).all_inner_texts())
+    labels = tab.locator("#accuracy-1 svg text").all_text_contents()
+    assert any(label.startswith("<script>alert(1)</script>") for label in labels)
+    assert tab.locator("script").count() == 3 and tab.locator("img").count() == 0
+
+
+def test_toggle_changes_page_and_charts(visit):
+    tab = visit()
+    page_colour = "getComputedStyle(document.body).backgroundColor"
+    chart_colour = "document.querySelector('.chart svg text').getAttribute('fill')"
+    light = [tab.evaluate(page_colour), tab.evaluate(chart_colour)]
+    button = tab.locator("#theme")
+    button.click()
+    tab.wait_for_selector("html[data-drawn=dark]")
+    dark = [tab.evaluate(page_colour), tab.evaluate(chart_colour)]
+    assert light[0] != dark[0] and light[1] != dark[1]
+    for _ in range(3):  # fast clicks end where the last one points
+        button.click()
+    tab.wait_for_selector("html[data-drawn=light]")
+    tab.wait_for_timeout(500)
+    assert [tab.evaluate(page_colour), tab.evaluate(chart_colour)] == light
+    assert tab.locator(".chart svg").count() == tab.locator(".chart").count()
+
+
+def test_policy_holds(visit):
+    tab = visit()
+    ran = tab.evaluate("""async () => {
+      const script = document.createElement("script");
+      script.textContent = "window.ran = true";
+      document.body.append(script);
+      const fetched = await fetch("https://example.org/").then(() => true, () => false);
+      return [window.ran ?? false, fetched];
+    }""")
+    assert ran == [False, False]
+    assert set(tab.evaluate("violations")) == {"script-src-elem", "connect-src"}
+    assert len(visit.noise) >= 2 and all("Content Security Policy" in line for line in visit.noise)
+    visit.noise.clear()
+
+
+def test_keyboard(visit):
+    tab = visit()
+    tab.keyboard.press("Tab")
+    focused = "document.activeElement.textContent.trim()"
+    assert tab.evaluate(focused) == "Skip to the results"
+    tab.keyboard.press("Enter")
+    assert tab.evaluate("document.activeElement.id") == "main"
+    strip = tab.locator(".text.chosen > .strip").first
+    strip.focus()
+    for _ in range(2):
+        tab.keyboard.press("ArrowRight")
+    (first,) = [b for b in shapes.texts().items() if b[0] == (0, "chosen")]
+    readout = tab.locator(".text.chosen > output").first.inner_text()
+    assert json.dumps(first[1][6][0]) in readout and "(token 2 of 9)" in readout
+    summary = tab.locator(".more-rows summary").first
+    summary.focus()
+    tab.keyboard.press("Enter")
+    assert summary.locator("..").evaluate("d => d.open")
+
+
+def test_long_text_unfolds(visit):
+    tab = visit(390)
+    text = tab.locator(".quote.clamp").first
+    button = tab.locator(f"[data-expand='{text.get_attribute('id')}']")
+    whole = text.evaluate("t => t.scrollHeight")
+    target = tab.locator(f"#{text.get_attribute('id')}")
+    assert target.evaluate("t => t.clientHeight") < whole
+    button.click()
+    assert target.evaluate("t => t.clientHeight") == whole
+    assert button.get_attribute("aria-expanded") == "true" and button.inner_text() == "Show less"
+
+
+def test_without_javascript_the_text_is_whole(visit):
+    tab = visit(script=False)
+    assert tab.locator("button:visible").count() == 0
+    assert tab.locator(".quote.clamp").first.bounding_box()["height"] > 500
+    assert tab.get_by_text("The chart needs JavaScript").first.is_visible()
+
+
+def test_print_is_light_and_whole(visit):
+    tab = visit(scheme="dark")
+    tab.emulate_media(media="print", color_scheme="dark")
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert tab.locator(".quote.clamp").first.bounding_box()["height"] > 500
+    assert tab.locator("#theme").is_hidden()
+
+
+def test_tooltip_names_the_cell(visit):
+    tab = visit()
+    tab.locator("#components-1 svg .mark-rect path").first.hover(force=True)
+    assert "component" in tab.locator("#vg-tooltip-element.visible").inner_text()
