@@ -15,14 +15,14 @@ release = importlib.metadata.version("reward-lens")
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 default_role = "code"  # docstrings write names in single backticks
-exclude_patterns = ["_build", "jupyter_execute"]
+exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"reward-lens {release}"
 
 nb_execution_mode = "auto"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 600  # the first load of the demo model merges and caches its weights
-nb_merge_streams = True
+nb_output_stderr = "remove"  # progress bars; an exception still fails the build
 
 
 def keep_absolute_values(app, what, name, obj, options, lines):

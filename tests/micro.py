@@ -111,8 +111,9 @@ _WEIGHTS: dict[str, list] = {
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word; the template is `<bos> prompt response <end>`. Words but a, b, c, d are an error."""
-    backend = Tokenizer(models.WordLevel(vocab={word: i for i, word in enumerate(_EMBEDDINGS)}))
+    """One token a word; the template is `<bos> prompt response <end>`. Any other word is a "d"."""
+    words = {word: i for i, word in enumerate(_EMBEDDINGS)}
+    backend = Tokenizer(models.WordLevel(vocab=words, unk_token="d"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in _SPECIALS])
     return PreTrainedTokenizerFast(

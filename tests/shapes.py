@@ -114,6 +114,14 @@ def grid() -> Result:
     return Result("probes", value, unit="reward_sd", meta=meta("Probes"))
 
 
+def rules() -> Result:
+    """Two sets of labels with intervals, and names too long for one row of a legend on a phone."""
+    names = ["the reward model itself", "the longer response wins", "the shorter response wins"]
+    coords = {"subset": [f"subset {i}" for i in range(6)], "rule": names, "n": ("subset", [8] * 6)}
+    value = xr.DataArray(0.5 + 0.2 * numbers(6, 3), dims=("subset", "rule"), coords=coords)
+    return Result("rules", value, unit="fraction", low=value - 0.1, high=value + 0.1, meta=meta("Rules"))
+
+
 def listing(count: int = 70) -> Result:
     value = xr.DataArray(np.linspace(-1, 1, count), dims="token", coords={"token": [f"t{i}" for i in range(count)]})
     return Result("vocabulary", value, unit="cosine", meta=meta("Vocabulary"))
@@ -190,6 +198,7 @@ def all_shapes() -> list[Result]:
         effects(),
         strips(),
         grid(),
+        rules(),
         listing(),
         scalar(),
     ]

@@ -15,6 +15,13 @@ WATCH = """
 window.violations = [];
 document.addEventListener("securitypolicyviolation", (event) => violations.push(event.violatedDirective));
 """
+CUT = """() => [...document.querySelectorAll(".chart svg")].flatMap((svg) => {
+  const box = svg.getBoundingClientRect();
+  return [...svg.querySelectorAll("text")].filter((text) => {
+    const { left, right, top, bottom, width } = text.getBoundingClientRect();
+    return width && (left < box.left - 2 || right > box.right + 2 || top < box.top - 2 || bottom > box.bottom + 2);
+  }).map((text) => text.textContent);
+})"""
 CONTRAST = """() => {
   const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
   const luminance = (colour) => {
@@ -87,6 +94,7 @@ def test_page_is_drawn_and_fits(visit, width, scheme):
     )
     assert all(marks > 5 for marks, _, _ in drawn)
     assert all(scroll <= client for _, client, scroll in drawn)
+    assert tab.evaluate(CUT) == []
     for details in tab.locator("details").all():
         details.evaluate("d => { d.open = true; }")
     assert tab.evaluate("document.documentElement.scrollWidth") <= width

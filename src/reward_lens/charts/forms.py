@@ -16,6 +16,7 @@ from reward_lens.charts.rows import (
     frame,
     in_order,
     is_numeric,
+    largest,
     layered,
     rows,
     span,
@@ -66,7 +67,7 @@ def lines(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Dataset) 
     )
     if series:
         names = list(text_of(data[series].values))
-        legend = alt.Legend(values=names, title=None) if len(names) > 1 else None
+        legend = _legend(names) if len(names) > 1 else None
         names = list(SIDES) if series == "side" else names
         dashes = [[5, 3] if name == "rejected" else [1, 0] for name in names]
         scale = alt.Scale(domain=names, range="category")
@@ -131,7 +132,7 @@ def listing(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Dataset
     table = frame(data, y=dims[0], series=series, n=_count(data))
     count, title, (least, most) = len(table), unit_of(result, data), span(whole)
     if count > MAX_ROWS and not series:
-        table = table.loc[table["value"].abs().sort_values(ascending=False, kind="stable").index[:MAX_ROWS]]
+        table = table.iloc[largest(table["value"].to_numpy(), MAX_ROWS)]
     base = alt.Chart(rows(table)).encode(
         y=alt.Y("y:N", title=None, scale=in_order(table["y"])),
         tooltip=tooltip(table, {"y": dims[0], "series": series, "value": title, "n": "count"}),
@@ -140,7 +141,7 @@ def listing(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Dataset
     if series:
         names = list(text_of(data[series].values))
         scale = alt.Scale(domain=names, range="category")
-        color = alt.Color("series:N", scale=scale, legend=alt.Legend(title=None))
+        color = alt.Color("series:N", scale=scale, legend=_legend(names))
         base = base.encode(color=color, yOffset=alt.YOffset("series:N", scale=in_order(names)))
         height *= 0.4 + 0.5 * len(names)
     if "low" in table:
@@ -194,7 +195,7 @@ def calibration(result: Result) -> list[Panel]:
         # The interval is of `value`: the observed rate, or its distance from the predicted one.
         shift = table["y"] - table["value"]
         table["low"], table["high"] = table["low"] + shift, table["high"] + shift
-    ends = [float(table["x"].min()), float(table["x"].max())]
+    ends = np.sort(table["x"].to_numpy())[[0, -1]].tolist()
     diagonal = alt.Chart(rows([{"x": e, "y": e} for e in ends])).mark_line(style="reference")
     y = {"title": "observed", "scale": alt.Scale(zero=False)}
     base = alt.Chart(rows(table)).encode(
@@ -214,6 +215,12 @@ def tokens(result: Result) -> list[Panel]:
     """Text with a coloured background; a page writes it as real text, this is the form for anywhere else."""
     texts = blocks(result)
     return [Panel("", *strip_chart(texts, unit_of(result)))] if texts else []
+
+
+def _legend(names: list[str]) -> alt.Legend:
+    """Names in a row, or below each other where the chart is too narrow for that (about 8 pixels a character)."""
+    needed = sum(8 * len(name) + 40 for name in names)
+    return alt.Legend(values=names, title=None, columns=alt.ExprRef(f"width < {needed} ? 1 : 0"))
 
 
 def _places(data: xr.Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

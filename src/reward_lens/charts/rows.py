@@ -48,8 +48,8 @@ def frame(data: xr.Dataset, **fields: str | None) -> pd.DataFrame:
     sources = {field: source for field, source in fields.items() if source is not None}
     sources |= {name: name for name in ("value", "low", "high") if name in data.data_vars}
     flat = columns(data, dict.fromkeys(sources.values()))
-    out = pd.DataFrame({field: flat[source] for field, source in sources.items()})
-    return out[out["value"].notna()].reset_index(drop=True)
+    defined = ~np.isnan(flat["value"])
+    return pd.DataFrame({field: flat[source][defined] for field, source in sources.items()})
 
 
 def tooltip(table: pd.DataFrame, titles: dict[str, str | None]) -> list[alt.Tooltip]:

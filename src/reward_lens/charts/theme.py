@@ -64,6 +64,7 @@ def theme(dark: bool = False) -> dict:
             "tickColor": c.line,
             "labelLimit": 190,
             "labelOverlap": "greedy",
+            "labelSeparation": 8,
             "labelPadding": 5,
             "tickSize": 4,
             "tickCount": 6,

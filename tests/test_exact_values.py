@@ -1,0 +1,206 @@
+"""Numbers that can be worked out by hand, planted rules, and attributions checked by intervening."""
+
+import numpy as np
+import pytest
+import torch
+from families import STRUCTURES, TEXT_PAIRS, tiny_model
+from micro import EXPECTED, EXPECTED_CONTRIBUTIONS, EXPECTED_LENS, PROMPT, micro_model
+from planted import planted_model, planted_pairs
+
+import reward_lens as rl
+
+PAIRS = [rl.Pair(*texts) for texts in TEXT_PAIRS]
+
+
+@pytest.fixture(scope="module")
+def micro():
+    return rl.RewardModel(*micro_model(), name="micro")
+
+
+def test_rewards_are_the_literals(micro):
+    for response, reward in EXPECTED.items():
+        assert micro.score(PROMPT, response) == pytest.approx(reward, abs=1e-5)
+
+
+def test_lens_and_contributions_are_the_literals(micro):
+    pairs = [rl.Pair(PROMPT, "b", "c")]
+    lens = rl.reward_lens(micro, pairs, norm="own").value.sel(side="chosen")[0]
+    np.testing.assert_allclose(lens, EXPECTED_LENS, atol=1e-5)
+    parts = rl.contributions(micro, pairs).value.sel(side="chosen")[0]
+    for component, value in EXPECTED_CONTRIBUTIONS.items():
+        assert float(parts.sel(component=component)) == pytest.approx(value, abs=1e-5)
+    assert float(parts.sel(component="norm")) == 0.0
+
+
+@pytest.mark.parametrize("family", STRUCTURES)
+def test_a_contribution_is_what_removing_the_write_takes_away(family):
+    """With every later write and the norm's scale pinned, dropping one write moves the reward by minus its
+    contribution: the residual is recomputed as the sum of the others and read by the frozen norm."""
+    rm = rl.RewardModel(*tiny_model(family))
+    acts = rl.capture(rm, PAIRS)
+    h = acts[f"L{rm.n_layers - 1}.resid_post"]
+    scale = rm.readout.norm.scale(h)
+    parts = rl.contributions(rm, acts, scale="own").value
+    writes = ["embed", *(f"L{layer}.{kind}" for layer in range(rm.n_layers) for kind in ("attn", "mlp"))]
+    full = rm.readout.frozen_reward(h, scale)
+    for write in writes:
+        without = rm.readout.frozen_reward(h - acts[write], scale)
+        moved = (full - without).numpy()
+        for start, side in enumerate(("chosen", "rejected")):
+            np.testing.assert_allclose(parts.sel(side=side, component=write), moved[start::2], atol=2e-5)
+
+
+@pytest.mark.parametrize("family", STRUCTURES)
+def test_a_last_write_is_removed_by_a_real_intervention(family):
+    """The last MLP write has no later reader but the norm: zeroing it in the pass is h - write, read live."""
+    rm = rl.RewardModel(*tiny_model(family))
+    last = f"L{rm.n_layers - 1}.mlp"
+    acts = rl.capture(rm, PAIRS)
+    expected = rm.readout.reward(acts[f"L{rm.n_layers - 1}.resid_post"] - acts[last]).numpy()
+    found = rl.intervene(rm, PAIRS, {last: rl.zeros()}).value.sel(state="intervened")
+    np.testing.assert_allclose(found.sel(side="chosen"), expected[::2], atol=2e-5)
+    np.testing.assert_allclose(found.sel(side="rejected"), expected[1::2], atol=2e-5)
+
+
+class TestInterventions:
+    @pytest.fixture(scope="class", params=["llama", "bloom"])
+    @classmethod
+    def rm(cls, request):
+        return rl.RewardModel(*tiny_model(request.param))
+
+    def test_mask_is_exact_at_both_ends_and_moves_between(self, rm):
+        clean = rl.intervene(rm, PAIRS, {"L1.attn": rl.zeros()}, mask=0.0).value
+        assert float(np.abs(clean.sel(state="change")).max()) == 0.0
+        changes = [
+            rl.intervene(rm, PAIRS[:1], {"L1.attn": rl.zeros()}, mask=m).value.sel(side="chosen", state="change").item()
+            for m in (0.25, 1.0)
+        ]
+        assert 0 < abs(changes[0]) and changes[0] != changes[1]
+        nothing = rl.constant(torch.full((rm.d_model,), float("inf")))
+        at_zero = rl.intervene(rm, PAIRS, {"L1.attn": nothing}, mask=0.0).value  # no inf * 0
+        assert float(np.abs(at_zero.sel(state="change")).max()) == 0.0
+
+    def test_adding_what_was_projected_out_restores_the_reward(self, rm):
+        basis = torch.randn(2, rm.d_model, generator=torch.Generator().manual_seed(0))
+        without = rl.intervene(rm, PAIRS, {"L1.resid_pre": rl.project_out(basis)}).value
+        assert float(np.abs(without.sel(state="change")).max()) > 1e-3
+        twice = rl.intervene(rm, PAIRS, {"L1.resid_pre": rl.project_out(basis[[1, 0]] * 3)}).value
+        np.testing.assert_allclose(without, twice, atol=1e-5)
+
+    def test_steering_is_linear_at_the_last_residual_with_a_frozen_direction(self, rm):
+        vector = torch.randn(rm.d_model, generator=torch.Generator().manual_seed(1))
+        site = f"L{rm.n_layers - 1}.resid_post"
+        h = rl.capture(rm, PAIRS, [site])[site]
+        expected = (rm.readout.reward(h + 2.0 * vector) - rm.readout.reward(h)).numpy()[::2]
+        found = rl.intervene(rm, PAIRS, {site: rl.add(vector, 2.0)}).value.sel(side="chosen", state="change")
+        np.testing.assert_allclose(found, expected, atol=2e-5)
+
+    def test_mean_ablation_of_a_single_run_is_itself(self, rm):
+        acts = rl.capture(rm, ["A text of its own"], ["L1.mlp"])
+        value = rl.intervene(rm, ["A text of its own"], {"L1.mlp": rl.mean_of(acts)}).value
+        assert value.sel(state="change").item() == 0.0
+
+    def test_lengths_that_differ_are_refused(self, rm):
+        uneven = [p for p, (a, b) in zip(PAIRS, rm.tokenize_pairs(PAIRS), strict=True) if len(a) != len(b)]
+        acts = rl.capture(rm, uneven, ["L1.mlp"], at="all").swapped()
+        with pytest.raises(rl.AlignmentError, match="positions to change.*at='final'"):
+            rl.intervene(rm, uneven, {"L1.mlp": rl.from_run(acts)}, at="all")
+
+    @pytest.mark.parametrize("site", ["L9.attn", "L1.H77", "L1.Q0", "nonsense", "L1.N99999"])
+    def test_sites_that_do_not_exist_are_refused(self, rm, site):
+        with pytest.raises(rl.StructureError, match="site"):
+            rl.intervene(rm, PAIRS, {site: rl.zeros()})
+
+    def test_nan_from_an_intervention_is_refused(self, rm):
+        with pytest.raises(rl.CheckFailed, match="NaN or infinite cells"):
+            rl.intervene(rm, PAIRS, {"L1.mlp": rl.constant(torch.full((rm.d_model,), float("nan")))})
+
+
+def test_parallel_blocks_have_no_resid_mid():
+    rm = rl.RewardModel(*tiny_model("gpt_neox"))
+    with pytest.raises(rl.StructureError, match="no resid_mid"):
+        rl.capture(rm, PAIRS, ["L1.resid_mid"])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
+def test_resid_mid_is_what_the_mlp_norm_reads(family):
+    rm = rl.RewardModel(*tiny_model(family))
+    seen = []
+    name = "pre_feedforward_layernorm" if family == "gemma2" else "post_attention_layernorm"
+    norm = rm.trunk.blocks[1].get_submodule(name)
+    tokens = rm.tokenize("Hello", "World")
+    with torch.no_grad():
+        handle = norm.register_forward_pre_hook(lambda m, args: seen.append(args[0].clone()))
+        rm.module(input_ids=torch.tensor([tokens.ids]))
+        handle.remove()
+    captured = rl.capture(rm, [("Hello", "World")], ["L1.resid_mid"], at="all")["L1.resid_mid"][0]
+    assert torch.equal(captured, seen[0][0])
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_source_tokens_do_not_depend_on_the_attention_implementation(attention):
+    module, tokenizer = tiny_model("llama")
+    module.set_attn_implementation(attention)
+    found = rl.contributions(rl.RewardModel(module, tokenizer), PAIRS, by="token").value
+    reference, tokenizer = tiny_model("llama")
+    reference.set_attn_implementation("eager")
+    expected = rl.contributions(rl.RewardModel(reference, tokenizer), PAIRS, by="token").value
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def test_source_tokens_equal_a_loop_over_eager_attentions():
+    """Attention rows from Hugging Face's own `output_attentions`, values and output map written out."""
+    module, tokenizer = tiny_model("llama")
+    module.set_attn_implementation("eager")
+    rm = rl.RewardModel(module, tokenizer)
+    pair = PAIRS[0]
+    found = rl.contributions(rm, [pair], by="token").value.sel(side="chosen")[0]
+    tokens = rm.tokenize(pair.prompt, pair.chosen)
+    acts = rl.capture(rm, [pair])
+    u = rm.readout.direction(acts["L2.resid_post"]).u[0]
+    norms = []
+    with torch.no_grad():
+        handles = [
+            b.input_layernorm.register_forward_hook(lambda m, a, out: norms.append(out[0])) for b in rm.trunk.blocks
+        ]
+        out = module(input_ids=torch.tensor([tokens.ids]), output_attentions=True)
+        for handle in handles:
+            handle.remove()
+    for layer, block in enumerate(rm.trunk.blocks):
+        attention, heads = out.attentions[layer][0, :, tokens.reward_pos], rm.n_heads
+        values = block.self_attn.v_proj(norms[layer]).view(len(tokens), -1, module.config.head_dim)
+        values = values.repeat_interleave(heads // values.shape[1], 1)
+        mixed = attention.T[..., None] * values  # [source, head, head_dim]
+        weight = block.self_attn.o_proj.weight
+        expected = (mixed.flatten(1) @ weight.T @ u).detach().numpy()
+        np.testing.assert_allclose(found.sel(component=f"L{layer}.attn")[: len(tokens)], expected, atol=2e-5)
+
+
+def test_a_planted_length_rule_is_found():
+    module, tokenizer = planted_model("length")
+    rm = rl.RewardModel(module, tokenizer, name="planted")
+    pairs = [rl.Pair(*texts[:3]) for texts in planted_pairs("length")]
+    result = rl.accuracy(rm, pairs)
+    assert float(result.value.sel(subset="all", rule="longer wins")) == 1.0
+    assert float(result.value.sel(subset="all", rule="reward model")) == 1.0
+
+
+def test_random_weights_are_a_control_and_leave_the_model_alone():
+    rm = rl.RewardModel(*tiny_model("llama"))
+    before = rm.score("Hello", "World")
+    control = rl.random_weight_copy(rm, seed=0)
+    assert control.score("Hello", "World") != before == rm.score("Hello", "World")
+    result = rl.crystallization_depth(rm, PAIRS, control_seeds=2)
+    assert result.value.dims == ("pair", "model") and list(result.value["model"].values)[0] == "trained"
+    inside = result.value.values[np.isfinite(result.value.values)]
+    assert ((inside >= 0) & (inside <= 1)).all()
+
+
+def test_crystallization_by_its_definition():
+    rm = rl.RewardModel(*tiny_model("llama"))
+    margins = rl.reward_lens(rm, PAIRS).value.sel(side="margin").values
+    found = rl.crystallization_depth(rm, PAIRS).value.values
+    for row, depth in zip(margins, found, strict=True):
+        settled = [np.sign(m) == np.sign(row[-1]) and abs(m) >= abs(row[-1]) / 2 for m in row]
+        first = next(d for d in range(len(row)) if all(settled[d:]))
+        assert depth == pytest.approx(first / (len(row) - 1))
