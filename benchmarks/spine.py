@@ -55,9 +55,7 @@ SIDES = {"plain": plain, "ours": ours}
 def peak(side: str, args) -> float:
     """Largest resident memory of one side in a fresh process, in MB."""
     command = [sys.executable, __file__, "--measure", side, "--pairs", args.pairs, "--n", str(args.n)]
-    done = subprocess.run(
-        [*command, "--threads", str(args.threads)], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([*command, "--threads", str(args.threads)], capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])["peak"]
 
 

@@ -80,9 +80,7 @@ def tiny_tokenizer(
     steps = [processors.ByteLevel(trim_offsets=False)]
     if add_bos:
         ids = [(bos, backend.token_to_id(bos))]
-        steps.append(
-            processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=ids)
-        )
+        steps.append(processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=ids))
     backend.post_processor = processors.Sequence(steps)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,

@@ -51,9 +51,7 @@ def planted_pairs(rule: Rule, n: int = 16, seed: int = 1) -> list[tuple[str, str
     pairs = []
     while len(pairs) < n:
         prompt = _words(rng, rng.random() < 0.5, _PROMPT_WORDS)
-        chosen, rejected = (
-            _words(rng, rule == "keyword" and side, _RESPONSE_WORDS) for side in (True, False)
-        )
+        chosen, rejected = (_words(rng, rule == "keyword" and side, _RESPONSE_WORDS) for side in (True, False))
         if truth(rule, tokenizer, chosen) < truth(rule, tokenizer, rejected):
             chosen, rejected = rejected, chosen
         if truth(rule, tokenizer, chosen) - truth(rule, tokenizer, rejected) >= 0.4:  # length: four tokens

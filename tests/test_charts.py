@@ -9,6 +9,7 @@ import xarray as xr
 
 import shapes
 from reward_lens.charts import chart, kind, panels, save_chart, theme
+from reward_lens.charts.rows import text_of
 from reward_lens.charts.strip import COLUMNS, blocks, colour_limit, readable
 from reward_lens.charts.theme import DARK, LIGHT
 from reward_lens.errors import DataError
@@ -254,8 +255,8 @@ def test_blocks_hold_the_texts_without_padding():
     found = {(b.pair, b.side): b for b in blocks(shapes.strips())}
     assert len(found) == 2 * shapes.PAIRS  # no margin: it has no token
     for (pair, side), tokens in shapes.texts().items():
-        name = shapes.of_pairs()["pair"][pair]
-        assert found[name, side].pieces == tuple(text for text, _ in tokens)
+        (name,) = text_of([shapes.of_pairs()["pair"][pair]])
+        assert found[name, side].pieces == tuple(text_of(text for text, _ in tokens))
         assert found[name, side].roles == tuple(role for _, role in tokens)
         assert np.isfinite(found[name, side].values).all()
 

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+
+import reward_lens as rl
 from families import STRUCTURES, TEXT_PAIRS, tiny_model
 from micro import EXPECTED, EXPECTED_CONTRIBUTIONS, EXPECTED_LENS, PROMPT, micro_model
 from planted import planted_model, planted_pairs
-
-import reward_lens as rl
 
 PAIRS = [rl.Pair(*texts) for texts in TEXT_PAIRS]
 

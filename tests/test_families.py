@@ -150,9 +150,7 @@ def test_models_are_built_quickly():
 
 
 def test_config_typos_and_huge_models_are_refused(monkeypatch):
-    monkeypatch.setitem(
-        families._SPECS, "typo", families.Family("llama", "Llama", lambda n: {"hidden_dim": 32})
-    )
+    monkeypatch.setitem(families._SPECS, "typo", families.Family("llama", "Llama", lambda n: {"hidden_dim": 32}))
     with pytest.raises(KeyError, match="LlamaConfig declares no hidden_dim"):
         tiny_model("typo")
     spec = families.Family("llama", "Llama", rename={"hidden_size": None})  # falls back to a width of 4096

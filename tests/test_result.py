@@ -77,12 +77,10 @@ def test_a_gap_at_its_tolerance_passes_and_infinite_tolerance_records_a_fact():
 
 def test_a_cell_without_value_needs_a_reason():
     value = xr.DataArray([1.0, np.nan, np.nan], dims="pair", coords={"pair": ["a", "b", "c"]})
-    with pytest.raises(CheckFailed, match="2 NaN cells of 3"):
+    with pytest.raises(CheckFailed, match="2 NaN or infinite cells of 3"):
         Result("fraction", value, unit="fraction")
     result = Result("fraction", value, unit="fraction", undefined="the margin is under the noise floor")
-    assert result.checks[-1] == Check(
-        "undefined cells", 2.0, float("inf"), "the margin is under the noise floor"
-    )
+    assert result.checks[-1] == Check("undefined cells", 2.0, float("inf"), "the margin is under the noise floor")
     assert Result("f", value.fillna(0), unit="fraction", undefined="never happens").checks == ()
 
 
@@ -93,7 +91,7 @@ def test_padding_past_n_positions_needs_no_reason():
         coords={"pair": ["a", "b"], "n_positions": ("pair", [2, 3])},
     )
     assert Result("curve", value, unit="reward").checks == ()
-    with pytest.raises(CheckFailed, match="1 NaN cells"):
+    with pytest.raises(CheckFailed, match="1 NaN or infinite cells"):
         Result("curve", value.assign_coords(n_positions=("pair", [3, 3])), unit="reward")
 
 
@@ -135,9 +133,7 @@ def test_top_leaves_out_undefined_cells():
 def test_top_of_a_single_number():
     result = Result("accuracy", xr.DataArray(0.75), unit="accuracy")
     assert result.top().values.tolist() == [[0.75]]
-    value = xr.DataArray(
-        [[2.0, -1.0], [4.0, 5.0]], dims=("pair", "side"), coords={"side": ["chosen", "margin"]}
-    )
+    value = xr.DataArray([[2.0, -1.0], [4.0, 5.0]], dims=("pair", "side"), coords={"side": ["chosen", "margin"]})
     assert Result("scores", value, unit="reward").top().values.tolist() == [[2.0]]  # the mean margin
 
 
@@ -159,9 +155,7 @@ def test_repr_shows_title_table_and_checks():
 
 
 def test_repr_of_pairs_alone_shows_the_values():
-    value = xr.DataArray(
-        [[1.0, 2.0, -1.0]], dims=("pair", "side"), coords={"side": ["chosen", "rejected", "margin"]}
-    )
+    value = xr.DataArray([[1.0, 2.0, -1.0]], dims=("pair", "side"), coords={"side": ["chosen", "rejected", "margin"]})
     text = repr(Result("scores", value.assign_coords(pair=["a"]), unit="reward"))
     assert any(line.split() == ["a", "1", "2", "-1"] for line in text.splitlines())
 
@@ -263,9 +257,7 @@ def test_a_file_that_is_no_result_is_named(tmp_path):
 # Errors
 
 
-@pytest.mark.parametrize(
-    "kind", ["LoadError", "StructureError", "AlignmentError", "DataError", "CheckFailed"]
-)
+@pytest.mark.parametrize("kind", ["LoadError", "StructureError", "AlignmentError", "DataError", "CheckFailed"])
 def test_errors_are_four_sentences_and_survive_pickling(kind):
     cls = getattr(errors, kind)
     error = cls("It broke", found="a thing.", expected="another", do="mend it!")

@@ -295,9 +295,7 @@ def test_partial_slope_removes_the_control(rng):
         cov_type="cluster", cov_kwds={"groups": clusters}, use_t=True
     )
     assert (slope.value, slope.p) == pytest.approx((plain.params[1], plain.pvalues[1]))
-    gaps = partial_slope(
-        np.append(reward, np.nan), np.append(quality, 1), np.append(length, 1), [*clusters, 99]
-    )
+    gaps = partial_slope(np.append(reward, np.nan), np.append(quality, 1), np.append(length, 1), [*clusters, 99])
     assert gaps == slope
 
 

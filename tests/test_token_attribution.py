@@ -160,9 +160,7 @@ def test_gradient_is_the_slope_along_the_line(family):
         kept = []
         (batch,) = rm.batches([text])
         with torch.no_grad():
-            rm.trunk.run(
-                batch, rm.trunk.edit_residual(0, edit), rm.trunk.read_residual(rm.n_layers, kept.append)
-            )
+            rm.trunk.run(batch, rm.trunk.edit_residual(0, edit), rm.trunk.read_residual(rm.n_layers, kept.append))
             return float(rm.readout.reward(kept[0][0, text.reward_pos]))
 
     def slope(position, step):
@@ -292,7 +290,7 @@ UNITS = {
         "\u4f60\u597d\u3002ok": ["\u4f60", "\u597d\u3002ok"],
     },
     "sentence": {
-        "It is 3.14. Yes! \"No.\" e": ["It is 3.14.", " Yes!", " \"No.\"", " e"],
+        'It is 3.14. Yes! "No." e': ["It is 3.14.", " Yes!", ' "No."', " e"],
         "1. One\n2. Two": ["1. One\n", "2. Two"],
         "\u4f60\u597d\u3002\u518d\u89c1\uff01": ["\u4f60\u597d\u3002", "\u518d\u89c1\uff01"],
         "Good. \U0001f389": ["Good. \U0001f389"],

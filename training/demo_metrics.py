@@ -27,15 +27,11 @@ def quality_and_length(margin, longer):
     orders has none. `a` is the log-odds per SD of margin at equal length, `b` per SD of length difference
     at equal margin. A hundredth of a ridge keeps the fit finite in draws that are separable.
     """
-    x = np.stack(
-        [margin / (np.sqrt((margin**2).mean()) or 1), longer / (np.sqrt((longer**2).mean()) or 1)], 1
-    )
+    x = np.stack([margin / (np.sqrt((margin**2).mean()) or 1), longer / (np.sqrt((longer**2).mean()) or 1)], 1)
     beta = np.zeros(2)
     for _ in range(50):
         p = 1 / (1 + np.exp(-x @ beta))
-        step = np.linalg.solve(
-            (x * (p * (1 - p))[:, None]).T @ x + 0.01 * np.eye(2), x.T @ (1 - p) - 0.01 * beta
-        )
+        step = np.linalg.solve((x * (p * (1 - p))[:, None]).T @ x + 0.01 * np.eye(2), x.T @ (1 - p) - 0.01 * beta)
         beta = beta + step
         if np.abs(step).max() < 1e-9:
             break

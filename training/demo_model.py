@@ -168,9 +168,7 @@ class Ranks:
 
     def add_gradients(self, parameters):
         if self.count > 1:
-            flat = torch.cat(
-                [torch.zeros_like(p).ravel() if p.grad is None else p.grad.ravel() for p in parameters]
-            )
+            flat = torch.cat([torch.zeros_like(p).ravel() if p.grad is None else p.grad.ravel() for p in parameters])
             self.add(flat)
             for p, g in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
                 p.grad = g.view_as(p)

@@ -68,9 +68,7 @@ def fit_head(scorer, pairs, weights, validation, texts):
             best = (score["select"], weight)
     mean = np.mean([found[i] for p in pairs for i in (p.chosen, p.rejected)], 0)
     weight = best[1] - mean * (best[1] @ mean) / (mean @ mean)  # rewards of the training texts get mean 0
-    log.info(
-        "head centred: validation %s", shown(validation_score(rows["validation"] @ weight, validation, texts))
-    )
+    log.info("head centred: validation %s", shown(validation_score(rows["validation"] @ weight, validation, texts)))
     return torch.tensor(weight, dtype=torch.float32)[None]
 
 
@@ -117,9 +115,7 @@ def train(scorer, training, weights, validation, ranks, args, out):
     optimiser = torch.optim.AdamW(
         [{"params": lora, "lr": args.lr}, {"params": head, "lr": args.head_lr}], weight_decay=args.decay
     )
-    plan = [
-        (epoch, b) for epoch in range(args.epochs) for b in batches(training, args.batch, args.seed, epoch)
-    ]
+    plan = [(epoch, b) for epoch in range(args.epochs) for b in batches(training, args.batch, args.seed, epoch)]
     warm = max(1, len(plan) // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser,
@@ -142,11 +138,7 @@ def train(scorer, training, weights, validation, ranks, args, out):
         by_prompt = {}
         for k in members:
             by_prompt.setdefault(training[k].prompt, []).append(k)
-        mine = [
-            k
-            for g in ranks.share(list(by_prompt.values()), lambda g: positions(g, training, scorer))
-            for k in g
-        ]
+        mine = [k for g in ranks.share(list(by_prompt.values()), lambda g: positions(g, training, scorer)) for k in g]
         rewards = {}
         for pack in packs(texts_of(mine, training), scorer.lengths, args.pack):
             rewards.update(zip(pack, scorer.head(scorer.features(pack))[:, 0], strict=True))
@@ -219,9 +211,7 @@ def test(gguf, out, args, limit=None):
     styles = rows.pop("rm_bench_styles")[:limit]
     for name, some in rows.items():
         sets[name] = pairs_of(some[:limit], texts, name)
-    items = [
-        [[texts.add(r["prompt"], x) for x in r[side]] for r in styles] for side in ("chosen", "rejected")
-    ]
+    items = [[[texts.add(r["prompt"], x) for x in r[side]] for r in styles] for side in ("chosen", "rejected")]
     r = merged_rewards(merged, texts, args)
     spread = np.array(list(r.values()))
     found["rewards"] = {"texts": len(spread), "mean": round(spread.mean(), 4), "sd": round(spread.std(), 4)}
@@ -236,9 +226,7 @@ def test(gguf, out, args, limit=None):
         found[name] = summary(*arrays)
         if name == "llmbar":
             margin, subset = np.array(arrays[0]), np.array([p.subset for p in some])
-            found[name]["subsets"] = {
-                s: round(float((margin[subset == s] > 0).mean()), 4) for s in sorted(set(subset))
-            }
+            found[name]["subsets"] = {s: round(float((margin[subset == s] > 0).mean()), 4) for s in sorted(set(subset))}
     chosen, rejected = (np.array([[r[i] for i in item] for item in side]) for side in items)
     found["rm_bench_styles"] = style_matrix(chosen, rejected)
     for name, some in found.items():
@@ -250,20 +238,14 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True, help="folder with the jsonl files")
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument(
-        "--gguf", type=Path, help="SmolLM2-135M-Instruct GGUF file; default: the installed wheel's"
-    )
+    parser.add_argument("--gguf", type=Path, help="SmolLM2-135M-Instruct GGUF file; default: the installed wheel's")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--precision", choices=("bf16", "fp32"), default="bf16", help="of training; tests are fp32"
-    )
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of training; tests are fp32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--checks", type=int, default=4, help="validations, evenly spread over the run")
-    parser.add_argument(
-        "--batch", type=int, default=24, help="pairs, at least; the pairs of a prompt stay together"
-    )
+    parser.add_argument("--batch", type=int, default=24, help="pairs, at least; the pairs of a prompt stay together")
     parser.add_argument("--pack", type=int, default=800, help="positions run at once, padding included")
     parser.add_argument("--frozen", type=int, default=15, help="lowest blocks without an adapter")
     parser.add_argument("--rank", type=int, default=16)
@@ -272,20 +254,12 @@ def arguments():
     parser.add_argument("--head-lr", type=float, default=2e-4)
     parser.add_argument("--decay", type=float, default=0.01)
     parser.add_argument("--centre", type=float, default=0.01)
-    parser.add_argument(
-        "--balance", type=float, default=0.5, help="0 = pairs as they are, 1 = length classes equal"
-    )
-    parser.add_argument(
-        "--off-topic", type=float, nargs=2, default=(1.0, 0.2), help="added pairs a prompt: Alpaca, HH"
-    )
+    parser.add_argument("--balance", type=float, default=0.5, help="0 = pairs as they are, 1 = length classes equal")
+    parser.add_argument("--off-topic", type=float, nargs=2, default=(1.0, 0.2), help="added pairs a prompt: Alpaca, HH")
     parser.add_argument("--cache", type=Path, help="folder for the frozen blocks' outputs; default: --out")
-    parser.add_argument(
-        "--compile", action="store_true", help="compile the tuned blocks (1.4 times as fast on a CPU)"
-    )
+    parser.add_argument("--compile", action="store_true", help="compile the tuned blocks (1.4 times as fast on a CPU)")
     parser.add_argument("--save-every", type=int, default=50)
-    parser.add_argument(
-        "--test", action="store_true", help="measure the saved adapter on the test sets at the end"
-    )
+    parser.add_argument("--test", action="store_true", help="measure the saved adapter on the test sets at the end")
     parser.add_argument("--test-only", action="store_true")
     parser.add_argument("--limit", type=int, help="few training pairs and test rows: to try the script")
     return parser.parse_args()

@@ -69,7 +69,7 @@ def show(result: "rl.Result", as_json: bool, save: Path | None = None, top: int 
     if as_json:
         frame = result.top(top) if top else result.to_frame()
         checks = pd.DataFrame([dataclasses.asdict(c) for c in result.checks])  # pandas writes NaN and inf as null
-        values, checks = (json.loads(table.to_json(orient="records")) for table in (frame, checks))
+        values, checks = (json.loads(str(table.to_json(orient="records"))) for table in (frame, checks))
         body = {"name": result.name, "unit": result.unit, "values": values, "checks": checks, "meta": result.meta}
         typer.echo(json.dumps(body, allow_nan=False))
     else:

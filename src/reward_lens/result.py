@@ -129,9 +129,10 @@ class Result:
             return pd.DataFrame({v: [summary[v].item()] for v in names})
         frame = summary[names].to_dataframe().reset_index()
         keep = [*summary["value"].dims, *names]
-        frame = frame[keep].dropna(subset=["value"])
-        order = frame["value"].abs().sort_values(ascending=False, kind="stable").index
-        return frame.loc[order[:n]].reset_index(drop=True)
+        frame = pd.DataFrame(frame[keep])
+        frame = frame[frame["value"].notna()]
+        order = np.argsort(-frame["value"].abs().to_numpy(), kind="stable")
+        return frame.iloc[order[:n]].reset_index(drop=True)
 
     def to_frame(self) -> pd.DataFrame:
         """All values in long form: one row a cell, one column a coordinate."""
@@ -155,9 +156,7 @@ class Result:
             if plain[key].dtype.kind in "OU":
                 plain = plain.assign_coords({key: (plain[key].dims, _map_text(plain[key].values, _escape))})
             elif plain[key].dtype.kind == "b":
-                raise TypeError(
-                    f"coordinate {key!r} is boolean, which netCDF cannot hold; store it as an integer"
-                )
+                raise TypeError(f"coordinate {key!r} is boolean, which netCDF cannot hold; store it as an integer")
         plain.attrs = {"reward_lens": _escape(json.dumps(head))}
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".part")
@@ -185,18 +184,22 @@ class Result:
         return f"<p><b>{escape(self.name)}</b> [{escape(self.unit)}]</p>{table}<ul>{checks}</ul>"
 
     def _table(self) -> pd.DataFrame:
-        """Rows: the first dim beside pair and side. Columns: sides, or value with its interval."""
+        """Rows: the first dim beside pair and side. Columns: the second or the sides, or value with its interval."""
         wide = "mean" in self.dataset or len([d for d in self.value.dims if d != "side"]) > 1
         data = self.dataset.assign(value=self.summary()) if wide else self.dataset
         dims = [d for d in data["value"].dims if d != "side"]
-        for extra in dims[1:]:
-            data = data.isel({extra: slice(0, 1)})
-        if "side" in data["value"].dims and data["side"].ndim:
-            return data["value"].to_dataframe()["value"].unstack("side")[list(data["side"].values)]
+        sided = "side" in data["value"].dims
+        for extra in dims[1:] if sided else dims[2:]:
+            data = data.isel({extra: slice(0, 1)})  # the title gives the sizes; the whole stands in `value`
+        across = "side" if sided else dims[1] if len(dims) > 1 else None
+        if across is not None and dims:
+            table = data["value"].to_dataframe()["value"].unstack(across)
+            return table[list(data[across].values)].reindex(data[dims[0]].values, level=0)
         names = [v for v in ("value", "low", "high") if v in data and data[v].dims == data["value"].dims]
         if not data["value"].dims:
             return pd.DataFrame({v: [data[v].item()] for v in names})
         return data[names].to_dataframe()[names]
+
 
 def load_result(path: str | Path) -> Result:
     """Read a result written by `Result.save`; values, coordinates, checks and provenance come back equal."""
@@ -216,9 +219,7 @@ def load_result(path: str | Path) -> Result:
     dataset.attrs = {}
     for key in list(dataset.variables):
         if dataset[key].dtype.kind in "OUT":
-            dataset = dataset.assign_coords(
-                {key: (dataset[key].dims, _map_text(dataset[key].values, _unescape))}
-            )
+            dataset = dataset.assign_coords({key: (dataset[key].dims, _map_text(dataset[key].values, _unescape))})
         dataset[key].encoding = {}
     result.dataset, result.name, result.unit = dataset, head["name"], head["unit"]
     result.meta = head["meta"]

@@ -141,17 +141,13 @@ def adjust(pvalues, method: str = "holm") -> np.ndarray:
     from statsmodels.stats.multitest import multipletests
 
     if method not in ("holm", "bh"):
-        raise DataError(
-            f"No adjustment '{method}'", found=repr(method), expected="'holm' or 'bh'", do="use either"
-        )
+        raise DataError(f"No adjustment '{method}'", found=repr(method), expected="'holm' or 'bh'", do="use either")
     adjusted = np.array(pvalues, dtype=float)
     known = ~np.isnan(adjusted)
     if known.any():
         tests = adjusted[known]
         by_holm = method == "holm"
-        adjusted[known] = (
-            multipletests(tests, method="holm")[1] if by_holm else false_discovery_control(tests)
-        )
+        adjusted[known] = multipletests(tests, method="holm")[1] if by_holm else false_discovery_control(tests)
     return adjusted
 
 
@@ -187,9 +183,7 @@ def wilson(successes: int | float, n: int | float, level: float = 0.95) -> tuple
 
     if not 0 <= successes <= n or n == 0:
         found = f"{successes} successes of {n}"
-        raise DataError(
-            "No share to speak of", found=found, expected="0 <= successes <= n, n > 0", do="check both"
-        )
+        raise DataError("No share to speak of", found=found, expected="0 <= successes <= n, n > 0", do="check both")
     ends = np.array(proportion_confint(successes, n, alpha=1 - level, method="wilson"))
     low, high = np.clip(ends, 0.0, 1.0).tolist()
     return low, high
@@ -208,9 +202,7 @@ def proportion_interval(values01, clusters, level: float = 0.95) -> Interval:
     values = np.asarray(values01, dtype=float)
     if ((values < 0) | (values > 1)).any():
         found = f"{np.nanmin(values):g} to {np.nanmax(values):g}"
-        raise DataError(
-            "A share needs successes and failures", found=found, expected="0 to 1", do="check the values"
-        )
+        raise DataError("A share needs successes and failures", found=found, expected="0 to 1", do="check the values")
     codes, n_clusters = _codes(clusters, len(values))
     sums, counts = _cluster_sums(values[:, None], codes, n_clusters)
     sums, counts = sums[counts > 0], counts[counts > 0]
@@ -235,9 +227,7 @@ def paired_n_needed(d: int | float, power: float = 0.8, alpha: float = 0.05) -> 
     from statsmodels.stats.power import TTestPower
 
     if not abs(d) > 0:
-        raise DataError(
-            "No number of prompts finds a shift of zero", found=f"d={d}", expected="d != 0", do="set d"
-        )
+        raise DataError("No number of prompts finds a shift of zero", found=f"d={d}", expected="d != 0", do="set d")
     return int(np.ceil(TTestPower().solve_power(effect_size=abs(d), alpha=alpha, power=power)))
 
 
@@ -256,9 +246,7 @@ def partial_slope(y, x, control, clusters, model: str = "ols", level: float = 0.
     from statsmodels.tools.sm_exceptions import PerfectSeparationError
 
     if model not in ("ols", "logit"):
-        raise DataError(
-            f"No model '{model}'", found=repr(model), expected="'ols' or 'logit'", do="use either"
-        )
+        raise DataError(f"No model '{model}'", found=repr(model), expected="'ols' or 'logit'", do="use either")
     y, x, control = (np.asarray(a, dtype=float) for a in (y, x, control))
     design = np.column_stack([np.ones(len(y)), x, control])
     keep = ~(np.isnan(y) | np.isnan(design).any(1))
@@ -266,9 +254,7 @@ def partial_slope(y, x, control, clusters, model: str = "ols", level: float = 0.
     y, design = y[keep], design[keep]
     undefined = (np.nan, np.nan, np.nan, np.nan, len(y), groups)
     if len(y) <= design.shape[1] or _rank(design) == _rank(np.delete(design, 1, axis=1)):
-        return Estimate(
-            *undefined, "x is constant or a linear function of the control, or there are too few rows"
-        )
+        return Estimate(*undefined, "x is constant or a linear function of the control, or there are too few rows")
     settings: dict[str, Any] = {"disp": 0, "maxiter": 100} if model == "logit" else {}
     if groups >= FEWEST:
         settings |= {"cov_type": "cluster", "cov_kwds": {"groups": codes}, "use_t": True}

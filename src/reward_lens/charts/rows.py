@@ -11,7 +11,8 @@ import xarray as xr
 
 from reward_lens.result import Result
 
-_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+# What XML lacks (control characters, lone surrogates) and the two separators that end a line in an expression.
+_UNSAFE = re.compile("[^\t\n\r\x20-\u2027\u202a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 Drawing = alt.LayerChart | alt.FacetChart  # what `alt.layer` returns
 
 
@@ -29,11 +30,11 @@ def columns(data: xr.Dataset, names: Iterable[str]) -> dict[str, np.ndarray]:
 
 
 def text_of(labels: Iterable) -> np.ndarray:
-    """Labels as text. What XML does not allow (control characters, lone surrogates) becomes its escape.
+    """Labels as text, in which a character that no chart can hold is written as its escape.
 
-    A renderer of SVG given such a character ends the whole process.
+    A renderer of SVG that is given one ends the whole process; the parser of expressions refuses the label.
     """
-    legible = [_NOT_XML.sub(lambda found: f"\\u{ord(found[0]):04x}", str(label)) for label in labels]
+    legible = [_UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", str(label)) for label in labels]
     return np.array(legible, dtype=object)
 
 

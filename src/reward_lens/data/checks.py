@@ -33,9 +33,7 @@ def checked_turns(value: Any, field: str, last: str = "user") -> tuple[tuple[str
         extra = [k for k, v in message.items() if v is not None] if isinstance(message, Mapping) else []
         if not isinstance(message, Mapping) or not {"role", "content"}.issuperset(extra):
             raise malformed(f"{field}[{index}]", shown(message), "an object of 'role' and 'content' alone")
-        turns.append(
-            tuple(checked_text(message.get(key), f"{field}[{index}].{key}") for key in ("role", "content"))
-        )
+        turns.append(tuple(checked_text(message.get(key), f"{field}[{index}].{key}") for key in ("role", "content")))
     if turns[-1][0] != last:
         raise malformed(field, f"a last message by '{turns[-1][0]}'", f"a last message by '{last}'")
     return tuple(turns)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Activations:
     pairs: data.Pairs | None = None
     """The pairs, where pairs were given."""
 
-    def __getitem__(self, site: "Site | str") -> Tensor | tuple[Tensor, ...]:
+    def __getitem__(self, site: "Site | str") -> Any:
         return self.tensors[Site.parse(site)]
 
     def chosen(self, site: "Site | str"):
@@ -54,7 +55,7 @@ class Activations:
 
 @torch.no_grad()
 def capture(
-    rm: RewardModel, texts_or_pairs, sites="components", at: str | range = "final", batch_size: int | None = None
+    rm: RewardModel, texts_or_pairs, sites: Any = "components", at: str | range = "final", batch_size: int | None = None
 ) -> Activations:
     """Run texts or pairs through the model once and return what stands at the sites.
 
@@ -134,7 +135,12 @@ def captured(rm: RewardModel, pairs, sites: Sequence[Site]) -> Iterator[Activati
         yield capture(rm, pairs[start : start + step], sites)
 
 
-def runs_of(rm: RewardModel, inputs) -> tuple[list[Tokens], data.Pairs | None]:
+def pairs_of(inputs: Any) -> data.Pairs:
+    """The pairs, or those that activations are of."""
+    return data.as_pairs(inputs.pairs if isinstance(inputs, Activations) else inputs)
+
+
+def runs_of(rm: RewardModel, inputs: Any) -> tuple[list[Tokens], data.Pairs | None]:
     """The tokenised runs of texts or pairs, and the pairs if that is what they are."""
     if isinstance(inputs, str | data.Pair):
         inputs = [inputs]

@@ -172,11 +172,11 @@ def _edit(
 
     scale = rm.trunk.write_scale if site.kind in ("attn", "mlp", "resid_mid") else 1.0
     if site.kind in ("embed", "resid_pre"):
-        return [rm.trunk.edit_residual(site.layer or 0, blended)]
+        return [rm.trunk.edit_residual(site.block, blended)]
     if site.kind == "resid_post":
-        return [rm.trunk.edit_residual(site.layer + 1, blended)]
+        return [rm.trunk.edit_residual(site.block + 1, blended)]
     if site.kind in ("attn", "mlp"):
-        return [hooks.edit_output(rm.trunk.writers[site.kind][site.layer], _shaped(batch, blended))]
+        return [hooks.edit_output(rm.trunk.writers[site.kind][site.block], _shaped(batch, blended))]
     if site.kind == "resid_mid":
         return _edit_mid(rm, batch, site, blended)
     return [_edit_units(rm, batch, site, blended)]
@@ -185,7 +185,7 @@ def _edit(
 def _edit_mid(rm: RewardModel, batch: Batch, site: Site, blended) -> list[hooks.Hook]:
     """resid_mid is changed through attention's write: the residual itself is added outside any module."""
     pre: list[Tensor] = []
-    block, writer = rm.trunk.blocks[site.layer], rm.trunk.writers["attn"][site.layer]
+    block, writer = rm.trunk.blocks[site.block], rm.trunk.writers["attn"][site.block]
     edit = _shaped(batch, lambda write: blended(write, pre.pop()))
     return [hooks.read_input(block, lambda x: pre.append(x.clone())), hooks.edit_output(writer, edit)]
 
@@ -206,7 +206,7 @@ def _edit_units(rm: RewardModel, batch: Batch, site: Site, blended) -> hooks.Hoo
             new[:, :, site.index] = blended(units[:, :, site.index, None])[..., 0]
         return new.reshape(x.shape)
 
-    return hooks.edit_input(out_map(rm, site.layer, kind), edit)
+    return hooks.edit_input(out_map(rm, site.block, kind), edit)
 
 
 def _shaped(batch: Batch, change: hooks.Edit) -> hooks.Edit:

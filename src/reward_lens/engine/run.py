@@ -44,11 +44,11 @@ def require_site(rm: RewardModel, site: Site) -> None:
     if site.layer is not None and not 0 <= site.layer < rm.n_layers:
         raise _no_site(rm, site, f"layers 0 to {rm.n_layers - 1}")
     if site.kind == "head":
-        out_map(rm, site.layer, "attn")
+        out_map(rm, site.block, "attn")
         if site.index is not None and not 0 <= site.index < rm.n_heads:
             raise _no_site(rm, site, f"heads 0 to {rm.n_heads - 1}")
     elif site.kind == "neuron":
-        width = linear_weight(out_map(rm, site.layer, "mlp")).shape[1]
+        width = linear_weight(out_map(rm, site.block, "mlp")).shape[1]
         if site.index is not None and not 0 <= site.index < width:
             raise _no_site(rm, site, f"neurons 0 to {width - 1}")
     elif site.kind == "resid_mid" and rm.structure.parallel:
@@ -83,10 +83,10 @@ def _reading(rm: RewardModel, batch: Batch, site: Site, pick: Pick, kept: dict) 
     if site.kind in ("embed", "resid_pre", "resid_post"):
         yield rm.trunk.read_residual(_depth(site), keep)
     elif site.kind in ("attn", "mlp"):
-        yield rm.trunk.read_write(batch, site.layer, site.kind, keep)
+        yield rm.trunk.read_write(batch, site.block, site.kind, keep)
     elif site.kind == "resid_mid":
         box: list[Tensor] = []
-        yield rm.trunk.read_residual(site.layer, lambda x: box.append(pick(x)))
+        yield rm.trunk.read_residual(site.block, lambda x: box.append(pick(x)))
         yield rm.trunk.read_write(
             batch, site.layer, "attn", lambda x: kept.__setitem__(site, (box.pop() + pick(x)).to(like))
         )
@@ -100,13 +100,11 @@ def _reading(rm: RewardModel, batch: Batch, site: Site, pick: Pick, kept: dict) 
                 x = x[..., site.index, :] if site.kind == "head" else x[..., site.index, None]
             kept[site] = x
 
-        yield hooks.read_input(out_map(rm, site.layer, "attn" if site.kind == "head" else "mlp"), units)
+        yield hooks.read_input(out_map(rm, site.block, "attn" if site.kind == "head" else "mlp"), units)
 
 
 def _depth(site: Site) -> int:
-    if site.kind == "embed":
-        return 0
-    return site.layer + (site.kind == "resid_post")
+    return site.block + (site.kind == "resid_post")
 
 
 def _no_site(rm: RewardModel, site: Site, there: str) -> StructureError:

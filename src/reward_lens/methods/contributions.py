@@ -16,20 +16,24 @@ component, and the norm's scale answers to all of them (see `effects`).
 Reference: direct logit attribution (Elhage et al. 2021), with the reward head in the place of the unembedding.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 import torch
 
-from reward_lens import data
-from reward_lens.engine.activations import Activations, captured
+from reward_lens.engine.activations import Activations, captured, pairs_of
 from reward_lens.methods.paired import paired_result
 from reward_lens.methods.splits import ComponentSplit, HeadSplit, NeuronSplit, Split
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.result import Check, Result
 
 By = Literal["component", "head", "neuron", "token"]
-SPLITS: dict[str, type[Split]] = {"component": ComponentSplit, "head": HeadSplit, "neuron": NeuronSplit}
+SPLITS: dict[str, Callable[[RewardModel], Split]] = {
+    "component": ComponentSplit,
+    "head": HeadSplit,
+    "neuron": NeuronSplit,
+}
 
 
 @torch.no_grad()
@@ -63,7 +67,7 @@ def contributions(
     parts = [_of_chunk(rm, split, acts, scale) for acts in captured(rm, pairs, split.sites)]
     values = np.concatenate([p[0] for p in parts])
     gaps = np.stack([p[1] for p in parts]).max(0)
-    all_pairs = pairs.pairs if isinstance(pairs, Activations) else data.as_pairs(pairs)
+    all_pairs = pairs_of(pairs)
     tolerance = 1e-2 if rm.sixteen_bit else 1e-5
     names = ["completeness", "margin split", *(["residual rounding"] if rm.sixteen_bit else [])]
     names += ["finer split"] if by != "component" else []

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from reward_lens import data
-from reward_lens.engine.activations import Activations, captured
+from reward_lens.engine.activations import captured, pairs_of
 from reward_lens.errors import DataError
 from reward_lens.methods.paired import margin_of, paired_result
 from reward_lens.model.reward_model import RewardModel
@@ -56,7 +56,7 @@ def reward_lens(rm: RewardModel, pairs, norm: Norms = "own", at: Literal["final"
         size = (rm.readout.norm(acts[sites[-1]]) * rm.readout.weight).abs().sum(-1) + rm.readout.bias.abs()
         gaps.append(((read[:, -1] - reward).abs() / size).max())
         values.append(margin_of(read[::2].cpu().numpy(), read[1::2].cpu().numpy()))
-    all_pairs = pairs.pairs if isinstance(pairs, Activations) else data.as_pairs(pairs)
+    all_pairs = pairs_of(pairs)
     check = Check("last depth", float(torch.stack(gaps).max()), 1e-2 if rm.sixteen_bit else 1e-5)
     return paired_result(
         rm, "reward_lens", all_pairs, np.concatenate(values), ("pair", "side", "depth"),

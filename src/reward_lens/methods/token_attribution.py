@@ -182,9 +182,7 @@ def _along_embeddings(
     return Shares(values, path.start, reward, rows, path.backward_rows, path.steps, path.gaps)
 
 
-def _checks(
-    rm: RewardModel, method: str, shares: Shares, baseline: str, tolerance: float | None
-) -> list[Check]:
+def _checks(rm: RewardModel, method: str, shares: Shares, baseline: str, tolerance: float | None) -> list[Check]:
     if method == "integrated":
         note = f"baseline {baseline}, at most {shares.steps.max()} steps"
         if not shares.gaps.max() <= tolerance:

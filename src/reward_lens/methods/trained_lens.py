@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from reward_lens import data
-from reward_lens.engine.activations import Activations, captured
+from reward_lens.engine.activations import captured, pairs_of
 from reward_lens.errors import DataError
 from reward_lens.methods.paired import margin_of, paired_result
 from reward_lens.model.forward import Batch, at_rows
@@ -60,7 +60,7 @@ def tuned_lens(rm: RewardModel, train_pairs, pairs, alphas: Sequence[float] = AL
     residuals are held in memory (4 (n_layers + 1) d_model bytes a response). Raises `DataError` for shared
     prompts, too few training responses, or training prompts too few to cross-validate.
     """
-    train_of, test_of = _pairs(train_pairs), _pairs(pairs)
+    train_of, test_of = pairs_of(train_pairs), pairs_of(pairs)
     prompts = [p.prompt_key for p in train_of for _ in range(2)]
     _require_split(prompts, {p.prompt_key for p in test_of})
     x, target = _residuals(rm, train_pairs)
@@ -133,10 +133,6 @@ def gradient_lens(
         "it.",
         cannot_show="What would happen without that residual: the first order holds for small changes.",
     )  # fmt: skip
-
-
-def _pairs(pairs) -> data.Pairs:
-    return data.as_pairs(pairs.pairs if isinstance(pairs, Activations) else pairs)
 
 
 def _residuals(rm: RewardModel, pairs) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ deviation of the reward over the probe texts.
 import dataclasses
 import math
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ CHECKS_HELP = {
 }
 
 
-def run_probe(module: nn.Module, device: torch.device) -> Tensor:
+def run_probe(module: Any, device: torch.device) -> Tensor:
     """Run two short rows of seeded random tokens and return the logits; nothing is padded."""
     vocabulary = module.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
@@ -88,7 +88,7 @@ def require_usable_weights(module: nn.Module, name: str) -> None:
 def load_report(rm: "RewardModel") -> Result:
     """Run the tests; returns value (check,) = gaps, with tolerances and findings as coordinates, or raises."""
     tokens = [rm.tokenize(prompt, response) for prompt, response in PROBES]
-    rows = list(_from_checkpoint(rm))
+    rows: list[tuple[str, float, float, str]] = list(_from_checkpoint(rm))
     rows += _tokenisation(rm, tokens)
     alone = torch.stack([rm.rewards([t])[0] for t in tokens]).double()
     scale = torch.maximum(alone.abs(), alone.std())
@@ -240,5 +240,3 @@ def _residuals(rm, tokens: Tokens):
     allowed = reward_tolerance(rm, float(reward[0]), max(abs(float(reward[0])), 1e-3))
     found = f"blocks {middle} to {rm.n_layers - 1} run again from the recorded residual"
     yield "replay", float((again - reward).abs()[0]), allowed, found
-
-

@@ -50,7 +50,8 @@ def make_batch(
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     reward_pos = torch.tensor([start + t.reward_pos for t, start in zip(tokens, offsets, strict=True)])
     tensors = (ids, mask, positions, torch.tensor(offsets), reward_pos)
-    return Batch(*(t.to(device) for t in tensors), tuple(rows))
+    ids, mask, positions, offset, reward_pos = (t.to(device) for t in tensors)
+    return Batch(ids, mask, positions, offset, reward_pos, tuple(rows))
 
 
 def batches(

@@ -108,7 +108,7 @@ def _load_adapter(path: str, options: dict, settings: dict):
     from transformers import AutoModelForSequenceClassification
 
     adapter = PeftConfig.from_pretrained(path, revision=options["revision"])
-    base = adapter.base_model_name_or_path
+    base = str(adapter.base_model_name_or_path)
     weights = _adapter_file(path, options["revision"])
     with safe_open(weights, framework="pt") as opened:
         saved = list(opened.keys())

@@ -97,5 +97,3 @@ def objective_names(config, n_rows: int) -> tuple[str, ...]:
         return ("reward",)
     labels = getattr(config, "id2label", None) or {}
     return tuple(str(labels.get(i, labels.get(str(i), i))) for i in range(n_rows))
-
-

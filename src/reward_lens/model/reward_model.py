@@ -45,7 +45,7 @@ class RewardModel:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Any,
         tokenizer: Any,
         *,
         objective: str | int | None = None,
@@ -57,7 +57,7 @@ class RewardModel:
         loading: Mapping[str, Any] | None = None,
     ):
         self.module = module.eval()
-        self.config = module.config
+        self.config: Any = module.config
         self.name = name or getattr(self.config, "name_or_path", "") or type(module).__name__
         self.revision = revision
         self.truncation = truncation

@@ -32,6 +32,11 @@ class Site:
         if self.index is not None and self.kind not in _INDEXED:
             raise _unknown(f"kind {self.kind!r} with index {self.index}")
 
+    @property
+    def block(self) -> int:
+        """Index of the block the site is in; `embed` is what enters block 0."""
+        return self.layer or 0
+
     @classmethod
     def parse(cls, text: "str | Site") -> "Site":
         """`Site` from its written form."""

@@ -13,6 +13,7 @@ Reference: the residual-stream view is Elhage et al. 2021, "A Mathematical Frame
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class Structure:
     """Unexplained share of each block's change, measured by the proof."""
 
 
-def find_blocks(model: nn.Module, n_layers: int) -> str:
+def find_blocks(model: Any, n_layers: int) -> str:
     """Path of the outermost ModuleList with one entry a layer."""
     lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     paths = [path for path, m in lists if len(m) == n_layers and n_layers > 0]
@@ -66,7 +67,7 @@ def find_blocks(model: nn.Module, n_layers: int) -> str:
     return min(paths, key=lambda path: path.count("."))
 
 
-def find_structure(model: nn.Module, run_probe, n_layers: int, n_heads: int) -> Structure:
+def find_structure(model: Any, run_probe, n_layers: int, n_heads: int) -> Structure:
     """Search the parts; `run_probe()` runs one probe batch through the whole model and returns its logits."""
     blocks_path = find_blocks(model, n_layers)
     blocks = list(model.get_submodule(blocks_path))
@@ -82,7 +83,7 @@ def find_structure(model: nn.Module, run_probe, n_layers: int, n_heads: int) -> 
     return Structure(blocks_path, attn, mlp, attn_out, mlp_out, final_norm, head, n_heads, write_scale)
 
 
-def prove(model: nn.Module, structure: Structure, run_probe) -> Structure:
+def prove(model: Any, structure: Structure, run_probe) -> Structure:
     """Check the paths and the closure of every layer; returns the structure with its gaps and `parallel` filled in."""
     blocks = _resolve(model, structure)
     gaps: list[float] = []
@@ -140,7 +141,8 @@ def linear_weight(module: nn.Module) -> Tensor:
 
 def linear_bias(module: nn.Module) -> Tensor | None:
     """Bias of a linear map, or None."""
-    return module.bias
+    bias: Any = module.bias
+    return bias
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -148,7 +150,7 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and module.weight.is_floating_point())
 
 
-def _resolve(model: nn.Module, structure: Structure) -> list[nn.Module]:
+def _resolve(model: Any, structure: Structure) -> list[nn.Module]:
     try:
         blocks = list(model.get_submodule(structure.blocks))
         for block in blocks:
@@ -252,7 +254,7 @@ def _not_closed(model_name: str, layer: int, found: str) -> StructureError:
     )
 
 
-def _config_scales(model: nn.Module) -> tuple[float, ...]:
+def _config_scales(model: Any) -> tuple[float, ...]:
     config = model.config.get_text_config()
     return tuple(sorted({v for v in config.to_dict().values() if isinstance(v, float) and 1e-3 < v < 1e3 and v != 1.0}))
 
@@ -269,7 +271,7 @@ def _linear_behind(block: nn.Module, write: str, outputs, inputs) -> str | None:
     return None
 
 
-def _find_tail(model: nn.Module, blocks_path: str, run_probe) -> tuple[str | None, str]:
+def _find_tail(model: Any, blocks_path: str, run_probe) -> tuple[str | None, str]:
     """The final norm (input: last resid_post, output: what the head reads) and the head (output: the logits)."""
     last = list(model.get_submodule(blocks_path))[-1]
     ends: dict[str, Tensor] = {}
