@@ -93,3 +93,13 @@ def test_every_name_is_documented_and_every_function_says_what_it_returns(name):
         # "Returns ...", "dims (pair, side)", or a shape: (pair, side, depth), [k, d]
         words = r"\b([Rr]eturns?|[Dd]im(s|ensions)?|[Ss]hapes?)\b|[(\[]\w+(, ?\w+)+[)\]]"
         assert re.search(words, text), "the docstring has no word on the result or its shape"
+
+
+def test_type_checkers_see_the_same_names():
+    """The `TYPE_CHECKING` imports of the front door are those it loads when they are used."""
+    import ast
+
+    tree = ast.parse(inspect.getsource(reward_lens))
+    block = next(n for n in tree.body if isinstance(n, ast.If))
+    seen = {alias.asname: node.module for node in block.body for alias in node.names}
+    assert seen == {name: f"reward_lens.{module}" for name, module in reward_lens._MODULE_OF.items()}

@@ -10,6 +10,57 @@ Names are loaded when first used, so that importing the package stays fast.
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against _HOME
+    from reward_lens.charts import save_chart as save_chart
+    from reward_lens.data import Group as Group
+    from reward_lens.data import Pair as Pair
+    from reward_lens.data import Pairs as Pairs
+    from reward_lens.data import StyleItem as StyleItem
+    from reward_lens.data import load_groups as load_groups
+    from reward_lens.data import load_pairs as load_pairs
+    from reward_lens.data import load_style_items as load_style_items
+    from reward_lens.engine.activations import Activations as Activations
+    from reward_lens.engine.activations import capture as capture
+    from reward_lens.engine.intervention import Source as Source
+    from reward_lens.engine.intervention import add as add
+    from reward_lens.engine.intervention import constant as constant
+    from reward_lens.engine.intervention import from_run as from_run
+    from reward_lens.engine.intervention import intervene as intervene
+    from reward_lens.engine.intervention import mean_of as mean_of
+    from reward_lens.engine.intervention import project_out as project_out
+    from reward_lens.engine.intervention import zeros as zeros
+    from reward_lens.errors import AlignmentError as AlignmentError
+    from reward_lens.errors import CheckFailed as CheckFailed
+    from reward_lens.errors import DataError as DataError
+    from reward_lens.errors import LoadError as LoadError
+    from reward_lens.errors import RewardLensError as RewardLensError
+    from reward_lens.errors import StructureError as StructureError
+    from reward_lens.methods.accuracy import accuracy as accuracy
+    from reward_lens.methods.accuracy import calibration as calibration
+    from reward_lens.methods.accuracy import length_partial as length_partial
+    from reward_lens.methods.accuracy import ranking as ranking
+    from reward_lens.methods.contributions import contributions as contributions
+    from reward_lens.methods.lens import crystallization_depth as crystallization_depth
+    from reward_lens.methods.lens import random_weight_copy as random_weight_copy
+    from reward_lens.methods.lens import reward_lens as reward_lens
+    from reward_lens.methods.style import style_matrix as style_matrix
+    from reward_lens.methods.style import style_summary as style_summary
+    from reward_lens.methods.token_attribution import token_attribution as token_attribution
+    from reward_lens.methods.trained_lens import gradient_lens as gradient_lens
+    from reward_lens.methods.trained_lens import tuned_lens as tuned_lens
+    from reward_lens.methods.weights import ov_pull as ov_pull
+    from reward_lens.methods.weights import vocab_alignment as vocab_alignment
+    from reward_lens.model.loading import load as load
+    from reward_lens.model.reward_model import RewardModel as RewardModel
+    from reward_lens.model.sites import Site as Site
+    from reward_lens.model.structure import Structure as Structure
+    from reward_lens.model.tokens import Tokens as Tokens
+    from reward_lens.report.html import write_report as write_report
+    from reward_lens.result import Check as Check
+    from reward_lens.result import Result as Result
+    from reward_lens.result import load_result as load_result
 
 _HOME = {
     "errors": ("RewardLensError", "LoadError", "StructureError", "AlignmentError", "DataError", "CheckFailed"),

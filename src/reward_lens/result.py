@@ -202,7 +202,10 @@ class Result:
 
 
 def load_result(path: str | Path) -> Result:
-    """Read a result written by `Result.save`; values, coordinates, checks and provenance come back equal."""
+    """Read a result written by `Result.save`.
+
+    Returns a `Result` with equal values, coordinates, checks and provenance. Raises `DataError` for any other file.
+    """
     path = Path(path)
     try:
         with xr.open_dataset(path, engine="h5netcdf") as opened:

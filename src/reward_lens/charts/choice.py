@@ -51,7 +51,7 @@ def chart(result: Result, dark: bool = False) -> Drawing | alt.Chart | alt.VConc
 def save_chart(result: Result, path: str | Path, dark: bool = False) -> Path:
     """Write the chart of a result to `path` as its suffix says: .svg, .png, .pdf or .html (self-contained).
 
-    Raises `DataError` for another suffix. Needs neither a browser nor a network.
+    Returns the path. Raises `DataError` for another suffix. Needs neither a browser nor a network.
     """
     path = Path(path)
     suffix = path.suffix.lower()

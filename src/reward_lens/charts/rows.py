@@ -18,7 +18,7 @@ Drawing = alt.LayerChart | alt.FacetChart  # what `alt.layer` returns
 
 def rows(table: pd.DataFrame | list[dict]) -> alt.InlineData:
     """Rows as inline data: numbers cut to six digits (a page holds many), undefined ones as null."""
-    records = table if isinstance(table, list) else table.to_dict("records")
+    records: list = table if isinstance(table, list) else table.to_dict("records")
     return alt.InlineData(values=[{k: _plain(v) for k, v in record.items()} for record in records])
 
 

@@ -39,17 +39,17 @@ class Source:
 
 
 def zeros() -> Source:
-    """Zero ablation."""
+    """Zero ablation. Returns a `Source` for `intervene`."""
     return Source("zeros", lambda x, site, run, positions: torch.zeros_like(x))
 
 
 def constant(vector: Tensor) -> Source:
-    """The same vector at every position."""
+    """Returns a `Source`: the same vector at every position."""
     return Source("constant", lambda x, site, run, positions: vector.to(x).expand_as(x))
 
 
 def add(vector: Tensor, strength: float = 1.0) -> Source:
-    """Steering: the current value plus `strength` times a vector."""
+    """Steering. Returns a `Source`: the current value plus `strength` times a vector."""
     return Source("add", lambda x, site, run, positions: x + strength * vector.to(x))
 
 
@@ -65,7 +65,7 @@ def project_out(basis: Tensor) -> Source:
 
 
 def mean_of(reference: Activations) -> Source:
-    """The mean over a reference set's runs (and positions, where it holds several)."""
+    """Mean ablation. Returns a `Source`: the mean over a reference set's runs (and positions, if it holds several)."""
     means: dict[Site, Tensor] = {}
 
     def give(x: Tensor, site: Site, run: int, positions: range) -> Tensor:
@@ -78,7 +78,9 @@ def mean_of(reference: Activations) -> Source:
 
 
 def from_run(source: Activations) -> Source:
-    """Run i takes the value of the source's run i at the same positions (`Activations.swapped()`: the other response).
+    """Patching. Returns a `Source`: run i takes the value of the given run i at the same positions.
+
+    `Activations.swapped()` gives each response the other one's values.
 
     Raises `AlignmentError` where the two runs do not have the same positions there.
     """

@@ -124,7 +124,7 @@ def integrated_path(
             used[i] += steps
         steps, halves = PANEL, []
         for i in sorted({i for i, *_ in todo}):
-            size = _size(rm, sum(s.values for s in line[i]), rewards[i], start[i])
+            size = _size(rm, np.sum([s.values for s in line[i]], axis=0), rewards[i], start[i])
             # The new end in the middle costs a row too.
             if sum(s.error for s in line[i]) > tolerance * size and used[i] + 2 * PANEL + 1 <= MAX_STEPS:
                 worst = max(line[i], key=lambda s: s.error)

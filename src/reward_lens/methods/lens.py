@@ -92,7 +92,10 @@ def crystallization_depth(rm: RewardModel, pairs, norm: Norms = "own", control_s
 
 
 def random_weight_copy(rm: RewardModel, seed: int = 0) -> RewardModel:
-    """The same network with every weight matrix redrawn at its own mean and spread; norms, biases and head are kept."""
+    """The same network with every weight matrix redrawn at its own mean and spread; norms, biases and head are kept.
+
+    Returns a `RewardModel` for any method: what a random network shows too is no finding about training.
+    """
     module = copy.deepcopy(rm.module)
     generator = torch.Generator().manual_seed(seed)
     head = {id(p) for p in module.get_submodule(rm.structure.head).parameters()}

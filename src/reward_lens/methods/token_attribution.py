@@ -52,9 +52,9 @@ class Shares:
     """[text] reward of the whole text."""
     forward_rows: int
     backward_rows: int = 0
-    steps: np.ndarray | None = None
-    gaps: np.ndarray | None = None
-    """[text] of the integrated gradients, token by token."""
+    steps: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, dtype=int))
+    gaps: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
+    """[text] of the integrated gradients, token by token; empty for the other methods."""
 
 
 def token_attribution(
@@ -111,7 +111,7 @@ def token_attribution(
     settings: dict = {"method": method, "by": by}
     if method in ("gradient", "integrated"):
         settings |= {"baseline": baseline}
-    if shares.steps is not None:
+    if shares.steps.size:
         settings |= {"steps": steps, "quadrature": "Gauss-Legendre", "most_steps": int(shares.steps.max())}
     if method == "leave_one_out":
         settings |= {"removal": removal}
@@ -183,7 +183,7 @@ def _along_embeddings(
 
 
 def _checks(rm: RewardModel, method: str, shares: Shares, baseline: str, tolerance: float | None) -> list[Check]:
-    if method == "integrated":
+    if tolerance is not None:  # integrated
         note = f"baseline {baseline}, at most {shares.steps.max()} steps"
         if not shares.gaps.max() <= tolerance:
             raise CheckFailed(

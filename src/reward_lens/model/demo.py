@@ -9,6 +9,9 @@ import importlib.util
 import os
 import shutil
 import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -85,6 +88,22 @@ def _cached() -> Path | None:
     return target
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from reporting that the base has no head: the adapter brings it."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft reads a property that transformers renamed
+            yield
+    finally:
+        logging.set_verbosity(level)
+
+
+@_quiet()
 def _merge() -> tuple[Any, Any]:
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, GgufConfig

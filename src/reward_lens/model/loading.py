@@ -35,6 +35,8 @@ def load(
     structure, readout: describe an unusual network; both are put to the same proof.
     truncation: None raises on a conversation longer than the model reads, "left" cuts the prompt, "right" the response.
 
+    Returns a `RewardModel` whose `load_report` holds the tests it passed.
+
     Raises
     ------
     LoadError if the checkpoint has no usable reward head or a test of the load report fails; StructureError if the
@@ -148,17 +150,18 @@ def _is_adapter(path: str, revision: str | None) -> bool:
     folder = Path(path)
     if folder.exists():
         return (folder / "adapter_config.json").exists()
-    from huggingface_hub import file_exists
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
     try:
-        return file_exists(path, "adapter_config.json", revision=revision)
+        hf_hub_download(path, "adapter_config.json", revision=revision)
+    except EntryNotFoundError:  # not in the repository, or neither in the cache nor reachable
+        return False
     except HFValidationError as error:
         raise ValueError(f"no folder of that name, and {error}") from error
-    except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError, OSError):
-        from huggingface_hub import try_to_load_from_cache
-
-        return isinstance(try_to_load_from_cache(path, "adapter_config.json", revision=revision), str)
+    except HfHubHTTPError as error:
+        raise OSError(str(error)) from error
+    return True
 
 
 def _adapter_file(path: str, revision: str | None) -> str:
