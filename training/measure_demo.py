@@ -83,11 +83,11 @@ def main() -> None:
     }
     lines = [
         f"Measured by `training/measure_demo.py` with the library's own `accuracy`, {args.dtype}; 95% intervals over "
-        "prompts. \"Longer wins\" and \"shorter wins\" count response tokens; \"balanced\" is the mean over the pairs whose "
-        "chosen response is the longer and those whose chosen is the shorter.", "",
+        "prompts. \"Longer wins\" and \"shorter wins\" count response tokens; \"balanced\" is the mean over the pairs "
+        "whose chosen response is the longer and those whose chosen is the shorter.", "",
         "| set | pairs | n pairs / prompts | reward model | longer wins | shorter wins |", "| --- " * 6 + "|",
     ]  # fmt: skip
-    partial = ["", "Log-odds of the label per SD, margin and length in one regression (errors clustered by prompt):", "",
+    partial = ["", "Log-odds of the label per SD, margin and length in one regression (errors by prompt):", "",
                "| set | n | margin, length held fixed | length, margin held fixed |", "| --- " * 4 + "|"]  # fmt: skip
     for name, pairs in sets.items():
         scores = scored(rm, name.split(",")[0].replace(" ", "_"), pairs, args.out)

@@ -156,11 +156,13 @@ class RewardModel:
 
     @torch.no_grad()
     def rewards(self, tokens: Sequence[Tokens], batch_size: int | None = None) -> Float[Tensor, " n"]:
-        """Rewards of tokenised texts, batched by length, on the CPU in the order given."""
-        out = torch.empty(len(tokens), dtype=self.readout.weight.dtype)
-        for batch in self.batches(tokens, batch_size):
+        """Rewards of tokenised texts, batched by length, on the CPU in the order given; equal texts are run once."""
+        different = {t.ids: t for t in tokens}
+        place = {ids: i for i, ids in enumerate(different)}
+        out = torch.empty(len(place), dtype=self.readout.weight.dtype)
+        for batch in self.batches(list(different.values()), batch_size):
             out[list(batch.rows)] = self.readout.reward(self.trunk.pooled(batch)).cpu()
-        return out
+        return out[[place[t.ids] for t in tokens]]
 
     def batches(self, tokens: Sequence[Tokens], batch_size: int | None = None) -> Iterable[Batch]:
         """Length-bucketed batches on the model's device. Texts on either side of a length at which the rotary
