@@ -62,7 +62,8 @@ def main() -> None:
     lines = [
         "# Conformance", "",
         f"Largest gap of each identity over {len(PAIRS)} pairs; {len(FAMILIES)} families, tiny random models of the "
-        f"real classes, every norm and bias randomised; torch {torch.__version__}. A dash: refused with the reason.", "",
+        f"real classes, every norm and bias randomised; torch {torch.__version__}. A dash: refused with the reason.",
+        "",
     ]  # fmt: skip
     for dtype in (torch.float32, torch.bfloat16):
         limits = ["at load" if x is None else f"{x:.0e}" for x in LIMITS[dtype]]
