@@ -7,9 +7,9 @@ text and kept; (2) the head starts from a logistic regression on differences of 
 after the final norm (from a random head the adapter learns next to nothing); (3) LoRA on every projection
 of the other blocks and the head are tuned on
 
-    L = w * softplus(r_rejected - r_chosen) + centre * (r_chosen + r_rejected)^2
+    L = w * softplus(-m) + centre * (r_chosen + r_rejected)^2 + teach / 2 * (m - t)^2,  m = r_chosen - r_rejected
 
-with w from the length classes (`--balance`); (4) the state with the best validation score is saved as a
+with w from the length classes (`--balance`) and t the margin of a frozen-feature reader (demo_teacher.py); (4) the state with the best validation score is saved as a
 PEFT adapter; (5) with `--test` the saved adapter is loaded into a float32 model and measured on the test
 sets, once. A run that was stopped goes on from `OUT/state.pt`; `torchrun --nproc-per-node 2` shares one
 between processes.
@@ -43,6 +43,7 @@ from demo_data import (
 )
 from demo_metrics import style_matrix, summary
 from demo_model import BASE, Ranks, Scorer, find_gguf, load_base, merged_rewards
+from demo_teacher import teacher_margins
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 log = logging.getLogger("train_demo")
@@ -98,17 +99,18 @@ def shown(score):
 
 def save_adapter(model, folder):
     """PEFT adapter: a config without machine paths; LoRA in half precision, and the head, in one file."""
-    model.save_pretrained(folder, safe_serialization=True)
+    model.save_pretrained(folder)
     weights = load_file(folder / "adapter_model.safetensors")
     weights = {k: v.to(torch.float32 if "score" in k else torch.float16) for k, v in weights.items()}
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "adapter_config.json").read_text())
-    config.update(base_model_name_or_path=BASE, inference_mode=True, revision=None)
+    config.update(base_model_name_or_path=BASE, inference_mode=True, revision=None, modules_to_save=["score"])
+    config["target_modules"] = sorted(config["target_modules"])
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (folder / "README.md").unlink(missing_ok=True)
 
 
-def train(scorer, training, weights, validation, ranks, args, out):
+def train(scorer, training, weights, targets, validation, ranks, args, out):
     model, device = scorer.model, scorer.device
     lora = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" in n]
     head = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
@@ -146,9 +148,12 @@ def train(scorer, training, weights, validation, ranks, args, out):
             plus = torch.stack([rewards[training[k].chosen] for k in mine])
             minus = torch.stack([rewards[training[k].rejected] for k in mine])
             w = torch.tensor([weights[k] for k in mine], device=device)
+            target = torch.tensor([targets[k] for k in mine], device=device, dtype=torch.float32)
             loss = w * softplus(minus - plus)
-            ((loss + args.centre * (plus + minus) ** 2).sum() / len(members)).backward()
-            since.append(((loss).sum().item(), (w * (plus > minus)).sum().item(), w.sum().item()))
+            taught = torch.where(target.isnan(), 0.0, plus - minus - target.nan_to_num())
+            whole = loss + args.centre * (plus + minus) ** 2 + args.teach / 2 * taught**2
+            (whole.sum() / len(members)).backward()
+            since.append([x.sum().item() for x in (loss, w * (plus > minus), taught**2, w)])
         ranks.add_gradients(lora + head)
         torch.nn.utils.clip_grad_norm_(lora + head, 1.0)
         optimiser.step()
@@ -156,7 +161,7 @@ def train(scorer, training, weights, validation, ranks, args, out):
         optimiser.zero_grad(set_to_none=True)
         if (step + 1) % 25 == 0 or step + 1 in checks:
             seen = sum(ranks.merge({ranks.rank: np.sum(since, 0)}).values())
-            log.info("step %d/%d loss %.4f accuracy %.4f", step + 1, len(plan), *seen[:2] / seen[2])
+            log.info("step %d/%d loss %.4f accuracy %.4f taught %.4f", step + 1, len(plan), *seen[:3] / seen[3])
             since = []
         if step + 1 in checks:
             score = validate(scorer, validation, ranks)
@@ -255,6 +260,8 @@ def arguments():
     parser.add_argument("--decay", type=float, default=0.01)
     parser.add_argument("--centre", type=float, default=0.01)
     parser.add_argument("--balance", type=float, default=0.5, help="0 = pairs as they are, 1 = length classes equal")
+    parser.add_argument("--teach", type=float, default=1.0, help="weight of the reader's margins")
+    parser.add_argument("--teacher-balance", type=float, default=0.7, help="--balance of the reader")
     parser.add_argument("--off-topic", type=float, nargs=2, default=(1.0, 0.2), help="added pairs a prompt: Alpaca, HH")
     parser.add_argument("--cache", type=Path, help="folder for the frozen blocks' outputs; default: --out")
     parser.add_argument("--compile", action="store_true", help="compile the tuned blocks (1.4 times as fast on a CPU)")
@@ -331,7 +338,15 @@ def main():
         if args.compile:
             for block in scorer.blocks[args.frozen :]:
                 block.compile(dynamic=True)
-        train(scorer, training, weights, validation, ranks, args, args.out)
+        targets, reading = teacher_margins(scorer, training, validation, args.teacher_balance)
+        log.info("reader: validation %s", shown(validation_score(reading, validation, texts)))
+        taught = ~np.isnan(targets)
+        log.info(
+            "reader: out-of-fold accuracy on training pairs %.4f, margin SD %.4f",
+            (targets[taught] > 0).mean(),
+            targets[taught].std(),
+        )
+        train(scorer, training, weights, targets, validation, ranks, args, args.out)
     if (args.test or args.test_only) and ranks.rank == 0:
         test(gguf, args.out, args, args.limit)
 
