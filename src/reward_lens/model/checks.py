@@ -171,7 +171,7 @@ def _tokenisation(rm, tokens: list[Tokens]):
     hf = rm.tokenizer.hf
     prompt, response = PROBES[0]
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-    official = hf(rm.tokenizer.render(messages), add_special_tokens=False)["input_ids"]
+    official = rm.tokenizer.official_ids(messages)
     differing = sum(a != b for a, b in zip(official, tokens[0].ids, strict=False)) + abs(len(official) - len(tokens[0]))
     yield "template tokens", float(differing), 0.0, f"{len(official)} tokens of the official chat template"
     bos = hf.bos_token_id

@@ -88,13 +88,15 @@ class Tokenizer:
                 do="set tokenizer.chat_template to the Jinja template named by the model's authors and build "
                 "rl.RewardModel(module, tokenizer)",
             )
-        return self.hf.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=False,
-            date_string=TEMPLATE_DATE.strftime("%d %b %Y"),
-            **_pinned_dates(self.hf.chat_template),
-        )
+        return self.hf.apply_chat_template(messages, tokenize=False, **self._settings())
+
+    def official_ids(self, messages: list[dict]) -> list[int]:
+        """What Hugging Face's own template call gives, to hold ours against."""
+        return list(self.hf.apply_chat_template(messages, tokenize=True, return_dict=False, **self._settings()))
+
+    def _settings(self) -> dict[str, Any]:
+        date = TEMPLATE_DATE.strftime("%d %b %Y")
+        return {"add_generation_prompt": False, "date_string": date, **_pinned_dates(self.hf.chat_template)}
 
     def _frame(self, messages: list[dict]) -> tuple[str, str]:
         for message in messages:
