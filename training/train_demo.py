@@ -9,10 +9,10 @@ of the other blocks and the head are tuned on
 
     L = w * softplus(-m) + centre * (r_chosen + r_rejected)^2 + teach / 2 * (m - t)^2,  m = r_chosen - r_rejected
 
-with w from the length classes (`--balance`) and t the margin of a frozen-feature reader (demo_teacher.py); (4) the state with the best validation score is saved as a
-PEFT adapter; (5) with `--test` the saved adapter is loaded into a float32 model and measured on the test
-sets, once. A run that was stopped goes on from `OUT/state.pt`; `torchrun --nproc-per-node 2` shares one
-between processes.
+with w from the length classes (`--balance`) and t the margin of a frozen-feature reader (demo_teacher.py); (4) the
+state with the best validation score is saved as a PEFT adapter; (5) with `--test` the saved adapter is loaded into a
+float32 model and measured on the test sets, once. A run that was stopped goes on from `OUT/state.pt`; `torchrun
+--nproc-per-node 2` shares one between processes.
 """
 
 import argparse
