@@ -158,20 +158,37 @@ def test_e6_patching_everything_gives_the_other_reward(family, dtype, at):
 
 
 @every
-def test_e9_scaling_the_head_and_swapping_the_pair(family):
-    rm = model(family, torch.float32)
+@both
+def test_e9_scaling_the_head_and_swapping_the_pair(family, dtype):
+    rm = model(family, dtype)
     module = copy.deepcopy(rm.module)
     with torch.no_grad():
         for parameter in module.get_submodule(rm.structure.head).parameters():
-            parameter.mul_(3.0)
+            parameter.mul_(2.0)  # exact in every format
     scaled = rl.RewardModel(module, rm.tokenizer.hf, name=family)
     swapped = [rl.Pair(p.prompt, p.rejected, p.chosen) for p in PAIRS]
     for method in (rl.reward_lens, rl.contributions, functools.partial(rl.contributions, scale="own")):
         value = method(rm, PAIRS).value
         size = float(np.abs(value).max())
-        np.testing.assert_allclose(method(scaled, PAIRS).value, 3 * value, atol=3e-5 * size)
+        np.testing.assert_allclose(method(scaled, PAIRS).value, 2 * value, atol=1e-6 * size)
         back = method(rm, swapped).value.sel(side="margin")
         np.testing.assert_allclose(back, -value.sel(side="margin"), atol=1e-6 * max(1, size))
+
+
+@every
+@both
+def test_e10_nothing_is_left_behind_or_printed(family, dtype, capfd):
+    rm = model(family, dtype)
+    before = fingerprint(rm)
+    capfd.readouterr()
+    for by in ("component", "head", "token"):
+        rl.contributions(rm, PAIRS, by=by)
+    for at in ("final", "all"):
+        rl.reward_lens(rm, PAIRS, at=at)
+    rl.intervene(rm, PAIRS, {"L1.attn": rl.zeros(), "L2.resid_pre": rl.add(torch.ones(rm.d_model))}, at="all")
+    rl.gradient_lens(rm, PAIRS)
+    assert capfd.readouterr() == ("", "")
+    assert fingerprint(rm) == before
 
 
 METHODS = {
