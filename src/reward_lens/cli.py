@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import pandas as pd
 import typer
@@ -121,7 +121,7 @@ def lens(
 ):  # fmt: skip
     """The reward read off the residual stream at every depth."""
     rm = load(model, objective, truncation)
-    show(rl.reward_lens(rm, rl.load_pairs(pairs, split=split, limit=limit), norm=norm), as_json, save)
+    show(rl.reward_lens(rm, rl.load_pairs(pairs, split=split, limit=limit), norm=cast(Any, norm)), as_json, save)
 
 
 @app.command(epilog="Example: reward-lens attribute demo demo --by head --top 10")
@@ -133,7 +133,7 @@ def attribute(
 ):  # fmt: skip
     """Split rewards and margins exactly over components, heads, neurons or source tokens."""
     rm = load(model, objective, truncation)
-    show(rl.contributions(rm, rl.load_pairs(pairs, split=split, limit=limit), by=by), as_json, save, top)
+    show(rl.contributions(rm, rl.load_pairs(pairs, split=split, limit=limit), by=cast(Any, by)), as_json, save, top)
 
 
 @app.command(epilog="Example: reward-lens report demo demo -o out/")

@@ -131,7 +131,7 @@ class Result:
         keep = [*summary["value"].dims, *names]
         frame = pd.DataFrame(frame[keep])
         frame = frame[frame["value"].notna()]
-        order = np.argsort(-frame["value"].abs().to_numpy(), kind="stable")
+        order = np.argsort(-np.abs(np.asarray(frame["value"])), kind="stable")
         return frame.iloc[order[:n]].reset_index(drop=True)
 
     def to_frame(self) -> pd.DataFrame:
@@ -193,12 +193,13 @@ class Result:
             data = data.isel({extra: slice(0, 1)})  # the title gives the sizes; the whole stands in `value`
         across = "side" if sided else dims[1] if len(dims) > 1 else None
         if across is not None and dims:
-            table = data["value"].to_dataframe()["value"].unstack(across)
+            table: Any = data["value"].to_dataframe()["value"].unstack(across)
             return table[list(data[across].values)].reindex(data[dims[0]].values, level=0)
         names = [v for v in ("value", "low", "high") if v in data and data[v].dims == data["value"].dims]
         if not data["value"].dims:
             return pd.DataFrame({v: [data[v].item()] for v in names})
-        return data[names].to_dataframe()[names]
+        frame: Any = data[names].to_dataframe()
+        return frame[names]
 
 
 def load_result(path: str | Path) -> Result:

@@ -230,7 +230,7 @@ def _table(
                 pieces[i, side, j], roles[i, side, j] = unit.text, unit.role
                 ids[i, side, j] = tokens[run].ids[unit.positions.start]
     where = ("pair", "side", "position")
-    coords = {
+    coords: dict[str, object] = {
         "position": np.arange(longest),
         "n_positions": (("pair", "side"), lengths),
         "piece": (where, pieces),
