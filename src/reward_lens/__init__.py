@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.data import load_style_items as load_style_items
     from reward_lens.engine.activations import Activations as Activations
     from reward_lens.engine.activations import capture as capture
-    from reward_lens.engine.intervention import Source as Source
+    from reward_lens.engine.editing import Source as Source
     from reward_lens.engine.intervention import add as add
     from reward_lens.engine.intervention import constant as constant
     from reward_lens.engine.intervention import from_run as from_run
@@ -73,7 +73,8 @@ _HOME = {
     "model.structure": ("Structure",),
     "model.tokens": ("Tokens",),
     "engine.activations": ("Activations", "capture"),
-    "engine.intervention": ("Source", "add", "constant", "from_run", "intervene", "mean_of", "project_out", "zeros"),
+    "engine.editing": ("Source",),
+    "engine.intervention": ("add", "constant", "from_run", "intervene", "mean_of", "project_out", "zeros"),
     "methods.accuracy": ("accuracy", "calibration", "length_partial", "ranking"),
     "methods.contributions": ("contributions",),
     "methods.lens": ("crystallization_depth", "random_weight_copy", "reward_lens"),

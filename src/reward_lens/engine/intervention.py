@@ -1,41 +1,21 @@
-"""Changing a forward pass: blend the current value at a site towards a source, at given positions.
+"""Sources, and `intervene`: the reward with some sites changed. The arithmetic is in `engine.editing`."""
 
-    x  ->  x                    mask 0, exactly
-           source(x)            mask 1, exactly
-           lerp(x, source, m)   in between
-
-Zero, a constant, a mean, another run's value, an added vector, a projected-out subspace: each is a *source*. There are
-no subclasses of interventions; whatever gives a tensor for a tensor is a source.
-"""
-
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
 
-from reward_lens.engine import hooks
 from reward_lens.engine.activations import Activations, positions_of, runs_of
-from reward_lens.engine.run import out_map, require_site
+from reward_lens.engine.editing import Edit, Placed, Source, hooks_of
+from reward_lens.engine.run import require_site
 from reward_lens.errors import AlignmentError, DataError
 from reward_lens.model.forward import Batch
 from reward_lens.model.reward_model import SIDES, RewardModel, pair_coords
 from reward_lens.model.sites import Site
 from reward_lens.model.tokens import Tokens
 from reward_lens.result import Result
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """What a site's value is replaced by.
-
-    `give(current [pos, ...], site, run, positions)` returns a tensor of the same shape; `run` is the index of the text.
-    """
-
-    name: str
-    give: Callable[[Tensor, Site, int, range], Tensor]
 
 
 def zeros() -> Source:
@@ -51,6 +31,11 @@ def constant(vector: Tensor) -> Source:
 def add(vector: Tensor, strength: float = 1.0) -> Source:
     """Steering. Returns a `Source`: the current value plus `strength` times a vector."""
     return Source("add", lambda x, site, run, positions: x + strength * vector.to(x))
+
+
+def values(tensor: Tensor) -> Source:
+    """Returns a `Source`: these values [pos, ...], one a position."""
+    return Source("values", lambda x, site, run, positions: tensor.to(x).reshape(x.shape))
 
 
 def project_out(basis: Tensor) -> Source:
@@ -134,8 +119,9 @@ def intervene(
     rewards = torch.empty(len(tokens), 2, dtype=torch.float64)
     for batch in rm.batches(tokens, batch_size):
         for column, changed in enumerate(({}, sites)):
-            edits = [h for site, source in changed.items() for h in _edit(rm, batch, tokens, site, source, at, mask)]
-            rewards[list(batch.rows), column] = rm.readout.reward(rm.trunk.pooled(batch, *edits)).double().cpu()
+            edits = [p for site, source in changed.items() for p in _placed(batch, tokens, site, source, at, mask)]
+            made = hooks_of(rm, (batch.ids.shape[0], batch.ids.shape[1]), edits)
+            rewards[list(batch.rows), column] = rm.readout.reward(rm.trunk.pooled(batch, *made)).double().cpu()
     states = torch.cat([rewards, rewards[:, 1:] - rewards[:, :1]], 1).numpy()
     coords = {"state": np.array(["clean", "intervened", "change"], dtype=object)}
     settings = {"sites": {str(s): source.name for s, source in sites.items()}, "at": str(at), "mask": mask}
@@ -154,65 +140,11 @@ def intervene(
     return Result("intervene", value, unit="reward", meta=meta)
 
 
-def _edit(
-    rm: RewardModel, batch: Batch, tokens: Sequence[Tokens], site: Site, source: Source, at: str | range, mask: float
-) -> list[hooks.Hook]:
-    spans = [positions_of(tokens[run], at) for run in batch.rows]
-
-    def blended(x: Tensor, carried: Tensor | None = None) -> Tensor:
-        """`x` with the spans replaced; `carried` is added for the source's eyes (resid_mid seen from the write)."""
-        out = x.clone()
-        for row, (run, span, start) in enumerate(zip(batch.rows, spans, batch.offset.tolist(), strict=True)):
-            where = slice(start + span.start, start + span.stop)
-            now = x[row, where]
-            seen = now * scale if carried is None else carried[row, where] + now * scale
-            wanted = source.give(seen, site, run, span)
-            new = seen if mask == 0.0 else wanted if mask == 1.0 else torch.lerp(seen, wanted.to(seen), mask)
-            back = (new if carried is None else new - carried[row, where]) / scale
-            out[row, where] = torch.where(new == seen, now, back.to(now))  # what does not change keeps its bits
-        return out
-
-    scale = rm.trunk.write_scale if site.kind in ("attn", "mlp", "resid_mid") else 1.0
-    if site.kind in ("embed", "resid_pre"):
-        return [rm.trunk.edit_residual(site.block, blended)]
-    if site.kind == "resid_post":
-        return [rm.trunk.edit_residual(site.block + 1, blended)]
-    if site.kind in ("attn", "mlp"):
-        return [hooks.edit_output(rm.trunk.writers[site.kind][site.block], _shaped(batch, blended))]
-    if site.kind == "resid_mid":
-        return _edit_mid(rm, batch, site, blended)
-    return [_edit_units(rm, batch, site, blended)]
-
-
-def _edit_mid(rm: RewardModel, batch: Batch, site: Site, blended) -> list[hooks.Hook]:
-    """resid_mid is changed through attention's write: the residual itself is added outside any module."""
-    pre: list[Tensor] = []
-    block, writer = rm.trunk.blocks[site.block], rm.trunk.writers["attn"][site.block]
-    edit = _shaped(batch, lambda write: blended(write, pre.pop()))
-    return [hooks.read_input(block, lambda x: pre.append(x.clone())), hooks.edit_output(writer, edit)]
-
-
-def _edit_units(rm: RewardModel, batch: Batch, site: Site, blended) -> hooks.Hook:
-    kind = "attn" if site.kind == "head" else "mlp"
-
-    def edit(x: Tensor) -> Tensor:
-        units = x.reshape(*batch.ids.shape, x.shape[-1])
-        if site.kind == "head":
-            units = units.unflatten(-1, (rm.n_heads, -1))
-        if site.index is None:
-            return blended(units).reshape(x.shape)
-        new = units.clone()
-        if site.kind == "head":
-            new[:, :, site.index] = blended(units[:, :, site.index])
-        else:
-            new[:, :, site.index] = blended(units[:, :, site.index, None])[..., 0]
-        return new.reshape(x.shape)
-
-    return hooks.edit_input(out_map(rm, site.block, kind), edit)
-
-
-def _shaped(batch: Batch, change: hooks.Edit) -> hooks.Edit:
-    return lambda x: change(x.reshape(*batch.ids.shape, x.shape[-1])).reshape(x.shape)
+def _placed(batch: Batch, tokens: Sequence[Tokens], site: Site, source: Source, at, mask: float) -> list[Placed]:
+    return [
+        Placed(Edit(site, positions_of(tokens[run], at), source, mask), row, run, start)
+        for row, (run, start) in enumerate(zip(batch.rows, batch.offset.tolist(), strict=True))
+    ]
 
 
 def _unaligned(wanted: int, held: int) -> AlignmentError:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from reward_lens.engine import hooks
 from reward_lens.errors import LoadError
 from reward_lens.model.forward import at_rows, make_batch, record, replay
+from reward_lens.model.prefix import pooled_with_prefix
 from reward_lens.model.structure import is_linear, linear_weight
 from reward_lens.model.tokens import Tokens
 from reward_lens.result import Check, Result, load_result
@@ -33,6 +34,7 @@ PROBES = (
     ("2 + 2?", "2 + 2 = 5"),
 )
 COMPARED = 2  # texts whose rewards are compared; the others only give the reward's spread
+PREFIX_REUSE = "prefix reuse"
 CHECKS_HELP = {
     "head in checkpoint": "load a checkpoint that holds its reward head; a random head scores noise",
     "own reward": "the model does more than trunk, norm and head: pass readout= or structure=",
@@ -95,6 +97,7 @@ def load_report(rm: "RewardModel") -> Result:
     rows += _own_reward(rm, alone[:COMPARED], scale)
     rows += _padding(rm, tokens, alone, scale)
     rows += _residuals(rm, tokens[0])
+    rows.append(_prefix(rm, tokens[0], float(alone[0]), float(scale[0])))
     for name, gap, tolerance, found in rows:
         if not gap <= tolerance:
             raise LoadError(
@@ -136,7 +139,8 @@ def kept_report(rm: "RewardModel") -> Result | None:
         return None
     report = load_result(path)
     now = rm.surroundings()
-    return report if all(report.meta.get(key) == value for key, value in now.items()) else None
+    whole = PREFIX_REUSE in report.value["check"].values  # written by a version that measured all that is measured now
+    return report if whole and all(report.meta.get(key) == value for key, value in now.items()) else None
 
 
 def confirmed(rm: "RewardModel", kept: Result | None) -> Result | None:
@@ -240,3 +244,20 @@ def _residuals(rm, tokens: Tokens):
     allowed = reward_tolerance(rm, float(reward[0]), max(abs(float(reward[0])), 1e-3))
     found = f"blocks {middle} to {rm.n_layers - 1} run again from the recorded residual"
     yield "replay", float((again - reward).abs()[0]), allowed, found
+
+
+def _prefix(rm, tokens: Tokens, reward: float, scale: float):
+    """A shortcut is measured, not demanded: where a model's reward changes with it, whole texts are run. Then the
+    row's tolerance is infinite, which is what `RewardModel.reuses_prefix` reads."""
+    allowed = max(reward_tolerance(rm, reward, scale), 1e-4 * scale)
+    gap = 0.0
+    try:
+        for split in (len(tokens) // 2, tokens.reward_pos):
+            if split:
+                again = float(rm.readout.reward(pooled_with_prefix(rm.trunk, tokens, split))[0])
+                gap = max(gap, abs(again - reward))
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        return PREFIX_REUSE, 0.0, math.inf, f"no such cache in this class ({type(error).__name__}: {error})"
+    if gap > allowed:
+        return PREFIX_REUSE, gap, math.inf, f"over {allowed:.1e}: whole texts are run"
+    return PREFIX_REUSE, gap, allowed, "keys and values of a common prefix are computed once"

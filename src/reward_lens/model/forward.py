@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import Cache
 
 from reward_lens.engine import hooks
 from reward_lens.model.tokens import Tokens
@@ -23,10 +24,11 @@ class Batch:
     """Padded token ids of several texts."""
 
     ids: Int[Tensor, "batch pos"]
-    mask: Int[Tensor, "batch pos"]
+    mask: Int[Tensor, "batch seen"]
+    """1 where there is text. As wide as `ids`, or as `ids` and the positions whose keys and values are reused."""
     positions: Int[Tensor, "batch pos"]
     offset: Int[Tensor, " batch"]
-    """Index of each text's first token (0 with right padding)."""
+    """Index of each text's first token (0 with right padding; negative where a prefix is reused)."""
     reward_pos: Int[Tensor, " batch"]
     rows: tuple[int, ...]
     """Where each text stood in the list the batch was made from."""
@@ -52,6 +54,16 @@ def make_batch(
     tensors = (ids, mask, positions, torch.tensor(offsets), reward_pos)
     ids, mask, positions, offset, reward_pos = (t.to(device) for t in tensors)
     return Batch(ids, mask, positions, offset, reward_pos, tuple(rows))
+
+
+def suffix_batch(tokens: Tokens, start: int, device: torch.device, stop: int | None = None) -> Batch:
+    """One text from position `start` on (to before `stop`), to be run with the keys and values of what is before."""
+    stop = len(tokens) if stop is None else stop
+    ids = torch.tensor([tokens.ids[start:stop]], device=device)
+    seen = torch.ones(1, stop, dtype=torch.long, device=device)
+    positions = torch.arange(start, stop, device=device)[None]
+    reward_pos = torch.tensor([tokens.reward_pos - start], device=device)
+    return Batch(ids, seen, positions, torch.tensor([-start], device=device), reward_pos, (0,))
 
 
 def batches(
@@ -88,9 +100,12 @@ class Trunk:
     def __post_init__(self):
         self._accepts = inspect.signature(self.module.forward).parameters
 
-    def run(self, batch: Batch, *wanted: hooks.Hook) -> None:
-        """One forward pass with the given hooks; whoever wants a tensor reads it through a hook."""
-        extra = {}
+    def run(self, batch: Batch, *wanted: hooks.Hook, past: Cache | None = None) -> None:
+        """One forward pass with the given hooks; whoever wants a tensor reads it through a hook.
+
+        `past` holds the keys and values of the positions before the batch's (`model.prefix`).
+        """
+        extra: dict[str, object] = {} if past is None else {"past_key_values": past}
         if "position_ids" in self._accepts:
             extra["position_ids"] = batch.positions
         with hooks.attached(wanted):
@@ -140,7 +155,7 @@ class Recording:
         return hooks.first_input(*self.calls[depth]) if depth < len(self.calls) else self.last
 
 
-def record(trunk: Trunk, batch: Batch) -> Recording:
+def record(trunk: Trunk, batch: Batch, *wanted: hooks.Hook, past: Cache | None = None) -> Recording:
     """Run the trunk once and keep what each block was called with."""
     calls: list[tuple[tuple, dict]] = []
     last: list[Tensor] = []
@@ -149,9 +164,9 @@ def record(trunk: Trunk, batch: Batch) -> Recording:
         x = hooks.first_input(args, kwargs).clone()
         calls.append(hooks.with_first_input(args, kwargs, x))
 
-    wanted = [hooks.read_call(block, keep) for block in trunk.blocks]
-    wanted.append(trunk.read_residual(len(trunk.blocks), lambda t: last.append(t.clone())))
-    trunk.run(batch, *wanted)
+    reading = [hooks.read_call(block, keep) for block in trunk.blocks]
+    reading.append(trunk.read_residual(len(trunk.blocks), lambda t: last.append(t.clone())))
+    trunk.run(batch, *reading, *wanted, past=past)
     return Recording(tuple(calls), last[0])
 
 

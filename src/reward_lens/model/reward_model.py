@@ -2,6 +2,7 @@
 
 import functools
 import importlib.metadata
+import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -131,9 +132,9 @@ class RewardModel:
     @property
     def noise_floor(self) -> float:
         """Reward differences under this are numerical: the largest of the load report's reward gaps, and never less
-        than the tail's rounding at the size of the rewards seen there."""
+        than a quarter of E1's tolerance at the size of the rewards seen there (some 20 steps of float32)."""
         gaps = self.load_report.value.sel(check=["own reward", "batching", "padding"])
-        return max(float(gaps.max()), float(self.load_report.value.sel(check="own reward").tolerance) / 10)
+        return max(float(gaps.max()), float(self.load_report.value.sel(check="own reward").tolerance) / 4)
 
     def tokenize(self, prompt: "str | Sequence[Mapping]", response: str) -> Tokens:
         """Tokens of a conversation: ids, pieces, spans of prompt, response and template tail, reward position."""
@@ -172,6 +173,12 @@ class RewardModel:
             for batch in batches([tokens[i] for i in rows], self.pad_id, self.device, batch_size):
                 yield Batch(batch.ids, batch.mask, batch.positions, batch.offset, batch.reward_pos,
                             tuple(rows[i] for i in batch.rows))  # fmt: skip
+
+    def reuses_prefix(self, *texts: Tokens) -> bool:
+        """Whether runs of these texts may share the keys and values of common first positions: measured at load, and
+        never for texts past a length at which the rotary factors change."""
+        tolerance = float(self.load_report.value.sel(check=checks.PREFIX_REUSE).tolerance)
+        return math.isfinite(tolerance) and not any(self.has_long_factors(t) for t in texts)
 
     def has_long_factors(self, tokens: Tokens) -> bool:
         """Whether a text is past the length at which the model's rotary factors change (longrope, dynamic)."""

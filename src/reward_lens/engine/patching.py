@@ -1,0 +1,240 @@
+"""Many changed versions of one text in one walk down the layers: the wavefront sweep, exact on unmodified classes.
+
+    a row = a set of edits;  a row whose first edit is in block k shares everything above k with the clean run
+
+so the batch grows as the walk goes down: the clean row alone enters the first block, and at block k the rows whose
+first edit is there join from the clean residual. Every block's weights are read once for all rows, and a row runs
+only the blocks it changes. With a common prefix (`model.prefix`) only positions from the first edited one on are run:
+for an edit at the reward position, one token a row. What follows the reward position is never run: the network is
+causal.
+
+The clean row goes all the way in the same batch, and each row is compared with it. Blocks are called with the
+arguments they were called with in a recorded pass over the same positions (`forward.record`).
+
+`tests/reference/sweeps.py` has the slow loop, one whole forward a row, that this is held against.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from reward_lens.engine import hooks
+from reward_lens.engine.editing import RESIDUALS, Edit, Placed, block_hooks, depth_of, edited
+from reward_lens.engine.run import require_site
+from reward_lens.errors import CheckFailed, DataError
+from reward_lens.model.forward import TOKENS_PER_BATCH, Recording, record, suffix_batch
+from reward_lens.model.prefix import NO_PREFIX, KeyValues, PrefixCache, keys_and_values
+from reward_lens.model.reward_model import RewardModel
+from reward_lens.model.tokens import Tokens
+
+Row = tuple[Edit, ...]
+Progress = Callable[[int], None]
+FREE_SHARE = 0.25  # of the free memory that the rows of one walk may take
+SEEN_PER_BATCH = 16 * TOKENS_PER_BATCH
+"""Positions attended to by the rows of one walk together: their keys and values are laid out once a row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Patched:
+    """What the rows of a sweep gave, each beside the clean row of its own batch."""
+
+    clean: Float[Tensor, " row"]
+    """Reward of the clean row that walked with this row, float64."""
+    rewards: Float[Tensor, " row"]
+    final: Float[Tensor, "row d_model"]
+    """Pre-norm residual at the reward position."""
+    clean_final: Float[Tensor, " d_model"]
+    """The same of the clean run."""
+    states: dict[int, Tensor]
+    """{depth: [row, d_model]} residual entering block `depth` at the reward position, for the depths asked for."""
+    clean_states: dict[int, Tensor]
+    """{depth: [d_model]}"""
+    start: int
+    """First position that was run; what is before came from its keys and values."""
+
+    @property
+    def change(self) -> Float[Tensor, " row"]:
+        """Reward of the row less that of its clean row."""
+        return self.rewards - self.clean
+
+
+@torch.no_grad()
+def patch_rows(
+    rm: RewardModel,
+    base: Tokens,
+    rows: Sequence[Row],
+    depths: Sequence[int] = (),
+    *,
+    known: KeyValues = NO_PREFIX,
+    reuse: bool = True,
+    max_rows: int | None = None,
+    progress: Progress | None = None,
+) -> Patched:
+    """Run every row of edits on one text; everything after an edit is recomputed.
+
+    Parameters
+    ----------
+    base: the text.
+    rows: for each row the edits made in it together.
+    depths: also keep the residual at the reward position at these depths.
+    known: keys and values of some of the text's first positions, where the caller has them.
+    reuse: whether the positions before the first edited one may come from their keys and values.
+    max_rows: rows walking at once; None: as many as a token budget and the free memory allow.
+    progress: told the number of rows done, walk by walk.
+
+    Returns `Patched`. Raises `StructureError` for a site the model does not have, `DataError` for a row without edits
+    or positions outside the text, `CheckFailed` where an edit gave NaN or infinite values.
+    """
+    if not rows:
+        raise DataError("A sweep has no rows", found="an empty list", expected="at least one row of edits",
+                        do="pass the sites to change")  # fmt: skip
+    for row in rows:
+        _require(rm, base, row)
+    first_position = min(min(edit.positions) for row in rows for edit in row)
+    start = first_position if reuse and rm.reuses_prefix(base) else 0
+    stop = base.reward_pos + 1 if start else len(base)
+    past = None
+    if start:
+        past = PrefixCache(keys_and_values(rm.trunk, base, start, known), rm.n_layers)
+    recording = record(rm.trunk, suffix_batch(base, start, rm.device, stop), past=past)
+    at = base.reward_pos - start
+    walk = _Walk(rm, recording, at, -start, sorted(set(depths)))
+    out = _Collected(len(rows), rm, recording, at, walk.depths)
+    budget = max_rows or row_budget(rm, stop - start, stop)
+    order = sorted(range(len(rows)), key=lambda i: _block(rows[i]))  # late rows together: early blocks are skipped
+    for begin in range(0, len(order), budget):
+        some = order[begin : begin + budget]
+        out.take(some, *walk.down([rows[i] for i in some], some))
+        if progress is not None:
+            progress(len(some))
+    return out.patched(start)
+
+
+def row_budget(rm: RewardModel, length: int, seen: int) -> int:
+    """Rows of `length` positions, each attending to `seen`, that walk at once: bounded by tokens, as plain scoring is,
+    and by a share of the free memory."""
+    config = rm.config.get_text_config()
+    wide = getattr(config, "intermediate_size", None) or 4 * rm.d_model
+    floats = length * (6 * rm.d_model + 3 * wide) + 4 * seen * rm.d_model + length * seen * rm.n_heads
+    by_memory = int(FREE_SHARE * _free_bytes(rm.device) / (4 * floats))
+    return max(1, min(TOKENS_PER_BATCH // length, SEEN_PER_BATCH // seen, by_memory))
+
+
+class _Walk:
+    """The walks over one recorded pass."""
+
+    def __init__(self, rm: RewardModel, recording: Recording, at: int, offset: int, depths: list[int]):
+        self.rm, self.recording, self.at, self.offset, self.depths = rm, recording, at, offset, depths
+
+    def down(self, rows: Sequence[Row], names: Sequence[int]) -> tuple[Tensor, dict[int, tuple[list[int], Tensor]]]:
+        """Rows in order of their first block; `names` is how their sources know them. Returns the pre-norm residual at the reward position of the clean row
+        and of all rows, and by depth which rows had joined and their residuals there."""
+        rm, blocks = self.rm, [_block(row) for row in rows]
+        joined = 0
+        x = self.recording.resid(blocks[0])
+        states = {}
+        for layer in range(blocks[0], rm.n_layers + 1):
+            new = sum(b == layer for b in blocks[joined:])
+            if new:
+                x = torch.cat([x, x[:1].expand(new, -1, -1)])
+                joined += new
+            placed = [
+                Placed(edit, 1 + i, names[i], self.offset)
+                for i, row in enumerate(rows[:joined]) for edit in row if _layer_of(edit) == layer
+            ]  # fmt: skip
+            entering = [p for p in placed if p.edit.site.kind in RESIDUALS]
+            if entering:
+                x = edited(x, entering)
+            if layer in self.depths:
+                states[layer] = (list(range(joined)), x[1:, self.at].clone())
+            if layer < rm.n_layers:
+                x = self._block(layer, x, [p for p in placed if p.edit.site.kind not in RESIDUALS])
+        return x[:, self.at].clone(), states
+
+    def _block(self, layer: int, x: Tensor, placed: list[Placed]) -> Tensor:
+        args, kwargs = hooks.with_first_input(*self.recording.calls[layer], x)
+        args, kwargs = grown(self.rm, args, kwargs, x.shape[0])
+        with hooks.attached(block_hooks(self.rm, (x.shape[0], x.shape[1]), placed)):
+            return hooks.first_output(self.rm.trunk.blocks[layer](*args, **kwargs))
+
+
+class _Collected:
+    """The rows' outcomes, walk by walk."""
+
+    def __init__(self, n: int, rm: RewardModel, recording: Recording, at: int, depths: list[int]):
+        like = rm.readout.weight
+        self.rm = rm
+        self.clean_final = recording.last[0, at].to(like)
+        self.clean_states = {d: recording.resid(d)[0, at].to(like) for d in depths}
+        self.states = {d: s.repeat(n, 1) for d, s in self.clean_states.items()}
+        self.final = self.clean_final.repeat(n, 1)
+        self.clean, self.rewards = (torch.empty(n, dtype=torch.float64) for _ in range(2))
+
+    def take(self, rows: list[int], final: Tensor, states: dict[int, tuple[list[int], Tensor]]) -> None:
+        rewards = self.rm.readout.reward(final.to(self.final)).double().cpu()
+        if not torch.isfinite(rewards).all():
+            raise CheckFailed(
+                "An intervention gave rewards that are not finite",
+                found=f"{int((~torch.isfinite(rewards)).sum())} of {len(rewards)} rows with NaN or infinite rewards",
+                expected="finite rewards",
+                do="look for NaN or infinite values in the source of the edit (a vector, a reference set); in float16 "
+                "an added vector may overflow",
+            )
+        self.clean[rows], self.rewards[rows] = rewards[0], rewards[1:]
+        self.final[rows] = final[1:].to(self.final)
+        for depth, (which, state) in states.items():
+            self.states[depth][[rows[i] for i in which]] = state.to(self.final)
+
+    def patched(self, start: int) -> Patched:
+        return Patched(self.clean, self.rewards, self.final, self.clean_final, self.states, self.clean_states, start)
+
+
+def grown(rm: RewardModel, args: tuple, kwargs: dict, rows: int) -> tuple[tuple, dict]:
+    """The arguments of a recorded call of one row, for `rows` rows: what has a row axis is expanded."""
+    names = list(inspect.signature(rm.trunk.blocks[0].forward).parameters)
+
+    def grow(value, name: str):
+        if isinstance(value, tuple):  # rotary cosines and sines
+            return tuple(grow(v, name) for v in value)
+        if not isinstance(value, Tensor) or value.dim() < 2:
+            return value
+        if "alibi" in name and value.shape[0] == rm.n_heads:  # [batch * heads, 1, pos]
+            return value.repeat(rows, *[1] * (value.dim() - 1))
+        return value.expand(rows, *value.shape[1:]) if value.shape[0] == 1 else value
+
+    args = (args[0], *(grow(v, names[i + 1]) for i, v in enumerate(args[1:]))) if args else args
+    return args, {k: v if v is hooks.first_input(args, kwargs) else grow(v, k) for k, v in kwargs.items()}
+
+
+def _block(row: Row) -> int:
+    """The block at which a row leaves the clean run (n_layers: only the pre-norm residual is edited)."""
+    return min(_layer_of(edit) for edit in row)
+
+
+def _layer_of(edit: Edit) -> int:
+    return depth_of(edit.site) if edit.site.kind in RESIDUALS else edit.site.block
+
+
+def _require(rm: RewardModel, base: Tokens, row: Row) -> None:
+    positions = [p for edit in row for p in edit.positions]
+    for edit in row:
+        require_site(rm, edit.site)
+    if not row or any(not len(edit.positions) for edit in row) or not 0 <= min(positions) <= max(positions) < len(base):
+        raise DataError(
+            "An intervention names positions that cannot be changed",
+            found="no edit or an empty span" if not positions else f"positions {min(positions)} to {max(positions)}",
+            expected=f"at least one position, within the text's {len(base)} tokens",
+            do="choose positions of the text (rm.tokenize shows them)",
+        )
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available

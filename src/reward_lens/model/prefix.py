@@ -1,0 +1,108 @@
+"""Keys and values of a text's first positions, computed once and read by every run that shares those positions.
+
+In a causal network a change at position p reaches only positions >= p, so a run that differs from another from p on
+needs the blocks for positions >= p alone, with the keys and values of the positions before. They are handed to the
+unmodified Hugging Face classes as a cache that never changes: `update` gives back prefix and new keys joined, for as
+many rows as it is asked, and keeps neither. (Hugging Face's own sliding-window caches drop keys; this one does not:
+the window is in the attention mask.)
+
+Whether a model takes such a cache and gives its own reward with it is measured when it is loaded (row "prefix reuse" of
+the load report). Where it does not, whole texts are run.
+"""
+
+import dataclasses
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from reward_lens.model.forward import Trunk, suffix_batch
+from reward_lens.model.tokens import Tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyValues:
+    """One block's keys and values a layer, of one text's first positions."""
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    """(keys, values), each [1, kv_heads, pos, head_dim]."""
+
+    def __len__(self) -> int:
+        return self.layers[0][0].shape[-2] if self.layers else 0
+
+    def first(self, n: int) -> "KeyValues":
+        """Those of the first `n` positions (a view)."""
+        return KeyValues(tuple((k[..., :n, :], v[..., :n, :]) for k, v in self.layers))
+
+
+NO_PREFIX = KeyValues(())
+
+
+class PrefixCache(Cache):
+    """A Hugging Face cache that holds a prefix and is never changed by a run; see the top of the file."""
+
+    def __init__(self, prefix: KeyValues, n_layers: int):
+        held = prefix.layers or (None,) * n_layers
+        super().__init__(layers=[_PrefixLayer(pair) for pair in held])
+
+    def seen(self) -> KeyValues:
+        """Prefix and new keys and values of the last run (one row)."""
+        return KeyValues(tuple(layer.last for layer in self.layers))
+
+
+class _PrefixLayer(CacheLayerMixin):
+    is_sliding = False
+
+    def __init__(self, prefix: tuple[Tensor, Tensor] | None):
+        super().__init__()
+        self.prefix = prefix
+        self.last: tuple[Tensor, Tensor] | None = None
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        new = (key_states, value_states)
+        if self.prefix is not None:
+            rows = key_states.shape[0]
+            new = tuple(
+                torch.cat([held.expand(rows, -1, -1, -1), x], -2) for held, x in zip(self.prefix, new, strict=True)
+            )
+        if key_states.shape[0] == 1:
+            self.last = new
+        return new
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare."""
+
+    def get_seq_length(self) -> int:
+        return 0 if self.prefix is None else self.prefix[0].shape[-2]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def keys_and_values(trunk: Trunk, tokens: Tokens, stop: int, known: KeyValues = NO_PREFIX) -> KeyValues:
+    """Keys and values of the first `stop` positions; `known` are those of some of the first."""
+    if len(known) >= stop:
+        return known.first(stop)
+    past = PrefixCache(known, len(trunk.blocks))
+    trunk.run(suffix_batch(tokens, len(known), _device(trunk), stop), past=past)
+    return past.seen()
+
+
+def pooled_with_prefix(trunk: Trunk, tokens: Tokens, split: int) -> Float[Tensor, "1 d_model"]:
+    """The pre-norm residual at the reward position when the first `split` positions come from their keys and values."""
+    past = PrefixCache(keys_and_values(trunk, tokens, split), len(trunk.blocks))
+    kept: list[Tensor] = []
+    batch = suffix_batch(tokens, split, _device(trunk))
+    at = tokens.reward_pos - split
+    trunk.run(batch, trunk.read_residual(len(trunk.blocks), lambda x: kept.append(x[:, at].clone())), past=past)
+    return kept[0]
+
+
+def _device(trunk: Trunk) -> torch.device:
+    return next(trunk.module.parameters()).device

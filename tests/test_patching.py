@@ -1,0 +1,121 @@
+"""The wavefront sweep against one whole forward a row, on every family; and what it must leave exactly alone."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+import reward_lens as rl
+from families import FAMILIES, STRUCTURES, tiny_model
+from reference.sweeps import patched_reward, values_at
+from reward_lens.engine.editing import Edit
+from reward_lens.engine.intervention import values
+from reward_lens.engine.patching import patch_rows
+from reward_lens.model.tokens import common_prefix
+
+PROMPT = "What is the capital of France, and why there?"
+TEXTS = ("It is Paris, by the river", "It is Rybix, by a rive")  # as many tokens, the same first ones
+every = pytest.mark.parametrize("family", FAMILIES)
+
+
+@functools.cache
+def model(family: str) -> rl.RewardModel:
+    return rl.RewardModel(*tiny_model(family, seed=1), name=family)
+
+
+def runs(rm):
+    return [rm.tokenize(PROMPT, text) for text in TEXTS]
+
+
+def sites_of(rm) -> list[str]:
+    sites = ["embed", "L1.resid_pre", "L2.resid_post"]
+    for layer in range(rm.n_layers):
+        sites += [f"L{layer}.attn", f"L{layer}.mlp", f"L{layer}.H1", f"L{layer}.H3"]
+    if rm.structure.mlp_out is not None and rm.name != "qwen2_moe":
+        sites += ["L0.N3", "L2.N5"]
+    return sites
+
+
+def edit(rm, name: str, positions, value) -> Edit:
+    """`value` as the module gives it; a write is that times the family's residual multiplier (Granite)."""
+    site = rl.Site.parse(name)
+    scale = rm.structure.write_scale if site.kind in ("attn", "mlp") else 1.0
+    return Edit(site, positions, values(value * scale))
+
+
+def test_the_texts_are_what_they_should_be():
+    base, source = runs(model("llama"))
+    assert len(base) == len(source) > 40 and 20 < common_prefix(base, source) < len(base) - 8
+
+
+@every
+@pytest.mark.parametrize("at", ["final", "response", "two"])
+def test_the_sweep_equals_the_slow_loop(family, at):
+    rm = model(family)
+    base, source = runs(rm)
+    assert rm.reuses_prefix(base)
+    prefix = common_prefix(base, source)
+    where = {
+        "final": range(base.reward_pos, base.reward_pos + 1),
+        "response": range(prefix, base.reward_pos + 1),
+        "two": [prefix + 1, base.reward_pos - 2],
+    }[at]
+    given = values_at(rm, source, sites_of(rm))
+    rows = [(edit(rm, name, where, given[name][list(where)]),) for name in sites_of(rm)]
+    rows.append((rows[3][0], rows[-1][0]))  # two changes in one run
+    slow = [
+        patched_reward(rm, base, [(str(e.site), where, given[str(e.site)][list(where)]) for e in row]) for row in rows
+    ]
+    clean = float(rm.rewards([base])[0])
+    moved = np.abs(np.array(slow) - clean)
+    assert moved.max() > 1e-2  # the test could fail
+    tolerance = 1e-5 * max(abs(clean), moved.max(), 1)
+    for options in ({}, {"max_rows": 3}, {"reuse": False}):
+        fast = patch_rows(rm, base, rows, **options)
+        assert (fast.start > 0) == ("reuse" not in options)
+        np.testing.assert_allclose(fast.rewards, slow, atol=tolerance)
+        np.testing.assert_allclose(fast.clean, clean, atol=tolerance)
+        np.testing.assert_allclose(rm.readout.reward(fast.final), fast.rewards, atol=tolerance)
+
+
+@every
+@pytest.mark.parametrize("reuse", [True, False])
+def test_e5_a_runs_own_values_change_nothing(family, reuse):
+    rm = model(family)
+    base, source = runs(rm)
+    held = rl.capture(rm, [base], sites_of(rm), at="all")
+    for where in (range(base.reward_pos, base.reward_pos + 1), range(common_prefix(base, source), len(base))):
+        rows = [(Edit(rl.Site.parse(s), where, values(held[s][0][list(where)])),) for s in sites_of(rm)]
+        out = patch_rows(rm, base, rows, reuse=reuse, max_rows=5)
+        assert float(out.change.abs().max()) <= rm.noise_floor
+
+
+@pytest.mark.parametrize("family", STRUCTURES)
+def test_states_on_the_way_down(family):
+    """A row's residual at a depth is the clean one above its first edit, and what a capture of the edited run shows."""
+    rm = model(family)
+    base, _ = runs(rm)
+    final = range(base.reward_pos, base.reward_pos + 1)
+    row = (Edit(rl.Site.parse("L1.attn"), final, rl.zeros()),)
+    out = patch_rows(rm, base, [row], depths=[0, 1, 2, rm.n_layers])
+    assert torch.equal(out.states[1][0], out.clean_states[1])
+    assert not torch.allclose(out.states[2][0], out.clean_states[2], atol=1e-3)
+    assert torch.equal(out.states[rm.n_layers], out.final)
+    expected = rl.capture(rm, [base], ["L1.resid_post"])["L1.resid_post"][0]
+    torch.testing.assert_close(out.clean_states[2], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_bad_rows_are_refused():
+    rm = model("llama")
+    base, _ = runs(rm)
+    with pytest.raises(rl.DataError, match="no rows"):
+        patch_rows(rm, base, [])
+    for positions in ([], [len(base)], [-1]):
+        with pytest.raises(rl.DataError, match="positions that cannot be changed"):
+            patch_rows(rm, base, [(Edit(rl.Site.parse("L1.attn"), positions, rl.zeros()),)])
+    with pytest.raises(rl.StructureError, match="L9.attn"):
+        patch_rows(rm, base, [(Edit(rl.Site.parse("L9.attn"), [5], rl.zeros()),)])
+    bad = rl.constant(torch.full((rm.d_model,), torch.nan))
+    with pytest.raises(rl.CheckFailed, match="not finite"):
+        patch_rows(rm, base, [(Edit(rl.Site.parse("L1.attn"), [base.reward_pos], bad),)])
