@@ -35,6 +35,7 @@ PUBLIC = [
     "constant",
     "contributions",
     "crystallization_depth",
+    "effects",
     "from_run",
     "gradient_lens",
     "intervene",

@@ -5,8 +5,7 @@
 so the batch grows as the walk goes down: the clean row alone enters the first block, and at block k the rows whose
 first edit is there join from the clean residual. Every block's weights are read once for all rows, and a row runs
 only the blocks it changes. With a common prefix (`model.prefix`) only positions from the first edited one on are run:
-for an edit at the reward position, one token a row. What follows the reward position is never run: the network is
-causal.
+for an edit at the reward position, one token a row. What follows it is not run: the network is causal.
 
 The clean row goes all the way in the same batch, and each row is compared with it. Blocks are called with the
 arguments they were called with in a recorded pass over the same positions (`forward.record`).
@@ -47,8 +46,8 @@ class Patched:
     rewards: Float[Tensor, " row"]
     final: Float[Tensor, "row d_model"]
     """Pre-norm residual at the reward position."""
-    clean_final: Float[Tensor, " d_model"]
-    """The same of the clean run."""
+    clean_final: Float[Tensor, "row d_model"]
+    """The same of the clean row that walked with it."""
     states: dict[int, Tensor]
     """{depth: [row, d_model]} residual entering block `depth` at the reward position, for the depths asked for."""
     clean_states: dict[int, Tensor]
@@ -96,7 +95,8 @@ def patch_rows(
         _require(rm, base, row)
     first_position = min(min(edit.positions) for row in rows for edit in row)
     start = first_position if reuse and rm.reuses_prefix(base) else 0
-    stop = base.reward_pos + 1 if start else len(base)
+    last = max(max(edit.positions) for row in rows for edit in row)
+    stop = max(base.reward_pos, last) + 1 if start else len(base)
     past = None
     if start:
         past = PrefixCache(keys_and_values(rm.trunk, base, start, known), rm.n_layers)
@@ -131,8 +131,11 @@ class _Walk:
         self.rm, self.recording, self.at, self.offset, self.depths = rm, recording, at, offset, depths
 
     def down(self, rows: Sequence[Row], names: Sequence[int]) -> tuple[Tensor, dict[int, tuple[list[int], Tensor]]]:
-        """Rows in order of their first block; `names` is how their sources know them. Returns the pre-norm residual at the reward position of the clean row
-        and of all rows, and by depth which rows had joined and their residuals there."""
+        """Rows in order of their first block; `names` is how their sources know them.
+
+        Returns the pre-norm residual at the reward position of the clean row and of all rows, and by depth which rows
+        had joined and their residuals there.
+        """
         rm, blocks = self.rm, [_block(row) for row in rows]
         joined = 0
         x = self.recording.resid(blocks[0])
@@ -166,12 +169,10 @@ class _Collected:
     """The rows' outcomes, walk by walk."""
 
     def __init__(self, n: int, rm: RewardModel, recording: Recording, at: int, depths: list[int]):
-        like = rm.readout.weight
-        self.rm = rm
-        self.clean_final = recording.last[0, at].to(like)
+        self.rm, like = rm, rm.readout.weight
+        self.clean_final, self.final = (like.new_empty(n, like.shape[0]) for _ in range(2))
         self.clean_states = {d: recording.resid(d)[0, at].to(like) for d in depths}
         self.states = {d: s.repeat(n, 1) for d, s in self.clean_states.items()}
-        self.final = self.clean_final.repeat(n, 1)
         self.clean, self.rewards = (torch.empty(n, dtype=torch.float64) for _ in range(2))
 
     def take(self, rows: list[int], final: Tensor, states: dict[int, tuple[list[int], Tensor]]) -> None:
@@ -185,7 +186,7 @@ class _Collected:
                 "an added vector may overflow",
             )
         self.clean[rows], self.rewards[rows] = rewards[0], rewards[1:]
-        self.final[rows] = final[1:].to(self.final)
+        self.clean_final[rows], self.final[rows] = final[0].to(self.final), final[1:].to(self.final)
         for depth, (which, state) in states.items():
             self.states[depth][[rows[i] for i in which]] = state.to(self.final)
 

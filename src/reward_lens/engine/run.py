@@ -34,7 +34,7 @@ def passes(
     for batch in rm.batches(tokens, batch_size):
         kept: dict[Site, Tensor] = {}
         pick = torch.clone if everywhere else at_rows(batch.reward_pos)
-        wanted = [hook for site in sites for hook in _reading(rm, batch, site, pick, kept)]
+        wanted = [hook for site in sites for hook in reading(rm, batch, site, pick, kept)]
         rm.trunk.run(batch, *wanted)
         yield batch, kept
 
@@ -74,7 +74,8 @@ def out_map(rm: RewardModel, layer: int, kind: str) -> torch.nn.Module:
         ) from error
 
 
-def _reading(rm: RewardModel, batch: Batch, site: Site, pick: Pick, kept: dict) -> Iterator[hooks.Hook]:
+def reading(rm: RewardModel, batch: Batch, site: Site, pick: Pick, kept: dict) -> Iterator[hooks.Hook]:
+    """Hooks that put what stands at a site, cut by `pick` and in the readout's precision, into `kept`."""
     like = rm.readout.weight
 
     def keep(x: Tensor) -> None:

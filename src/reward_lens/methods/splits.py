@@ -141,6 +141,13 @@ class _UnitSplit(ComponentSplit):
         scale = self.rm.structure.write_scale
         return (u @ weight) * scale, (u @ bias + constant) * scale
 
+    def write(self, x: Float[Tensor, "run width"], layer: int) -> Float[Tensor, "run d_model"]:
+        """The write that units make, through the output map and, live, the post-norm."""
+        weight, bias = linear_weight(self.maps[layer]).to(x), linear_bias(self.maps[layer])
+        before = x @ weight.T if bias is None else x @ weight.T + bias.to(x)
+        norm = self.norms[layer]
+        return (before if norm is None else norm(before)) * self.rm.structure.write_scale
+
     def _layer(self, acts: Activations, u, layer: int) -> tuple[Tensor, Tensor]:
         """[run, unit] and the constant [run] of one block."""
         x = acts[self.unit_sites[layer]]

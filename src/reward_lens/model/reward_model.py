@@ -132,9 +132,9 @@ class RewardModel:
     @property
     def noise_floor(self) -> float:
         """Reward differences under this are numerical: the largest of the load report's reward gaps, and never less
-        than a quarter of E1's tolerance at the size of the rewards seen there (some 20 steps of float32)."""
+        than half of the tolerance of E1 at the size of the rewards seen there."""
         gaps = self.load_report.value.sel(check=["own reward", "batching", "padding"])
-        return max(float(gaps.max()), float(self.load_report.value.sel(check="own reward").tolerance) / 4)
+        return max(float(gaps.max()), float(self.load_report.value.sel(check="own reward").tolerance) / 2)
 
     def tokenize(self, prompt: "str | Sequence[Mapping]", response: str) -> Tokens:
         """Tokens of a conversation: ids, pieces, spans of prompt, response and template tail, reward position."""

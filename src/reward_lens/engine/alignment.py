@@ -1,0 +1,87 @@
+"""Which positions of one response stand for which of the other.
+
+Two responses to one prompt share a token prefix; there every activation is the same, so nothing is patched. What
+follows is aligned
+
+    final          the reward positions of the two runs
+    none           position by position; needs equal token counts
+    tail           from the right: the reward positions, and what is as far to the left of them
+    diff           tokens matched by the longest common blocks of the two token lists; the others are left alone
+    legacy_prefix  absolute positions over the shorter length. A known artefact: in responses of different length it
+                   patches one's template tail with the other's words, and leaves the longer one's reward position
+                   alone, so late effects are zero by construction. Kept to take published findings apart.
+
+Values that hold positions (queries, keys, attention patterns) can only be patched where both positions are the same.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+
+from reward_lens.errors import AlignmentError, DataError
+from reward_lens.model.tokens import Tokens, common_prefix, require_equal_length
+
+HOW = (None, "tail", "diff", "legacy_prefix")
+WHERE = ("final", "response", "all")
+
+
+@dataclasses.dataclass(frozen=True)
+class Alignment:
+    """Positions of the run that is changed, and those of the run whose values they take."""
+
+    base: tuple[int, ...]
+    source: tuple[int, ...]
+
+    def only(self, positions: Sequence[int]) -> "Alignment":
+        """The part whose base positions are among `positions`."""
+        keep = set(positions)
+        both = [(b, s) for b, s in zip(self.base, self.source, strict=True) if b in keep]
+        return Alignment(tuple(b for b, _ in both), tuple(s for _, s in both))
+
+    @property
+    def shifted(self) -> bool:
+        """Whether any position takes a value from another position."""
+        return self.base != self.source
+
+
+def align(base: Tokens, source: Tokens, at: str, how: str | None, pair_id: str) -> Alignment:
+    """Aligned positions from the first token that differs to the reward position; empty for equal texts."""
+    if at not in WHERE or how not in HOW:
+        raise DataError("The positions to patch were not understood", found=f"at={at!r}, align={how!r}",
+                        expected="at 'final', 'response' or 'all'; align None, 'tail', 'diff' or 'legacy_prefix'",
+                        do="pass one of these")  # fmt: skip
+    prefix = common_prefix(base, source)
+    if at == "final":
+        same = base.ids == source.ids
+        return Alignment((), ()) if same else Alignment((base.reward_pos,), (source.reward_pos,))
+    if how == "diff":
+        return _matched(base, source, prefix)
+    if how == "legacy_prefix":
+        positions = tuple(range(prefix, min(len(base), len(source))))
+        return Alignment(positions, positions)
+    if how is None:
+        require_equal_length(base, source, pair_id)
+    shift = base.reward_pos - source.reward_pos
+    start = prefix + max(0, shift)
+    positions = range(start, base.reward_pos + 1)
+    return Alignment(tuple(positions), tuple(p - shift for p in positions))
+
+
+def _matched(base: Tokens, source: Tokens, prefix: int) -> Alignment:
+    """Blocks of equal tokens of the two texts after their prefix, the reward position among them."""
+    a, b = base.ids[prefix : base.reward_pos], source.ids[prefix : source.reward_pos]
+    blocks = difflib.SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()
+    both = [(prefix + m.a + i, prefix + m.b + i) for m in blocks for i in range(m.size)]
+    both.append((base.reward_pos, source.reward_pos))
+    return Alignment(tuple(x for x, _ in both), tuple(y for _, y in both))
+
+
+def require_unshifted(alignment: Alignment, kind: str, pair_id: str) -> None:
+    """Raise where a value that holds positions would be moved."""
+    if alignment.shifted:
+        raise AlignmentError(
+            f"A {kind} of pair {pair_id} cannot be taken from another position",
+            found=f"positions {alignment.base[0]} and {alignment.source[0]}",
+            expected="the same positions in both runs: queries, keys and attention patterns hold absolute positions",
+            do="keep to pairs whose responses have the same token count, or patch 'v', heads or writes instead",
+        )

@@ -1,0 +1,80 @@
+"""The two runs of a pair, each computed once: what stands at the sites, keys and values, the pre-norm residual.
+
+The tokens that chosen and rejected share are run once; each run goes on from their keys and values.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from reward_lens.engine.run import reading
+from reward_lens.model.forward import suffix_batch
+from reward_lens.model.prefix import NO_PREFIX, KeyValues, PrefixCache, keys_and_values
+from reward_lens.model.reward_model import RewardModel
+from reward_lens.model.sites import Site
+from reward_lens.model.tokens import Tokens, common_prefix
+
+
+@dataclasses.dataclass(frozen=True)
+class TextRun:
+    """One text, run once."""
+
+    tokens: Tokens
+    start: int
+    """First position whose values are held."""
+    held: dict[Site, Tensor]
+    """[pos - start, ...] a site; a site without an index holds all heads or neurons."""
+    final: Float[Tensor, " d_model"]
+    """Pre-norm residual at the reward position."""
+    reward: float
+    keys: KeyValues
+    """Of the whole text; `NO_PREFIX` where the model takes none."""
+
+    def at(self, site: Site, positions: Sequence[int]) -> Tensor:
+        """The site's values at these positions, [position, ...]."""
+        whole = self.held[dataclasses.replace(site, index=None)] if site.index is not None else self.held[site]
+        picked = whole[torch.as_tensor(positions, device=whole.device, dtype=torch.long) - self.start]
+        if site.index is None:
+            return picked
+        return picked[:, site.index] if site.kind == "head" else picked[:, site.index, None]
+
+
+@torch.no_grad()
+def run_text(
+    rm: RewardModel, tokens: Tokens, sites: Sequence[Site], *, only_final: bool, known: KeyValues = NO_PREFIX
+) -> TextRun:
+    """Run one text from the end of `known` on and hold the sites, everywhere from there or at the reward position."""
+    reuse = rm.reuses_prefix(tokens)
+    start = len(known) if reuse else 0
+    batch = suffix_batch(tokens, start, rm.device)
+    past = PrefixCache(known, rm.n_layers) if reuse else None
+    held: dict[Site, Tensor] = {}
+    final: list[Tensor] = []
+    at = tokens.reward_pos - start
+
+    def pick(x: Tensor) -> Tensor:
+        return x[0, at : at + 1].clone() if only_final else x[0].clone()
+
+    whole = dict.fromkeys(dataclasses.replace(site, index=None) for site in sites)
+    wanted = [hook for site in whole for hook in reading(rm, batch, site, pick, held)]
+    wanted.append(rm.trunk.read_residual(rm.n_layers, lambda x: final.append(x[0, at].to(rm.readout.weight))))
+    rm.trunk.run(batch, *wanted, past=past)
+    reward = float(rm.readout.reward(final[0][None])[0])
+    first = tokens.reward_pos if only_final else start
+    return TextRun(tokens, first, held, final[0], reward, past.seen() if past is not None else NO_PREFIX)
+
+
+def run_pair(
+    rm: RewardModel, chosen: Tokens, rejected: Tokens, sites: Sequence[Site], *, only_final: bool
+) -> tuple[TextRun, TextRun]:
+    """Both runs of a pair, their common tokens run once."""
+    prefix = min(common_prefix(chosen, rejected), chosen.reward_pos, rejected.reward_pos)
+    known = NO_PREFIX
+    if prefix and rm.reuses_prefix(chosen, rejected):
+        with torch.no_grad():
+            known = keys_and_values(rm.trunk, chosen, prefix)
+    first, second = (run_text(rm, t, sites, only_final=only_final, known=known) for t in (chosen, rejected))
+    return first, second

@@ -1,0 +1,149 @@
+"""What a sweep changes: which sites, at which groups of positions, and the rows of edits that come of it."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from reward_lens.engine.alignment import Alignment, require_unshifted
+from reward_lens.engine.editing import Edit
+from reward_lens.engine.intervention import values
+from reward_lens.engine.patching import Row
+from reward_lens.engine.runs import TextRun
+from reward_lens.errors import DataError
+from reward_lens.model.reward_model import RewardModel
+from reward_lens.model.sites import Site
+from reward_lens.model.tokens import Tokens
+
+Span = range | tuple[int, int]
+Spans = Literal["position"] | Mapping[str, Span] | Sequence[Mapping[str, Span]] | None
+POSITIONAL = ("q", "k", "pattern")
+UNTOUCHED = "the span has no position that the alignment patches"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cells:
+    """The groups of positions that are changed together in one text, and what they are called."""
+
+    tokens: Tokens
+    dim: str | None
+    """None (one group), "position" or "span"."""
+    names: tuple[Any, ...]
+    groups: tuple[Alignment | None, ...]
+    """None: nothing of the group can be patched (undefined). Empty: the runs are equal there (no effect)."""
+
+    def empty(self, n_sites: int) -> np.ndarray:
+        """[site, group] of zeros, NaN where the group is undefined."""
+        out = np.zeros((n_sites, len(self.groups)))
+        out[:, [g is None for g in self.groups]] = np.nan
+        return out
+
+
+def sites_of(rm: RewardModel, sites: "str | Sequence[Site | str]", layers: Sequence[int] | None = None) -> list[Site]:
+    """The sites that a name or a list means; `layers` keeps those of some layers (embed counts as layer 0)."""
+    depth = range(rm.n_layers)
+    if isinstance(sites, str) and sites in ("components", "heads", "residual"):
+        named = {
+            "components": [Site("embed"), *(Site(kind, layer) for layer in depth for kind in ("attn", "mlp"))],
+            "heads": [Site("head", layer, head) for layer in depth for head in range(rm.n_heads)],
+            "residual": [*(Site("resid_pre", layer) for layer in depth), Site("resid_post", rm.n_layers - 1)],
+        }
+        out = named[sites]
+    else:
+        out = [Site.parse(s) for s in ([sites] if isinstance(sites, str | Site) else sites)]
+    if layers is not None:
+        out = [s for s in out if s.block in set(layers)]
+    if not out or len(set(out)) < len(out):
+        raise DataError(
+            "No sites to change" if not out else "A site is named twice",
+            found=f"sites={sites!r}, layers={layers!r}",
+            expected="'components', 'heads', 'residual', or a list of different sites, some of them in `layers`",
+            do=f"name sites of this model (layers 0 to {rm.n_layers - 1})",
+        )
+    return out
+
+
+def cells_of(tokens: Tokens, where: Alignment, spans: Spans, pair: int, pair_id: str) -> Cells:
+    """The groups that `spans` makes of the positions to patch; `pair` is the pair's number in the list."""
+    if spans is None:
+        return Cells(tokens, None, (), (where,))
+    if isinstance(spans, str):
+        if spans != "position":
+            raise _not_a_span(repr(spans), pair_id)
+        names = tuple(sorted(where.base))
+        if not names:
+            raise _not_a_span("equal responses, which have no position to patch", pair_id)
+        return Cells(tokens, "position", names, tuple(where.only([p]) for p in names))
+    one = spans if isinstance(spans, Mapping) else spans[pair] if pair < len(spans) else None
+    if not isinstance(one, Mapping) or not one:
+        raise _not_a_span(f"{len(spans)} mappings for more pairs, or an empty one", pair_id)
+    groups = []
+    for name, span in one.items():
+        positions = span if isinstance(span, range) else range(*span)
+        if not len(positions) or positions[0] < 0 or positions[-1] >= len(tokens):
+            raise _not_a_span(f"{name!r}: {positions.start} to {positions.stop} of {len(tokens)} tokens", pair_id)
+        inside = where.only(positions)
+        shared = where.base and positions[-1] < min(where.base)  # before the first difference both runs are equal
+        groups.append(inside if inside.base or shared or not where.base else None)
+    return Cells(tokens, "span", tuple(one), tuple(groups))
+
+
+def exchange_rows(
+    sites: Sequence[Site], cells: Cells, source: TextRun, pair_id: str
+) -> tuple[list[Row], list[tuple[int, int]]]:
+    """A row for every site and group that is patched with the source run's values, and their (site, group)."""
+    rows, index = [], []
+    for g, group in enumerate(cells.groups):
+        if group is None or not group.base:
+            continue
+        positions = contiguous(group.base)
+        for s, site in enumerate(sites):
+            if site.kind in POSITIONAL:
+                require_unshifted(group, site.kind, pair_id)
+            rows.append((Edit(site, positions, values(source.at(site, group.source))),))
+            index.append((s, g))
+    return rows, index
+
+
+def span_coords(groups: Sequence[Cells], width: int) -> tuple[dict[str, Any], str | None, str | None]:
+    """Coordinates of the extra dim, its name, and the reason for cells without a value."""
+    dim = groups[0].dim
+    if dim is None:
+        return {}, None, None
+    hole = any(g is None for cells in groups for g in cells.groups)
+    ragged = any(len(cells.names) < width for cells in groups)
+    reason = "; ".join([UNTOUCHED] * hole + ["pairs have different numbers of them"] * ragged) or None
+    if dim == "span":
+        if len({cells.names for cells in groups}) == 1:
+            return {"span": np.array(groups[0].names, dtype=object)}, dim, reason
+        names = np.array([[*c.names, *[""] * (width - len(c.names))] for c in groups], dtype=object)
+        return {"span": np.arange(width), "span_name": (("pair", "span"), names)}, dim, reason
+    at = np.full((len(groups), width), -1)
+    pieces = np.full((len(groups), width), "", dtype=object)
+    for i, cells in enumerate(groups):
+        at[i, : len(cells.names)] = cells.names
+        pieces[i, : len(cells.names)] = [cells.tokens.pieces[p] for p in cells.names]
+    where = ("pair", "position")
+    return {
+        "position": np.arange(width),
+        "n_positions": ("pair", np.array([len(c.names) for c in groups])),
+        "token_position": (where, at),
+        "piece": (where, pieces),
+    }, dim, reason  # fmt: skip
+
+
+def contiguous(positions: Sequence[int]) -> Sequence[int]:
+    """A range, where the positions are one."""
+    first, last = positions[0], positions[-1]
+    return range(first, last + 1) if list(positions) == list(range(first, last + 1)) else tuple(positions)
+
+
+def _not_a_span(found: str, pair_id: str) -> DataError:
+    return DataError(
+        f"The spans of pair {pair_id} cannot be patched",
+        found=found,
+        expected="'position', or {name: range of positions in the changed run}, none of them empty; one mapping for "
+        "all pairs or one a pair",
+        do="choose ranges within the text (rm.tokenize(prompt, response) shows positions and pieces)",
+    )
