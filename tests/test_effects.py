@@ -1,0 +1,275 @@
+"""`effects` against one whole forward a site, and the identities E5, E6, E7 and E9 on every family."""
+
+import copy
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+import reward_lens as rl
+from families import FAMILIES, STRUCTURES, TEXT_PAIRS, tiny_model
+from reference.sweeps import patched_reward, values_at
+from reward_lens.methods.effects import _require_settings
+from reward_lens.model.tokens import common_prefix
+
+EQUAL = rl.Pair("What is the capital of France?", "It is Paris, by the river", "It is Rybix, by a rive", id="equal")
+UNEQUAL = rl.Pair("Is 7 a prime number?", "Yes, it is one.", "No, because it is 1", id="unequal")
+PAIRS = [EQUAL, UNEQUAL]
+MANY = [rl.Pair(*texts) for texts in TEXT_PAIRS]
+every = pytest.mark.parametrize("family", FAMILIES)
+some = pytest.mark.parametrize("family", STRUCTURES)
+
+
+@functools.cache
+def model(family: str) -> rl.RewardModel:
+    return rl.RewardModel(*tiny_model(family, seed=1), name=family)
+
+
+def named(rm, result_sites: str) -> list[str]:
+    if result_sites == "heads":
+        return [f"L{layer}.H{head}" for layer in range(rm.n_layers) for head in range(rm.n_heads)]
+    if result_sites == "residual":
+        return [*(f"L{layer}.resid_pre" for layer in range(rm.n_layers)), f"L{rm.n_layers - 1}.resid_post"]
+    return ["embed", *(f"L{layer}.{kind}" for layer in range(rm.n_layers) for kind in ("attn", "mlp"))]
+
+
+def tail(base, source):
+    """Aligned positions written out: from the right, as long as both are past the common prefix."""
+    prefix, out, back = common_prefix(base, source), [], 0
+    while min(base.reward_pos, source.reward_pos) - back >= prefix:
+        out.append((base.reward_pos - back, source.reward_pos - back))
+        back += 1
+    return out[::-1]
+
+
+def slow(rm, pair, sites, mode, where) -> np.ndarray:
+    chosen, rejected = (rm.tokenize(pair.prompt, r) for r in (pair.chosen, pair.rejected))
+    base, source = (chosen, rejected) if mode == "noise" else (rejected, chosen)
+    positions = where(base, source)
+    held = values_at(rm, source, sites)
+    clean = rm.hf_score(pair.prompt, pair.chosen if mode == "noise" else pair.rejected)
+    out = []
+    for name in sites:
+        value = held[name][[s for _, s in positions]]
+        change = patched_reward(rm, base, [(name, [b for b, _ in positions], value)]) - clean
+        out.append(-change if mode == "noise" else change)
+    return np.array(out)
+
+
+@every
+@pytest.mark.parametrize("sites", ["components", "heads", "residual"])
+@pytest.mark.parametrize("mode", ["noise", "denoise"])
+def test_patching_equals_the_slow_loop(family, sites, mode):
+    rm = model(family)
+    ways = [("final", None, lambda b, s: [(b.reward_pos, s.reward_pos)], PAIRS), ("all", "tail", tail, PAIRS)]
+    ways += [("response", None, tail, [EQUAL])]
+    for at, how, where, pairs in ways:
+        result = rl.effects(rm, pairs, sites, mode=mode, at=at, align=how)
+        expected = np.stack([slow(rm, pair, named(rm, sites), mode, where) for pair in pairs])
+        assert np.abs(expected).max() > 1e-2
+        np.testing.assert_allclose(result.value, expected, atol=1e-5 * max(1, np.abs(expected).max()))
+        margins = rm.score_pairs(pairs).value.sel(side="margin").values
+        np.testing.assert_allclose(result.value["recovered"], result.value / margins[:, None], rtol=1e-4, atol=1e-5)
+        if sites == "residual":  # E6: the last residual carries the whole margin
+            assert "last residual" in {c.name for c in result.checks}
+            np.testing.assert_allclose(result.value[:, -1], margins, atol=1e-5 * max(1, np.abs(margins).max()))
+
+
+@every
+def test_all_shortcuts_off_gives_the_same(family, monkeypatch):
+    rm = model(family)
+    fast = rl.effects(rm, PAIRS, at="all", align="tail")
+    monkeypatch.setattr(rl.RewardModel, "reuses_prefix", lambda self, *texts: False)
+    whole = rl.effects(rm, PAIRS, at="all", align="tail", max_rows=1)
+    np.testing.assert_allclose(whole.value, fast.value, atol=1e-5 * max(1, float(np.abs(fast.value).max())))
+
+
+@every
+def test_e5_what_both_runs_share_has_no_effect(family):
+    rm = model(family)
+    same = rl.Pair(EQUAL.prompt, EQUAL.chosen, EQUAL.chosen, id="same")
+    for at in ("final", "all"):
+        assert not rl.effects(rm, [same], at=at).value.any()
+    chosen = rm.tokenize(EQUAL.prompt, EQUAL.chosen)
+    prefix = common_prefix(chosen, rm.tokenize(EQUAL.prompt, EQUAL.rejected))
+    spans = {"prompt": chosen.prompt, "shared": range(0, prefix), "rest": range(prefix, len(chosen))}
+    by_span = rl.effects(rm, [EQUAL], at="all", spans=spans).value[0]
+    assert not by_span.sel(span=["prompt", "shared"]).values.any()
+    whole = rl.effects(rm, [EQUAL], at="all").value[0]
+    np.testing.assert_allclose(by_span.sel(span="rest"), whole, atol=1e-5 * max(1, float(np.abs(whole).max())))
+
+
+@every
+@pytest.mark.parametrize("sites", ["components", "heads"])
+def test_e7_frozen_direct_effects_are_contributions(family, sites):
+    rm = model(family)
+    parts = {m: rl.effects(rm, PAIRS, sites, mode=m, path="direct").value for m in ("noise", "denoise", "zero")}
+    names = parts["noise"]["component"].values
+    by = sites.removesuffix("s")
+    split = rl.contributions(rm, PAIRS, by=by).value.sel(component=names)
+    own = rl.contributions(rm, PAIRS, by=by, scale="own").value.sel(component=names)
+    scale = 1e-5 * max(1, float(np.abs(own).sum("component").max()))
+    mean = (parts["noise"].sel(part="direct") + parts["denoise"].sel(part="direct")) / 2
+    np.testing.assert_allclose(mean, split.sel(side="margin"), atol=scale)
+    np.testing.assert_allclose(parts["zero"].sel(part="direct"), own, atol=scale)
+    for mode, value in parts.items():
+        total = rl.effects(rm, PAIRS, sites, mode=mode).value
+        np.testing.assert_allclose(value.sel(part="total"), total)
+        np.testing.assert_allclose(value.sel(part=["direct", "norm_rescale", "mediated"]).sum("part"), total, atol=1e-9)
+
+
+@some
+def test_the_live_direct_effect_is_the_head_on_the_changed_residual(family):
+    rm = model(family)
+    acts = rl.capture(rm, PAIRS)
+    h = acts[f"L{rm.n_layers - 1}.resid_post"]
+    result = rl.effects(rm, PAIRS, path="direct", mode="denoise").value
+    live = result.sel(part=["direct", "norm_rescale"]).sum("part")
+    for name in ("L0.attn", "L1.mlp"):
+        moved = h[1::2] + acts.chosen(name) - acts.rejected(name)
+        expected = rm.readout.reward(moved) - rm.readout.reward(h[1::2])
+        np.testing.assert_allclose(live.sel(component=name), expected, atol=2e-5)
+
+
+@every
+def test_e9_swapping_and_scaling(family):
+    rm = model(family)
+    back = [rl.Pair(p.prompt, p.rejected, p.chosen, id=p.id) for p in PAIRS]
+    noise = rl.effects(rm, PAIRS, at="all", align="tail").value
+    denoise = rl.effects(rm, back, mode="denoise", at="all", align="tail").value
+    np.testing.assert_allclose(noise, -denoise, atol=1e-6 * max(1, float(np.abs(noise).max())))
+    module = copy.deepcopy(rm.module)
+    with torch.no_grad():
+        for parameter in module.get_submodule(rm.structure.head).parameters():
+            parameter.mul_(2.0)
+    scaled = rl.RewardModel(module, rm.tokenizer.hf)
+    np.testing.assert_allclose(rl.effects(scaled, PAIRS, at="all", align="tail").value, 2 * noise, rtol=1e-6)
+
+
+@some
+@pytest.mark.parametrize("at", ["final", "response", "all"])
+def test_ablations_are_interventions(family, at):
+    rm = model(family)
+    sites = ["embed", "L0.attn", "L1.mlp", "L1.H2", "L2.resid_pre"]
+    result = rl.effects(rm, MANY, sites, mode="zero", at=at).value
+    for name in sites:
+        change = rl.intervene(rm, MANY, {name: rl.zeros()}, at=at).value.sel(state="change")
+        np.testing.assert_allclose(result.sel(component=name), -change, atol=2e-5 * max(1, float(np.abs(change).max())))
+
+
+@some
+def test_mean_ablation_takes_the_mean_of_other_prompts(family):
+    rm = model(family)
+    result = rl.effects(rm, MANY, ["L1.attn"], mode="mean").value[:, :, 0]
+    acts = rl.capture(rm, MANY, ["L1.attn"])["L1.attn"]
+    for i, pair in enumerate(MANY):
+        others = [j for j in range(2 * len(MANY)) if j // 2 != i]
+        source = rl.constant(acts[others].mean(0))
+        change = rl.intervene(rm, [pair], {"L1.attn": source}).value.sel(state="change")[0]
+        np.testing.assert_allclose(result[i], -change, atol=2e-5)
+    everywhere = rl.effects(rm, MANY, ["L1.attn"], mode="mean", at="response").value
+    assert np.isfinite(everywhere).all() and float(np.abs(everywhere[:, :2] - result.values[:, :2, None]).max()) > 1e-3
+
+
+@some
+def test_resampling_draws_from_other_prompts_only(family):
+    rm = model(family)
+    result = rl.effects(rm, MANY, ["L1.attn", "L2.mlp"], mode="resample", n_draws=40, seed=3)
+    assert result.value.identical(
+        rl.effects(rm, MANY, ["L1.attn", "L2.mlp"], mode="resample", n_draws=40, seed=3).value
+    )
+    assert not result.value.equals(
+        rl.effects(rm, MANY, ["L1.attn", "L2.mlp"], mode="resample", n_draws=40, seed=4).value
+    )
+    assert float(result.value["draw_sd"].min()) > 0 and "pair's own excluded" in result.meta["settings"]["reference"]
+    one = [MANY[0]]
+    other = rl.effects(rm, one, ["L1.attn"], mode="resample", reference=[MANY[1]]).value
+    acts = rl.capture(rm, [MANY[1]], ["L1.attn"])["L1.attn"]
+    changes = [rl.intervene(rm, one, {"L1.attn": rl.constant(v)}).value.sel(state="change")[0, 0].item() for v in acts]
+    assert min(changes) - 1e-5 <= -float(other[0, 0, 0]) <= max(changes) + 1e-5
+
+
+@some
+def test_positions_one_by_one(family):
+    rm = model(family)
+    result = rl.effects(rm, PAIRS, ["L1.mlp", "L2.resid_pre"], at="all", align="tail", spans="position")
+    for i, pair in enumerate(PAIRS):
+        chosen, rejected = rm.tokenize_pairs([pair])[0]
+        where = tail(chosen, rejected)
+        assert int(result.value["n_positions"][i]) == len(where)
+        assert result.value["token_position"][i].values[: len(where)].tolist() == [b for b, _ in where]
+        held = values_at(rm, rejected, ["L1.mlp"])["L1.mlp"]
+        b, s = where[1]
+        change = patched_reward(rm, chosen, [("L1.mlp", [b], held[[s]])]) - rm.hf_score(pair.prompt, pair.chosen)
+        assert abs(float(result.value[i, 0, 1]) + change) < 2e-5
+    assert np.isnan(result.value.values).any()  # the padding of the shorter pair
+
+
+def test_alignments():
+    rm = model("llama")
+    chosen, rejected = rm.tokenize_pairs([UNEQUAL])[0]
+    assert len(chosen) != len(rejected)
+    from reward_lens.engine.alignment import align
+
+    diff = align(chosen, rejected, "all", "diff", "x")
+    assert all(chosen.ids[b] == rejected.ids[s] for b, s in zip(diff.base, diff.source, strict=True))
+    assert diff.base[-1] == chosen.reward_pos and diff.source[-1] == rejected.reward_pos
+    assert list(
+        zip(*[align(chosen, rejected, "all", "tail", "x").__dict__[k] for k in ("base", "source")], strict=True)
+    ) == tail(chosen, rejected)
+    longer, shorter = (chosen, rejected) if len(chosen) > len(rejected) else (rejected, chosen)
+    legacy = align(longer, shorter, "all", "legacy_prefix", "x")
+    assert legacy.base == legacy.source and longer.reward_pos not in legacy.base
+
+
+def test_the_published_artefact():
+    """With absolute positions the longer response's last write has no effect at all, whatever the network."""
+    rm = model("llama")
+    chosen, rejected = rm.tokenize_pairs([UNEQUAL])[0]
+    mode = "noise" if len(chosen) > len(rejected) else "denoise"
+    last = [f"L{rm.n_layers - 1}.attn", f"L{rm.n_layers - 1}.mlp"]
+    assert not rl.effects(rm, [UNEQUAL], last, mode=mode, at="all", align="legacy_prefix").value.any()
+    assert rl.effects(rm, [UNEQUAL], last, mode=mode, at="all", align="tail").value.all()
+
+
+def test_bad_input():
+    rm = model("llama")
+    with pytest.raises(rl.AlignmentError, match=r"unequal cannot be compared.*tokens.*align='tail'"):
+        rl.effects(rm, PAIRS, at="all")
+    with pytest.raises(rl.StructureError, match="L7.attn"):
+        rl.effects(rm, PAIRS, ["L7.attn"])
+    with pytest.raises(rl.StructureError, match="could not be understood"):
+        rl.effects(rm, PAIRS, ["L0.attention"])
+    with pytest.raises(rl.DataError, match="No sites"):
+        rl.effects(rm, PAIRS, [])
+    with pytest.raises(rl.DataError, match="named twice"):
+        rl.effects(rm, PAIRS, ["L0.attn", "L0.attn"])
+    with pytest.raises(rl.DataError, match="No sites"):
+        rl.effects(rm, PAIRS, layers=[11])
+    for span in ((3, 3), (4, 2), (0, 999)):
+        with pytest.raises(rl.DataError, match="spans of pair equal cannot be patched"):
+            rl.effects(rm, [EQUAL], at="all", spans={"x": span})
+    with pytest.raises(rl.DataError, match=r"reference set overlaps.*take those pairs out"):
+        rl.effects(rm, MANY[:2], mode="mean", reference=MANY[1:4])
+    with pytest.raises(rl.DataError, match="no reference response"):
+        rl.effects(rm, MANY[:1], mode="resample")
+    with pytest.raises(rl.DataError, match="Too few draws"):
+        rl.effects(rm, MANY, mode="resample", n_draws=5)
+    with pytest.raises(rl.DataError, match="a mode it does not have"):
+        _require_settings("swap", "exact", "total", "live", {})
+    with pytest.raises(rl.DataError, match="only estimators have"):
+        rl.effects(rm, MANY, steps=3)
+    with pytest.raises(rl.DataError, match="Only a write has a direct effect"):
+        rl.effects(rm, MANY, "residual", path="direct")
+
+
+def test_a_source_of_nan_is_caught():
+    rm = model("llama")
+    module = copy.deepcopy(rm.module)
+    broken = rl.RewardModel(module, rm.tokenizer.hf)
+    block = module.get_submodule(broken.structure.blocks)[1]
+    with torch.no_grad():
+        block.get_submodule(broken.structure.mlp_out).weight.fill_(torch.nan)
+    with pytest.raises(rl.CheckFailed, match="not finite"):
+        rl.effects(broken, [EQUAL], ["L0.attn"], at="all")
