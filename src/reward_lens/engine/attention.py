@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from reward_lens.engine import hooks
-from reward_lens.engine.run import out_map
+from reward_lens.engine.places import out_map
 from reward_lens.errors import StructureError
 from reward_lens.model.forward import Batch, at_rows
 from reward_lens.model.reward_model import RewardModel

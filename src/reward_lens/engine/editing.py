@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from reward_lens.engine import hooks
-from reward_lens.engine.run import out_map
+from reward_lens.engine.places import out_map
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
 
 RESIDUALS = ("embed", "resid_pre", "resid_post")
+IN_ATTENTION = ("q", "k", "v", "pattern")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,7 @@ def edited(x: Tensor, edits: Iterable[Placed], carried: Tensor | None = None, sc
         index = (row, where)
         if edit.site.index is not None:
             one = edit.site.index
-            index = (row, where, one if edit.site.kind == "head" else slice(one, one + 1))
+            index = (row, where, slice(one, one + 1) if edit.site.kind == "neuron" else one)
         now = out[index]
         seen = now * scale if carried is None else carried[index] + now * scale
         wanted = edit.source.give(seen, edit.site, placed.run, edit.positions)
@@ -97,7 +98,11 @@ def residual_hooks(rm: RewardModel, edits: Iterable[Placed]) -> list[hooks.Hook]
 
 
 def block_hooks(rm: RewardModel, shape: tuple[int, int], edits: Iterable[Placed]) -> list[hooks.Hook]:
-    """Hooks that edit what happens inside blocks: writes, heads, neurons, and the residual between the two writes."""
+    """Hooks that edit what happens inside blocks: writes, heads, neurons, and the residual between the two writes.
+
+    What is inside the attention call (`IN_ATTENTION`) is left to `engine.attention_tap`.
+    """
+    edits = [p for p in edits if p.edit.site.kind not in IN_ATTENTION]
     made = []
     for (kind, layer), some in _grouped(edits, lambda site: (site.kind, site.block)).items():
         scale = rm.trunk.write_scale if kind in ("attn", "mlp", "resid_mid") else 1.0

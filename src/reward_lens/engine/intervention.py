@@ -8,8 +8,9 @@ import xarray as xr
 from torch import Tensor
 
 from reward_lens.engine.activations import Activations, positions_of, runs_of
-from reward_lens.engine.editing import Edit, Placed, Source, hooks_of
-from reward_lens.engine.run import require_site
+from reward_lens.engine.attention_tap import AttentionTap
+from reward_lens.engine.editing import IN_ATTENTION, Edit, Placed, Source, hooks_of
+from reward_lens.engine.places import require_site
 from reward_lens.errors import AlignmentError, DataError
 from reward_lens.model.forward import Batch
 from reward_lens.model.reward_model import SIDES, RewardModel, pair_coords
@@ -36,6 +37,18 @@ def add(vector: Tensor, strength: float = 1.0) -> Source:
 def values(tensor: Tensor) -> Source:
     """Returns a `Source`: these values [pos, ...], one a position."""
     return Source("values", lambda x, site, run, positions: tensor.to(x).reshape(x.shape))
+
+
+def pattern(rows: Tensor) -> Source:
+    """Returns a `Source`: these attention rows [pos, .., key], cut or filled with zeros to the keys that are there."""
+
+    def give(x: Tensor, site: Site, run: int, positions) -> Tensor:
+        width = min(rows.shape[-1], x.shape[-1])
+        out = torch.zeros_like(x)
+        out[..., :width] = rows[..., :width].to(x)
+        return out
+
+    return Source("pattern", give)
 
 
 def project_out(basis: Tensor) -> Source:
@@ -100,7 +113,8 @@ def intervene(
     ----------
     texts_or_pairs: as for `capture`.
     sources: site -> source, all applied in one pass: residuals (embed, resid_pre, resid_mid, resid_post), writes
-        (attn, mlp), heads (``"L3.H5"``) and neurons (``"L3.N17"``).
+        (attn, mlp), heads (``"L3.H5"``), neurons (``"L3.N17"``), queries, keys, values and attention patterns of a
+        head (``"L3.Q5"``, ``"L3.K1"``, ``"L3.V1"``, ``"L3.P5"``; keys and values count key-value heads).
     at: "final" (the reward position), "response" (the response's first token through the reward position), "all", or
         an explicit range of positions.
     mask: 0 leaves the value exactly as it is, 1 takes exactly the source.
@@ -120,8 +134,11 @@ def intervene(
     for batch in rm.batches(tokens, batch_size):
         for column, changed in enumerate(({}, sites)):
             edits = [p for site, source in changed.items() for p in _placed(batch, tokens, site, source, at, mask)]
-            made = hooks_of(rm, (batch.ids.shape[0], batch.ids.shape[1]), edits)
-            rewards[list(batch.rows), column] = rm.readout.reward(rm.trunk.pooled(batch, *made)).double().cpu()
+            tap = AttentionTap(rm, [p for p in edits if p.edit.site.kind in IN_ATTENTION])
+            made = [*tap.hooks(), *hooks_of(rm, (batch.ids.shape[0], batch.ids.shape[1]), edits)]
+            with tap.active():
+                pooled = rm.trunk.pooled(batch, *made)
+            rewards[list(batch.rows), column] = rm.readout.reward(pooled).double().cpu()
     states = torch.cat([rewards, rewards[:, 1:] - rewards[:, :1]], 1).numpy()
     coords = {"state": np.array(["clean", "intervened", "change"], dtype=object)}
     settings = {"sites": {str(s): source.name for s, source in sites.items()}, "at": str(at), "mask": mask}

@@ -22,8 +22,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reward_lens.engine import hooks
-from reward_lens.engine.editing import RESIDUALS, Edit, Placed, block_hooks, depth_of, edited
-from reward_lens.engine.run import require_site
+from reward_lens.engine.attention_tap import AttentionTap
+from reward_lens.engine.editing import IN_ATTENTION, RESIDUALS, Edit, Placed, block_hooks, depth_of, edited
+from reward_lens.engine.places import require_site
 from reward_lens.errors import CheckFailed, DataError
 from reward_lens.model.forward import TOKENS_PER_BATCH, Recording, record, suffix_batch
 from reward_lens.model.prefix import NO_PREFIX, KeyValues, PrefixCache, keys_and_values
@@ -161,7 +162,9 @@ class _Walk:
     def _block(self, layer: int, x: Tensor, placed: list[Placed]) -> Tensor:
         args, kwargs = hooks.with_first_input(*self.recording.calls[layer], x)
         args, kwargs = grown(self.rm, args, kwargs, x.shape[0])
-        with hooks.attached(block_hooks(self.rm, (x.shape[0], x.shape[1]), placed)):
+        tap = AttentionTap(self.rm, [p for p in placed if p.edit.site.kind in IN_ATTENTION])
+        made = [*tap.hooks(), *block_hooks(self.rm, (x.shape[0], x.shape[1]), placed)]
+        with hooks.attached(made), tap.active():
             return hooks.first_output(self.rm.trunk.blocks[layer](*args, **kwargs))
 
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reward_lens.engine.run import reading
+from reward_lens.engine.run import read_sites
 from reward_lens.model.forward import suffix_batch
 from reward_lens.model.prefix import NO_PREFIX, KeyValues, PrefixCache, keys_and_values
 from reward_lens.model.reward_model import RewardModel
@@ -39,7 +39,7 @@ class TextRun:
         picked = whole[torch.as_tensor(positions, device=whole.device, dtype=torch.long) - self.start]
         if site.index is None:
             return picked
-        return picked[:, site.index] if site.kind == "head" else picked[:, site.index, None]
+        return picked[:, site.index, None] if site.kind == "neuron" else picked[:, site.index]
 
 
 @torch.no_grad()
@@ -51,17 +51,15 @@ def run_text(
     start = len(known) if reuse else 0
     batch = suffix_batch(tokens, start, rm.device)
     past = PrefixCache(known, rm.n_layers) if reuse else None
-    held: dict[Site, Tensor] = {}
     final: list[Tensor] = []
     at = tokens.reward_pos - start
 
     def pick(x: Tensor) -> Tensor:
         return x[0, at : at + 1].clone() if only_final else x[0].clone()
 
-    whole = dict.fromkeys(dataclasses.replace(site, index=None) for site in sites)
-    wanted = [hook for site in whole for hook in reading(rm, batch, site, pick, held)]
-    wanted.append(rm.trunk.read_residual(rm.n_layers, lambda x: final.append(x[0, at].to(rm.readout.weight))))
-    rm.trunk.run(batch, *wanted, past=past)
+    whole = list(dict.fromkeys(dataclasses.replace(site, index=None) for site in sites))
+    end = rm.trunk.read_residual(rm.n_layers, lambda x: final.append(x[0, at].to(rm.readout.weight)))
+    held = read_sites(rm, batch, whole, pick, end, past=past)
     reward = float(rm.readout.reward(final[0][None])[0])
     first = tokens.reward_pos if only_final else start
     return TextRun(tokens, first, held, final[0], reward, past.seen() if past is not None else NO_PREFIX)

@@ -8,7 +8,7 @@ import numpy as np
 
 from reward_lens.engine.alignment import Alignment, require_unshifted
 from reward_lens.engine.editing import Edit
-from reward_lens.engine.intervention import values
+from reward_lens.engine.intervention import pattern, values
 from reward_lens.engine.patching import Row
 from reward_lens.engine.runs import TextRun
 from reward_lens.errors import DataError
@@ -101,7 +101,8 @@ def exchange_rows(
         for s, site in enumerate(sites):
             if site.kind in POSITIONAL:
                 require_unshifted(group, site.kind, pair_id)
-            rows.append((Edit(site, positions, values(source.at(site, group.source))),))
+            given = source.at(site, group.source)
+            rows.append((Edit(site, positions, pattern(given) if site.kind == "pattern" else values(given)),))
             index.append((s, g))
     return rows, index
 

@@ -22,7 +22,7 @@ import numpy as np
 from reward_lens import data
 from reward_lens.engine.alignment import align as aligned
 from reward_lens.engine.patching import patch_rows
-from reward_lens.engine.run import require_site
+from reward_lens.engine.places import require_site
 from reward_lens.engine.runs import TextRun, run_pair
 from reward_lens.errors import DataError
 from reward_lens.methods.ablations import ablated_pair, prepare_ablation

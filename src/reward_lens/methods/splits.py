@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reward_lens.engine.activations import Activations
-from reward_lens.engine.run import out_map
+from reward_lens.engine.places import out_map
 from reward_lens.model.norm import Norm, measure_norm
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site

@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from reward_lens.engine import hooks
-from reward_lens.engine.run import out_map
+from reward_lens.engine.places import out_map
 from reward_lens.errors import StructureError
 from reward_lens.methods.splits import HeadSplit
 from reward_lens.model.forward import Batch

@@ -19,6 +19,7 @@ from reward_lens.model import checks
 from reward_lens.model import structure as structures
 from reward_lens.model.forward import Batch, Trunk, batches
 from reward_lens.model.norm import measure_norm
+from reward_lens.model.prefix import keys_and_values
 from reward_lens.model.readout import LinearReadout, linear_readout, objective_names
 from reward_lens.model.structure import Structure
 from reward_lens.model.tokens import Tokenizer, Tokens
@@ -103,6 +104,15 @@ class RewardModel:
     def n_heads(self) -> int:
         """Attention heads of a block."""
         return self.structure.n_heads
+
+    @functools.cached_property
+    def n_kv_heads(self) -> int:
+        """Heads whose keys and values a block caches (fewer than `n_heads` in grouped-query attention), measured."""
+        if not self.reuses_prefix():
+            return self.n_heads
+        tokens = self.tokenizer.text("a")
+        with torch.no_grad():
+            return keys_and_values(self.trunk, tokens, 1).layers[0][0].shape[1]
 
     @property
     def d_model(self) -> int:
