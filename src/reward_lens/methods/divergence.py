@@ -30,7 +30,7 @@ from jaxtyping import Float
 from reward_lens import data, stats
 from reward_lens.errors import DataError
 from reward_lens.methods.downstream import Downstream, NaturalStates, Psi, Units, downstream, natural_states
-from reward_lens.methods.heterogeneity import Heterogeneity, heterogeneity
+from reward_lens.methods.heterogeneity import heterogeneity
 from reward_lens.methods.interchange import Interchange, require_apart, sites_named
 from reward_lens.methods.natural_distance import against_halves, distances, permutation_p
 from reward_lens.methods.off_manifold import null_space_test, off_plane
@@ -213,7 +213,7 @@ def _off_planes(
         v, _ = off_plane(natural.standard(run.states[:, row]), z, n_neighbours, variance)
         distance[:, row] = np.linalg.norm(v, axis=1) / np.sqrt(width)
         moves.append((v * sd)[tested])
-    all_worst, _ = null_space_test(np.concatenate(moves), Psi(rm, natural, depth, chosen).change, eps)
+    all_worst, _ = null_space_test(np.concatenate(moves), Psi(rm, natural, depth, chosen.tolist()).change, eps)
     natural_worst = all_worst[: len(natural_tested)]
     worst[tested] = all_worst[len(natural_tested) :].reshape(n_rows, len(tested)).T
     subsets = sorted(set(natural.subsets[chosen]))
@@ -241,9 +241,7 @@ def _of_sites(
         distance, baseline, p, which = _nearest_class(states, compared, n_permutations, seed)
         nearer.append(which)
         worst = planes.worst[:, row][~np.isnan(planes.worst[:, row])]
-        spread = heterogeneity(run.effects[:, row], contexts, prompts)
-        if np.abs(run.effects[:, row]).max() <= rm.noise_floor:
-            spread = Heterogeneity(*[np.nan] * 5, spread.n_contexts, "no I2 of effects under the noise floor")
+        spread = heterogeneity(run.effects[:, row], contexts, prompts, floor=rm.noise_floor)
         reasons += [spread.reason] if spread.reason else []
         rows.append([
             run.effects[:, row].mean(), distance, baseline, distance / baseline, p, p,

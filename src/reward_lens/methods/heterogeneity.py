@@ -32,11 +32,17 @@ class Heterogeneity:
     n_contexts: int
     reason: str = ""
 
+    @classmethod
+    def undefined(cls, n_contexts: int, reason: str) -> "Heterogeneity":
+        nan = float("nan")
+        return cls(nan, nan, nan, nan, nan, n_contexts, reason)
 
-def heterogeneity(values, contexts, clusters=None, level: float = 0.95) -> Heterogeneity:
+
+def heterogeneity(values, contexts, clusters=None, floor: float = 0.0, level: float = 0.95) -> Heterogeneity:
     """Heterogeneity of `values` [n] over `contexts` [n]; rows of one cluster [n] are averaged first.
 
-    Undefined with fewer than two contexts of `FEWEST_PROMPTS` clusters, or where a context has no scatter.
+    Undefined with fewer than two contexts of `FEWEST_PROMPTS` clusters, where a context has no scatter, or where no
+    value is larger than `floor`.
     """
     from scipy.special import ncfdtrinc
     from statsmodels.stats.oneway import anova_oneway
@@ -49,11 +55,14 @@ def heterogeneity(values, contexts, clusters=None, level: float = 0.95) -> Heter
         means = [values[inside & (clusters == c)].mean() for c in np.unique(clusters[inside])]
         if len(means) >= FEWEST_PROMPTS:
             groups.append(np.array(means))
-    k, undefined = len(groups), (np.nan,) * 5
+    k = len(groups)
     if k < 2:
-        return Heterogeneity(*undefined, k, f"{k} contexts (subsets) with {FEWEST_PROMPTS} prompts; I2 needs two")
+        reason = f"{k} contexts (subsets) with {FEWEST_PROMPTS} prompts; I2 needs two"
+        return Heterogeneity.undefined(k, reason)
+    if np.abs(values).max() <= floor:
+        return Heterogeneity.undefined(k, "no I2 of effects under the noise floor")
     if min(np.ptp(group) for group in groups) == 0:
-        return Heterogeneity(*undefined, k, "a context in which every effect is the same has no weight")
+        return Heterogeneity.undefined(k, "a context in which every effect is the same has no weight")
     test = anova_oneway(groups, use_var="unequal", welch_correction=True)
     f, df, rest = float(test.statistic), float(test.df_num), float(test.df_denom)
     q = df * f

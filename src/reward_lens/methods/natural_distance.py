@@ -8,9 +8,9 @@ self-pairs included (the V-statistic), which biases D upwards by E|y - y'| (1/n 
 baseline is the same quantity between *disjoint* natural subsets of the *same sizes*, and the ratio of an ordinary set
 is about 1.
 
-The natural states that give mean and SD must be none of those compared. States inside their own standardisation lie
-closer together than any others, by about 2/n of the squared distance in every coordinate; with more than some hundred
-coordinates that alone is seen as a difference.
+The natural states that give mean and SD must be none of those compared: states inside their own standardisation lie
+closer together than others, by some 2/n of the squared distance in every coordinate. With 20 against 30 states of 512
+coordinates that alone rejects .18 of the time at a nominal .05 (.05 with a scale from 30 others).
 
 The p-value relabels which states were intervened on. It is exact for independent states: one a prompt. What it cannot
 show: how the sets differ, or that the difference matters to the reward.
