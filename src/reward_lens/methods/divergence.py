@@ -129,7 +129,7 @@ def divergence(
     of_class = natural_class or ("both" if mode in ("noise", "denoise") else "chosen")
     rng = np.random.default_rng(seed)
     natural = natural_states(rm, natural_pairs, depth, of_class, rng)
-    _require_enough(pairs, natural_pairs, natural, n_neighbours, min_evaluation)
+    _require_enough(pairs, natural_pairs, natural, n_neighbours, n_evaluation, min_evaluation)
     units = Units(rm, sites, depth, natural.tokens, natural.reference)
     run = downstream(rm, pairs, plan, depth, units)
     planes = _off_planes(rm, natural, run, depth, n_neighbours, variance, n_evaluation, n_tested, eps, rng)
@@ -290,8 +290,9 @@ def _settings_of(effects: Result) -> tuple[Any, str, str]:
 
 
 def _require_enough(
-    pairs: data.Pairs, natural_pairs: data.Pairs, natural: NaturalStates, n_neighbours: int, min_evaluation: int
-) -> None:
+    pairs: data.Pairs, natural_pairs: data.Pairs, natural: NaturalStates, n_neighbours: int, n_evaluation: int,
+    min_evaluation: int,
+) -> None:  # fmt: skip
     """Raise where the data cannot answer, with the number that would do."""
     n = len(natural.states)
     others = n - max(int((natural.prompts == prompt).sum()) for prompt in set(natural.prompts))
@@ -300,7 +301,7 @@ def _require_enough(
         (natural_pairs.n_prompts, 2 * stats.FEWEST, "natural prompts", "pass natural pairs of more prompts"),
         (others, n_neighbours, "natural states of other prompts, to be the neighbours of one",
          "pass more natural pairs, or a smaller n_neighbours"),
-        (n, min_evaluation, "natural states to evaluate on", "pass more natural pairs, or a smaller min_evaluation"),
+        (min(n, n_evaluation), min_evaluation, "natural states to evaluate on", "pass more natural pairs, or a smaller min_evaluation"),
     ]  # fmt: skip
     for found, needed, what, do in needs:
         if found < needed:
