@@ -301,7 +301,8 @@ def _require_enough(
         (natural_pairs.n_prompts, 2 * stats.FEWEST, "natural prompts", "pass natural pairs of more prompts"),
         (others, n_neighbours, "natural states of other prompts, to be the neighbours of one",
          "pass more natural pairs, or a smaller n_neighbours"),
-        (min(n, n_evaluation), min_evaluation, "natural states to evaluate on", "pass more natural pairs, or a smaller min_evaluation"),
+        (min(n, n_evaluation), min_evaluation, "natural states to evaluate on",
+         "pass more natural pairs, or a smaller min_evaluation"),
     ]  # fmt: skip
     for found, needed, what, do in needs:
         if found < needed:
