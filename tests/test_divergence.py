@@ -206,7 +206,7 @@ def test_states_and_units_equal_plain_hooks():
     plan = Interchange(rm, [site], "noise", "final", natural)
     known = natural_states(rm, natural, 3, "both", np.random.default_rng(0))
     units = Units(rm, [site], 3, known.tokens, known.reference)
-    run = downstream(rm, pairs, plan, 3, units)
+    run = downstream(rm, pairs, plan, 3, units, spread=1.0)
     ((chosen, rejected),) = rm.tokenize_pairs(pairs)
     model, seen = rm.module.model, {}
 

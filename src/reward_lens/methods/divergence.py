@@ -131,7 +131,7 @@ def divergence(
     natural = natural_states(rm, natural_pairs, depth, of_class, rng)
     _require_enough(pairs, natural_pairs, natural, n_neighbours, n_evaluation, min_evaluation)
     units = Units(rm, sites, depth, natural.tokens, natural.reference)
-    run = downstream(rm, pairs, plan, depth, units)
+    run = downstream(rm, pairs, plan, depth, units, float(natural.rewards.std(ddof=1)))
     planes = _off_planes(rm, natural, run, depth, n_neighbours, variance, n_evaluation, n_tested, eps, rng)
     if by == "pair":
         table, nearer, reasons = _of_pairs(run, planes), None, []

@@ -146,12 +146,15 @@ class Downstream:
     hidden: Float[np.ndarray, "pair row"]
     """Share of the units after the site that are outside their natural range."""
     gap: float
-    """Largest distance of a row's reward from that of its pre-norm residual, of the pair's largest reward."""
+    """Largest distance of a row's reward from that of its pre-norm residual, over the larger of the pair's largest
+    reward and `spread`."""
 
 
 @torch.no_grad()
-def downstream(rm: RewardModel, pairs: data.Pairs, plan: Interchange, depth: int, units: Units) -> Downstream:
-    """Run every pair with each site changed."""
+def downstream(
+    rm: RewardModel, pairs: data.Pairs, plan: Interchange, depth: int, units: Units, spread: float
+) -> Downstream:
+    """Run every pair with each site changed. `spread` is the SD of the reward."""
     states, effects, hidden, gaps = [], [], [], []
     firsts = [*units.first, min(units.first)]
     for pair, tokens in zip(pairs, rm.tokenize_pairs(pairs), strict=True):
@@ -163,8 +166,8 @@ def downstream(rm: RewardModel, pairs: data.Pairs, plan: Interchange, depth: int
         rewards = out.rewards[: len(rows)]
         clean = out.clean.expand(len(out.rewards))[: len(rows)]
         given = rm.readout.reward(out.states[rm.n_layers][: len(rows)]).double().cpu()
-        size = float(torch.cat([rewards, clean]).abs().max())
-        gaps.append(float((given - rewards).abs().max()) / (size or 1.0))
+        size = max(spread, float(torch.cat([rewards, clean]).abs().max()))
+        gaps.append(float((given - rewards).abs().max()) / size)
         after = torch.cat([out.states[depth][: len(rows)], out.clean_states[depth][None]])
         states.append(after.float().cpu().numpy())
         effects.append([*plan.effect(clean, rewards).tolist(), 0.0])
