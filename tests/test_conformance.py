@@ -9,6 +9,7 @@ import torch
 
 import reward_lens as rl
 from families import FAMILIES, STRUCTURES, TEXT_PAIRS, tiny_model
+from planted import planted_pairs
 from reference.loops import plain_contributions, plain_lens
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -191,6 +192,8 @@ def test_e10_nothing_is_left_behind_or_printed(family, dtype, capfd):
     assert fingerprint(rm) == before
 
 
+NATURAL = [rl.Pair(*texts) for texts in {t[0]: t for t in planted_pairs("length", 40)}.values()][:16]
+FEW = {"n_neighbours": 10, "min_evaluation": 10, "n_permutations": 49}
 METHODS = {
     "lens": lambda rm, pairs: rl.reward_lens(rm, pairs),
     "lens, all": lambda rm, pairs: rl.reward_lens(rm, pairs, at="all"),
@@ -209,6 +212,8 @@ METHODS = {
     "leave one out": lambda rm, pairs: rl.token_attribution(rm, pairs, method="leave_one_out"),
     "by word": lambda rm, pairs: rl.token_attribution(rm, pairs, method="truncate", by="word"),
     "intervene": lambda rm, pairs: rl.intervene(rm, pairs, {"L1.attn": rl.zeros()}),
+    "divergence": lambda rm, pairs: rl.divergence(rm, pairs, ["L1.attn"], NATURAL, **FEW),
+    "counterfactual": lambda rm, pairs: rl.counterfactual_patch(rm, pairs, ["L1.attn"], NATURAL, n_natural=5),
     "score": lambda rm, pairs: rm.score_pairs(pairs),
     "vocabulary": lambda rm, pairs: rl.vocab_alignment(rm),
     "ov": lambda rm, pairs: rl.ov_pull(rm),

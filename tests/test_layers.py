@@ -25,6 +25,8 @@ SIBLINGS = tuple(f"methods.{name}" for name in (
     "contributions", "lens", "effects", "sae",
     # what several methods share: Results of pairs, cuts of the writes, words and sentences, paths of embeddings
     "paired", "splits", "source_tokens", "units", "embedding_paths", "removals",
+    # divergence: values that are exchanged, states further down, and what they are measured by
+    "interchange", "downstream", "natural_distance", "off_manifold", "heterogeneity",
     # what patching methods share: rows of a sweep, reference sets, and the ways to an effect
     "effect_cells", "ablations", "direct", "estimators",
 ))  # fmt: skip

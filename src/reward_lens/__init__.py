@@ -42,6 +42,8 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.methods.accuracy import length_partial as length_partial
     from reward_lens.methods.accuracy import ranking as ranking
     from reward_lens.methods.contributions import contributions as contributions
+    from reward_lens.methods.counterfactual import counterfactual_patch as counterfactual_patch
+    from reward_lens.methods.divergence import divergence as divergence
     from reward_lens.methods.effects import effects as effects
     from reward_lens.methods.lens import crystallization_depth as crystallization_depth
     from reward_lens.methods.lens import random_weight_copy as random_weight_copy
@@ -78,6 +80,8 @@ _HOME = {
     "engine.intervention": ("add", "constant", "from_run", "intervene", "mean_of", "project_out", "zeros"),
     "methods.accuracy": ("accuracy", "calibration", "length_partial", "ranking"),
     "methods.contributions": ("contributions",),
+    "methods.counterfactual": ("counterfactual_patch",),
+    "methods.divergence": ("divergence",),
     "methods.effects": ("effects",),
     "methods.lens": ("crystallization_depth", "random_weight_copy", "reward_lens"),
     "methods.style": ("style_matrix", "style_summary"),

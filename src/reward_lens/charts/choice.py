@@ -83,7 +83,7 @@ def schema_version() -> str:
 def kind(result: Result) -> str:
     """The form of a result: tokens, calibration, scores, lines, components, grid, list or table."""
     dims, coords = set(result.value.dims), result.dataset.coords
-    if result.value.dtype.kind not in "fiu" or "check" in dims:
+    if result.value.dtype.kind not in "fiu" or dims & {"check", "measure"}:  # measures differ in unit
         return "table"
     if "position" in dims and "piece" in coords:
         return "tokens"

@@ -38,8 +38,8 @@ def paired_result(
     summary = {}
     if interval:
         over = stats.mean_interval(value.values, [p.prompt_key for p in pairs], seed=seed)
-        own = [name for name, coord in value.coords.items() if "pair" in coord.dims]
-        rest = value.isel(pair=0).drop_vars(own)
+        of_pairs = [name for name, coord in value.coords.items() if "pair" in coord.dims]
+        rest = value.drop_vars(of_pairs).isel(pair=0)
         summary = {key: rest.copy(data=np.asarray(getattr(over, key))) for key in ("mean", "low", "high")}
         meta["interval"] = {"level": 0.95, "unit": "prompt", "method": over.method}
     return Result(
