@@ -21,7 +21,7 @@ from reward_lens import data
 from reward_lens.engine.activations import CHUNK_BYTES, capture
 from reward_lens.engine.intervention import Source, add
 from reward_lens.engine.patching import Edit, Row, patch_rows
-from reward_lens.engine.run import out_map, require_site
+from reward_lens.engine.places import out_map, require_site
 from reward_lens.errors import StructureError
 from reward_lens.methods.interchange import Interchange, first_mlp
 from reward_lens.methods.natural_distance import Standard, natural_standard

@@ -19,7 +19,7 @@ from reward_lens import data
 from reward_lens.engine.activations import Activations, capture, positions_of
 from reward_lens.engine.intervention import Source, constant, zeros
 from reward_lens.engine.patching import Edit
-from reward_lens.engine.run import require_site
+from reward_lens.engine.places import require_site
 from reward_lens.errors import DataError
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site

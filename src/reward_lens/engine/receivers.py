@@ -1,0 +1,60 @@
+"""What a part of a block gives when its input is moved, everything else being as in the clean run."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from reward_lens.engine import hooks
+from reward_lens.engine.attention_tap import AttentionTap
+from reward_lens.engine.editing import IN_ATTENTION, Edit, Placed, block_hooks, edited
+from reward_lens.engine.intervention import Source
+from reward_lens.engine.patching import grown
+from reward_lens.model.forward import Recording
+from reward_lens.model.reward_model import RewardModel
+from reward_lens.model.sites import Site
+
+Move = tuple[Sequence[int], Tensor]
+"""Positions, and what is added to the residual stream there, [pos, d_model]."""
+
+
+@torch.no_grad()
+def received(
+    rm: RewardModel, recording: Recording, start: int, layer: int, kinds: Sequence[str], moves: Sequence[Move]
+) -> dict[str, Tensor]:
+    """One run of block `layer` with a row for every move of what the receivers read.
+
+    `kinds`: "attn", "q", "k", "v" read the block's input, which is moved; "mlp" reads the residual between the two
+    writes (in parallel blocks the block's input too). `start` is the first position of the recorded pass.
+    Returns [move, pos, ...] a kind, from `start` on. One call takes kinds that read the same input.
+    """
+    reads_middle = kinds == ["mlp"] and not rm.structure.parallel
+    site = Site("attn" if reads_middle else "resid_pre", layer)
+    placed = [
+        Placed(Edit(site, positions, _moved(delta)), row, row, -start) for row, (positions, delta) in enumerate(moves)
+    ]
+    clean = recording.resid(layer)
+    x = clean.expand(len(moves), -1, -1)
+    x = x if reads_middle else edited(x, placed)
+    kept: dict[str, Tensor] = {}
+    tap = AttentionTap(rm, wanted=[Site(kind, layer) for kind in kinds if kind in IN_ATTENTION])
+    made = block_hooks(rm, (x.shape[0], x.shape[1]), placed if reads_middle else [])
+    for kind in kinds:
+        if kind not in IN_ATTENTION:
+            made.append(hooks.read_output(rm.trunk.writers[kind][layer], _keep(kept, kind, x.shape, rm)))
+    args, kwargs = grown(rm, *hooks.with_first_input(*recording.calls[layer], x), x.shape[0])
+    with hooks.attached([*tap.hooks(), *made]), tap.active():
+        rm.trunk.blocks[layer](*args, **kwargs)
+    like = rm.readout.weight
+    return kept | {s.kind: t.to(like) for s, t in tap.seen.items()}
+
+
+def _moved(delta: Tensor) -> Source:
+    return Source("move", lambda x, site, run, positions: x + delta.to(x))
+
+
+def _keep(kept: dict, kind: str, shape, rm: RewardModel):
+    def keep(x: Tensor) -> None:
+        kept[kind] = x.reshape(shape).to(rm.readout.weight) * rm.trunk.write_scale
+
+    return keep
