@@ -109,7 +109,8 @@ def test_a_heads_query_key_or_value_alone(kind):
 
     with contextlib.ExitStack() as stack, torch.no_grad():
         _hook(stack, projection, "out", put)
-        slow = rm.hf_score(EQUAL.prompt, EQUAL.chosen) - _run(rm, chosen)
+        patched = _run(rm, chosen)
+    slow = rm.hf_score(EQUAL.prompt, EQUAL.chosen) - patched
     path = rl.path_effects(rm, [EQUAL], ["L0.mlp"], [f"L1.{kind.upper()}1"], at="all").value
     assert abs(slow) > 1e-4 and abs(float(path[0, 0, 0]) - slow) < 2e-5
 

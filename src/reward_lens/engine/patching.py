@@ -55,6 +55,14 @@ class Patched:
     """{depth: [d_model]}"""
     start: int
     """First position that was run; what is before came from its keys and values."""
+    alone: float
+    """Reward of the recorded pass, in which the text ran by itself."""
+
+    def clean_gap(self, *rewards: float) -> float:
+        """Largest distance of a clean row from the text's reward alone, over the scale of effects: the larger of that
+        reward, the `rewards` it is compared with, and the largest change."""
+        size = max(abs(self.alone), *map(abs, rewards), float(self.change.abs().max()))
+        return float((self.clean - self.alone).abs().max()) / max(size, 1e-12)
 
     @property
     def change(self) -> Float[Tensor, " row"]:
@@ -173,6 +181,8 @@ class _Collected:
 
     def __init__(self, n: int, rm: RewardModel, recording: Recording, at: int, depths: list[int]):
         self.rm, like = rm, rm.readout.weight
+        final = recording.last[:, at].to(like)
+        self.alone = float(rm.readout.reward(final)[0])
         self.clean_final, self.final = (like.new_empty(n, like.shape[0]) for _ in range(2))
         self.clean_states = {d: recording.resid(d)[0, at].to(like) for d in depths}
         self.states = {d: s.repeat(n, 1) for d, s in self.clean_states.items()}
@@ -194,7 +204,9 @@ class _Collected:
             self.states[depth][[rows[i] for i in which]] = state.to(self.final)
 
     def patched(self, start: int) -> Patched:
-        return Patched(self.clean, self.rewards, self.final, self.clean_final, self.states, self.clean_states, start)
+        return Patched(
+            self.clean, self.rewards, self.final, self.clean_final, self.states, self.clean_states, start, self.alone
+        )
 
 
 def grown(rm: RewardModel, args: tuple, kwargs: dict, rows: int) -> tuple[tuple, dict]:

@@ -114,9 +114,7 @@ def ablated_pair(
     each = np.full((len(sites), len(cells.groups), len(draws)), np.nan)
     each[tuple(np.array(index).T)] = -change
     spread = each.std(-1, ddof=1) if len(draws) > 1 else np.zeros(each.shape[:2])
-    reward = float(rm.readout.reward(out.clean_final[:1])[0])
-    gap = float((out.clean - reward).abs().max()) / max(abs(reward), float(np.abs(change).max()), 1e-12)
-    return cells, each.mean(-1), spread, gap
+    return cells, each.mean(-1), spread, out.clean_gap()
 
 
 def _source(rm, ablation: Ablation, prompt: str, text: Tokens, site: Site, positions, drawn) -> Source:
