@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -c constraints.txt
 
-.PHONY: setup report test test-full conformance bench docs lint
+.PHONY: setup report test test-full conformance bench bench-effects docs lint
 
 setup: .venv/.setup
 
@@ -44,6 +44,11 @@ conformance: .venv/.setup
 
 bench: .venv/.setup
 	$(BIN)/python benchmarks/spine.py
+
+# PEERS: --peer reward-lens=PYTHON --peer nnsight=PYTHON ..., each the interpreter of its own environment.
+PEERS ?=
+bench-effects: .venv/.setup
+	$(BIN)/python benchmarks/effects.py --work out/bench $(PEERS)
 
 docs: .venv/.docs
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
