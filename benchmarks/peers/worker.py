@@ -7,9 +7,9 @@ A system is a class with
     measure(state, names) -> [effect]      r(chosen) - r(chosen with the site's value taken from the rejected run)
 
 or, where the system has a sweep of its own, `sweep(pair, sites, at) -> {name: effect}` in place of the last two.
-`sites` is "components" or "heads", `at` is "final" (the reward position) or "all". `cannot(sites, at)` gives the reason if the
-system has no such thing. Sites are named "L3.attn", "L3.mlp", "L3.H5". A pair has `prompt`, `chosen` and `rejected` as
-texts and their token ids under `ids`.
+`sites` is "components" or "heads", `at` is "final" (the reward position) or "all". `cannot(sites, at)` gives the
+reason if the system has no such thing. Sites are named "L3.attn", "L3.mlp", "L3.H5". A pair has `prompt`, `chosen`
+and `rejected` as texts and their token ids under `ids`.
 """
 
 import gc
