@@ -28,6 +28,10 @@ def steps(rm: "rl.RewardModel", pairs: "rl.Pairs", few: int = FEW) -> Iterator[t
     yield "crystallization", rl.crystallization_depth(rm, some, control_seeds=1)
     if rm.structure.attn_out is not None:
         yield "heads", rl.contributions(rm, some, by="head")
+    yield "effects", rl.effects(rm, pairs, path="direct")
+    if rm.structure.attn_out is not None:
+        yield "head_effects", rl.effects(rm, some, "heads")
+    yield "knockout", rl.attention_knockout(rm, some, "sentence")
     yield "vocabulary", rl.vocab_alignment(rm, top=15)
     yield "tokens_truncate", rl.token_attribution(rm, some, method="truncate")
     yield "words_leave_one_out", rl.token_attribution(rm, some, method="leave_one_out", by="word")

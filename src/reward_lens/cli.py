@@ -26,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 out, err = Console(), Console(stderr=True)
+COLUMNS = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
 
 Model = Annotated[str, typer.Argument(help="'demo', a hub id, a folder or a PEFT adapter.")]
 PairsFile = Annotated[str, typer.Argument(help="'demo', a .jsonl, .json, .parquet or .csv file, or a hub id.")]
@@ -136,6 +137,29 @@ def attribute(
     show(rl.contributions(rm, rl.load_pairs(pairs, split=split, limit=limit), by=cast(Any, by)), as_json, save, top)
 
 
+@app.command(epilog="Example: reward-lens patch demo demo --sites heads --mode denoise --top 10")
+@refusals
+def patch(
+    model: Model = "demo", pairs: PairsFile = "demo", sites: str = "components", mode: str = "noise",
+    at: str = "final", path: str = "total", estimator: str = "exact",
+    align: Annotated[str | None, typer.Option(help="'tail' or 'diff', for responses of different length.")] = None,
+    top: int = 10, split: Split = None, limit: Limit = None, objective: Objective = None,
+    truncation: Truncation = None, as_json: AsJson = False, save: Save = None,
+):  # fmt: skip
+    """The causal effect of sites on the reward. SITES: components, heads, residual, or names such as L3.H5,L4.mlp."""
+    rm, data = load(model, objective, truncation), rl.load_pairs(pairs, split=split, limit=limit)
+    named: Any = sites if sites in ("components", "heads", "residual") else sites.split(",")
+    options: Any = {"mode": mode, "at": at, "path": path, "estimator": estimator, "align": align}
+    with Progress(*COLUMNS, console=err) as bar:
+        task = bar.add_task("Patching", total=len(data))
+        show(
+            rl.effects(rm, data, named, **options, progress=lambda n, _: bar.update(task, completed=n)),
+            as_json,
+            save,
+            top,
+        )
+
+
 @app.command(epilog="Example: reward-lens report demo demo -o out/")
 @refusals
 def report(
@@ -148,8 +172,7 @@ def report(
 
     rm, data = load(model, objective, truncation), rl.load_pairs(pairs, split=split, limit=limit)
     results = {}
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err) as progress:
+    with Progress(*COLUMNS, console=err) as progress:
         task = progress.add_task(f"{len(data)} pairs", total=None)
         for name, result in steps(rm, data):
             results[name] = result

@@ -128,7 +128,8 @@ def panels(result: Result) -> list[Panel]:
         "grid": (dims[:2], forms.grid),
         "list": (sorted(dims, key=lambda d: -data.sizes[d])[:2], forms.listing),
     }[form]
-    return _split(result, data, main, build)
+    across = forms.scatter(result, data) if {"part", "component"} <= set(data["value"].dims) else []
+    return across + _split(result, data, main, build)
 
 
 def _summary(result: Result) -> xr.Dataset:

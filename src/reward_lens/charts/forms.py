@@ -105,10 +105,28 @@ def components(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Data
         part = part.assign_coords(row_=("component", row[members]))
         table = frame(part, x="layer", y="row_", label="component")
         out.append(Panel(title, _heat(table, unit_of(result, data), "layer", name, "component", limits)))
-    if not blocks.all():
+    if not blocks.all() and (not out or data["value"].values[~blocks].any()):  # zeros are drawn only if all there is
         outside = listing(result, data.isel(component=~blocks), dims, whole.isel(component=~blocks))
         out += [dataclasses.replace(panel, title="Outside the blocks" if out else "") for panel in outside]
     return out
+
+
+def scatter(result: Result, data: xr.Dataset) -> list[Panel]:
+    """What every component does directly against what it does in all, where a result has both parts."""
+    if not {"direct", "total"} <= set(data["part"].values):
+        return []
+    direct, total = (data["value"].sel(part=part, drop=True) for part in ("direct", "total"))
+    both = total.to_dataset(name="value").assign(direct=direct)
+    table, unit = frame(both, label="component", x="direct", series="kind"), unit_of(result, data)
+    names = list(dict.fromkeys(table["series"]))
+    base = alt.Chart(rows(table)).mark_point(style="dot", filled=True)
+    drawn = base.encode(
+        x=alt.X("x:Q", title=f"direct, {unit}", scale=alt.Scale(domain=span(direct.to_dataset(name="value")))),
+        y=alt.Y("value:Q", title=f"total, {unit}", scale=alt.Scale(domain=span(total.to_dataset(name="value")))),
+        color=alt.Color("series:N", scale=alt.Scale(domain=names, range="category"), legend=_legend(names)),
+        tooltip=tooltip(table, {"label": "component", "x": "direct", "value": "total"}),
+    )
+    return [Panel("Direct against total", layered([zero("x"), zero("y"), drawn], 320), "A dot is one component.")]
 
 
 def in_blocks(data: xr.Dataset) -> np.ndarray:

@@ -57,12 +57,8 @@ class Patched:
     """First position that was run; what is before came from its keys and values."""
     alone: float
     """Reward of the recorded pass, in which the text ran by itself."""
-
-    def clean_gap(self, *rewards: float) -> float:
-        """Largest distance of a clean row from the text's reward alone, over the scale of effects: the larger of that
-        reward, the `rewards` it is compared with, and the largest change."""
-        size = max(abs(self.alone), *map(abs, rewards), float(self.change.abs().max()))
-        return float((self.clean - self.alone).abs().max()) / max(size, 1e-12)
+    clean_gap: float
+    """Largest distance of a clean row from that, over the scale of effects."""
 
     @property
     def change(self) -> Float[Tensor, " row"]:
@@ -204,8 +200,18 @@ class _Collected:
             self.states[depth][[rows[i] for i in which]] = state.to(self.final)
 
     def patched(self, start: int) -> Patched:
+        size = self.rm.effect_scale(self.alone, float((self.rewards - self.clean).abs().max()))
+        gap = float((self.clean - self.alone).abs().max()) / size
         return Patched(
-            self.clean, self.rewards, self.final, self.clean_final, self.states, self.clean_states, start, self.alone
+            self.clean,
+            self.rewards,
+            self.final,
+            self.clean_final,
+            self.states,
+            self.clean_states,
+            start,
+            self.alone,
+            gap,
         )
 
 

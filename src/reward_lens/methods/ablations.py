@@ -114,7 +114,7 @@ def ablated_pair(
     each = np.full((len(sites), len(cells.groups), len(draws)), np.nan)
     each[tuple(np.array(index).T)] = -change
     spread = each.std(-1, ddof=1) if len(draws) > 1 else np.zeros(each.shape[:2])
-    return cells, each.mean(-1), spread, out.clean_gap()
+    return cells, each.mean(-1), spread, out.clean_gap
 
 
 def _source(rm, ablation: Ablation, prompt: str, text: Tokens, site: Site, positions, drawn) -> Source:

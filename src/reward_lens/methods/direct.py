@@ -71,12 +71,12 @@ def direct_effects(
         ablation = prepare_ablation(rm, pairs, sites, mode, settings["at"], reference, n_draws, seed)
         settings["reference"] = ablation.name
     found = [_of_pair(rm, writes, pair, mode, ablation) for pair in pairs]
-    frozen, live = (np.stack(part) for part in zip(*found, strict=True))  # [pair(, side), site]
+    frozen, live, sizes = (np.stack(part) for part in zip(*found, strict=True))  # [pair(, side), site], [pair]
     totals = total.value.values
     values = np.stack([frozen, live - frozen, totals - live, totals], -1)
     if mode in ("mean", "resample", "zero"):
         values[:, 2] = values[:, 0] - values[:, 1]
-    checks = [c for c in total.checks if c.name == "clean row"] + _last_write(rm, pairs, sites, values)
+    checks = [c for c in total.checks if c.name == "clean row"] + _last_write(rm, sizes, sites, values)
     dims = (*total.value.dims, "part")
     settings["norm"] = "frozen and live, apart"
     return paired_result(
@@ -124,10 +124,13 @@ class Writes:
         return acts[site][run]
 
 
-def _of_pair(rm, writes: Writes, pair, mode: str, ablation: Ablation | None) -> tuple[np.ndarray, np.ndarray]:
-    """Frozen and live direct effects of one pair: [site], or [side, site] for ablations (the margin is left empty)."""
+def _of_pair(rm, writes: Writes, pair, mode: str, ablation: Ablation | None) -> tuple[np.ndarray, ...]:
+    """Frozen and live direct effects of one pair: [site], or [side, site] for ablations (the margin is left empty); and
+    the scale of the head's sum."""
     acts = capture(rm, [pair], writes.needed)
     h = acts[Site("resid_post", rm.n_layers - 1)]
+    # As for the lens: the sizes of what the head sums, not of the sum, which may be near zero.
+    size = float(((rm.readout.norm(h) * rm.readout.weight).abs().sum(-1) + rm.readout.bias.abs()).max())
     u = rm.readout.direction(h).u
     if ablation is None:
         base, source, sign = (0, 1, 1) if mode == "noise" else (1, 0, -1)
@@ -135,7 +138,7 @@ def _of_pair(rm, writes: Writes, pair, mode: str, ablation: Ablation | None) -> 
         frozen = sign * (cross[base] - cross[source])
         new = [writes.value(s, acts, source) for s in writes.sites]
         live = sign * _live(rm, writes, acts, h, base, new)
-        return frozen.cpu().numpy(), live.cpu().numpy()
+        return frozen.cpu().numpy(), live.cpu().numpy(), np.array(size)
     sides = []
     for run in (0, 1):
         own = writes.dots(acts, u)[run]
@@ -147,7 +150,7 @@ def _of_pair(rm, writes: Writes, pair, mode: str, ablation: Ablation | None) -> 
         sides.append((frozen.cpu().numpy(), live.cpu().numpy()))
     empty = np.full_like(sides[0][0], np.nan)
     frozen, live = (np.stack([sides[0][k], sides[1][k], empty]) for k in (0, 1))
-    return frozen, live
+    return frozen, live, np.array(size)
 
 
 def _against_references(rm, writes, ablation, pair, acts, h, u, run, own):
@@ -170,13 +173,12 @@ def _live(rm, writes: Writes, acts: Activations, h: Tensor, run: int, new: Seque
     return both[0] - both[1:]
 
 
-def _last_write(rm: RewardModel, pairs, sites: Sequence[Site], values: np.ndarray) -> list[Check]:
+def _last_write(rm: RewardModel, sizes: np.ndarray, sites: Sequence[Site], values: np.ndarray) -> list[Check]:
     """Nothing comes after the last MLP (in parallel blocks, after either write): its mediated part is zero."""
     last = rm.n_layers - 1
     kinds = ("mlp", "neuron", *(("attn", "head") if rm.structure.parallel else ()))
     columns = [i for i, s in enumerate(sites) if s.layer == last and s.kind in kinds]
     if not columns:
         return []
-    rewards = np.abs(rm.score_pairs(pairs).value.values).max(1)
-    mediated = np.abs(values[..., columns, 2]).reshape(len(rewards), -1).max(1)
-    return [Check("last write is not mediated", float((mediated / rewards).max()), 2e-2 if rm.sixteen_bit else 1e-5)]
+    mediated = np.abs(values[..., columns, 2]).reshape(len(sizes), -1).max(1)
+    return [Check("last write is not mediated", float((mediated / sizes).max()), 2e-2 if rm.sixteen_bit else 1e-5)]

@@ -23,7 +23,7 @@ from reward_lens import data
 from reward_lens.engine.alignment import align as aligned
 from reward_lens.engine.patching import patch_rows
 from reward_lens.engine.places import require_site
-from reward_lens.engine.runs import TextRun, run_pair
+from reward_lens.engine.runs import run_pair
 from reward_lens.errors import DataError
 from reward_lens.methods.ablations import ablated_pair, prepare_ablation
 from reward_lens.methods.effect_cells import Cells, Spans, cells_of, exchange_rows, sites_of, span_coords
@@ -148,11 +148,12 @@ def _exchanged(rm, pairs, sites, settings, spans, max_rows, progress) -> Found:
             out = patch_rows(rm, base.tokens, rows, known=base.keys, max_rows=max_rows)
             change = _change(rm, out, settings["norm"])
             values[tuple(np.array(index).T)] = -change if mode == "noise" else change
-            found.gaps.append(_clean_gap(out.clean, base, source))
+            size = rm.effect_scale(base.reward, source.reward, base.reward - source.reward)
+            found.gaps.append(float((out.clean - base.reward).abs().max()) / size)
         margin = runs[0].reward - runs[1].reward
         last = Site("resid_post", rm.n_layers - 1)
         if last in sites and spans is None and settings["norm"] == "live" and where.base:
-            size = max(abs(runs[0].reward), abs(runs[1].reward), abs(margin))
+            size = rm.effect_scale(runs[0].reward, runs[1].reward, margin)
             if where.base[-1] == base.tokens.reward_pos and where.source[-1] == source.tokens.reward_pos:
                 found.closing.append(abs(values[sites.index(last), 0] - margin) / size)
         found.values.append(values)
@@ -239,11 +240,6 @@ def _change(rm: RewardModel, out, norm: str) -> np.ndarray:
         return out.change.numpy()
     direction = rm.readout.direction(out.clean_final)
     return ((out.final.double() - out.clean_final.double()) * direction.u.double()).sum(-1).cpu().numpy()
-
-
-def _clean_gap(clean, base: TextRun, source: TextRun) -> float:
-    size = max(abs(base.reward), abs(source.reward), abs(base.reward - source.reward))
-    return float((clean - base.reward).abs().max()) / size
 
 
 def _padded(values: np.ndarray, width: int) -> np.ndarray:

@@ -119,7 +119,7 @@ def _of_text(
         source = without(span)
         rows.append(tuple(Edit(Site("pattern", layer), readers, source) for layer in blocks))
     out = patch_rows(rm, text, rows, max_rows=max_rows)
-    return -out.change.numpy(), out.clean_gap()
+    return -out.change.numpy(), out.clean_gap
 
 
 def _units(rm: RewardModel, pair, side: int, text: Tokens, spans) -> list[Unit]:

@@ -120,7 +120,7 @@ def _of_pair(
     stop = base.tokens.reward_pos + 1
     recording = record(rm.trunk, suffix_batch(base.tokens, start, rm.device, stop), past=past)
     clean = float(rm.readout.reward(recording.last[:, base.tokens.reward_pos - start].to(rm.readout.weight))[0])
-    gap = abs(clean - base.reward) / max(abs(base.reward), abs(source.reward), abs(base.reward - source.reward))
+    gap = abs(clean - base.reward) / rm.effect_scale(base.reward, source.reward, base.reward - source.reward)
     rows, cells = [], []
     for r, name in enumerate(receivers):
         if name == REWARD:

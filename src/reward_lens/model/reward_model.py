@@ -146,6 +146,12 @@ class RewardModel:
         gaps = self.load_report.value.sel(check=["own reward", "batching", "padding"])
         return max(float(gaps.max()), float(self.load_report.value.sel(check="own reward").tolerance) / 2)
 
+    def effect_scale(self, *rewards: float) -> float:
+        """S of the tolerances of effects: the largest of the |rewards| and margins given, and of the rewards or their
+        SD that the load report saw (the rounding of a reward that happens to be near zero is no smaller)."""
+        own = float(self.load_report.value.sel(check="own reward").tolerance) / (2e-2 if self.sixteen_bit else 1e-5)
+        return max(own, *map(abs, rewards))
+
     def tokenize(self, prompt: "str | Sequence[Mapping]", response: str) -> Tokens:
         """Tokens of a conversation: ids, pieces, spans of prompt, response and template tail, reward position."""
         return self.tokenizer.conversation(data.as_messages(prompt), response, self.truncation)
