@@ -9,7 +9,7 @@ import reward_lens as rl
 from families import TEXT_PAIRS, tiny_model
 from reward_lens.cli import app
 
-COMMANDS = ("check", "score", "accuracy", "lens", "attribute", "report")
+COMMANDS = ("check", "score", "accuracy", "lens", "attribute", "patch", "report")
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,15 @@ def test_score_is_the_models(model):
 
 @pytest.mark.parametrize(
     "arguments",
-    [("accuracy",), ("lens", "--norm", "frozen"), ("attribute",), ("attribute", "--by", "head", "--top", "3")],
+    [
+        ("accuracy",),
+        ("lens", "--norm", "frozen"),
+        ("attribute",),
+        ("attribute", "--by", "head", "--top", "3"),
+        ("patch",),
+        ("patch", "--sites", "L0.H1,L1.mlp", "--mode", "denoise", "--at", "all", "--align", "tail"),
+        ("patch", "--path", "direct"),
+    ],
 )
 def test_results_as_table_json_and_file(model, pairs, tmp_path, arguments):
     command, *options = arguments

@@ -212,6 +212,14 @@ METHODS = {
     "leave one out": lambda rm, pairs: rl.token_attribution(rm, pairs, method="leave_one_out"),
     "by word": lambda rm, pairs: rl.token_attribution(rm, pairs, method="truncate", by="word"),
     "intervene": lambda rm, pairs: rl.intervene(rm, pairs, {"L1.attn": rl.zeros()}),
+    "effects": lambda rm, pairs: rl.effects(rm, pairs),
+    "effects, heads, tail": lambda rm, pairs: rl.effects(rm, pairs, "heads", mode="denoise", at="all", align="tail"),
+    "effects, positions": lambda rm, pairs: rl.effects(rm, pairs, at="all", align="diff", spans="position"),
+    "effects, direct": lambda rm, pairs: rl.effects(rm, pairs, path="direct"),
+    "effects, mean": lambda rm, pairs: rl.effects(rm, pairs, ["L1.attn", "L2.resid_pre"], mode="mean", at="response"),
+    "effects, resample": lambda rm, pairs: rl.effects(rm, pairs, ["L1.mlp", "L1.V0"], mode="resample"),
+    "path effects": lambda rm, pairs: rl.path_effects(rm, pairs, ["embed", "L0.mlp"], ["reward", "L1.attn", "L2.Q1"]),
+    "knock-out": lambda rm, pairs: rl.attention_knockout(rm, pairs, "word"),
     "divergence": lambda rm, pairs: rl.divergence(rm, pairs, ["L1.attn"], NATURAL, **FEW),
     "counterfactual": lambda rm, pairs: rl.counterfactual_patch(rm, pairs, ["L1.attn"], NATURAL, n_natural=5),
     "score": lambda rm, pairs: rm.score_pairs(pairs),
@@ -250,7 +258,9 @@ def test_every_method_keeps_the_house_rules(family, name, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("family", STRUCTURES)
-@pytest.mark.parametrize("name", ["lens", "contributions", "by head", "by token", "truncate"])
+@pytest.mark.parametrize(
+    "name", ["lens", "contributions", "by head", "by token", "truncate", "effects", "effects, heads, tail", "knock-out"]
+)
 def test_alone_equals_in_a_batch(family, name):
     rm = model(family, torch.float32)
     together = METHODS[name](rm, PAIRS).value

@@ -119,11 +119,12 @@ def scatter(result: Result, data: xr.Dataset) -> list[Panel]:
     both = total.to_dataset(name="value").assign(direct=direct)
     table, unit = frame(both, label="component", x="direct", series="kind"), unit_of(result, data)
     names = list(dict.fromkeys(table["series"]))
+    dots = alt.Legend(values=names, title=None, symbolType="circle", symbolSize=80, symbolStrokeWidth=0)
     base = alt.Chart(rows(table)).mark_point(style="dot", filled=True)
     drawn = base.encode(
         x=alt.X("x:Q", title=f"direct, {unit}", scale=alt.Scale(domain=span(direct.to_dataset(name="value")))),
         y=alt.Y("value:Q", title=f"total, {unit}", scale=alt.Scale(domain=span(total.to_dataset(name="value")))),
-        color=alt.Color("series:N", scale=alt.Scale(domain=names, range="category"), legend=_legend(names)),
+        color=alt.Color("series:N", scale=alt.Scale(domain=names, range="category"), legend=dots),
         tooltip=tooltip(table, {"label": "component", "x": "direct", "value": "total"}),
     )
     return [Panel("Direct against total", layered([zero("x"), zero("y"), drawn], 320), "A dot is one component.")]

@@ -24,6 +24,7 @@ from reward_lens.errors import StructureError
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
 
+OUTSIDE = -1  # no block that is read or edited is running
 _PRODUCTS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
 _BIASED_PRODUCTS = (torch.baddbmm, Tensor.baddbmm)  # Bloom: alibi + q k
 
@@ -43,7 +44,7 @@ class AttentionTap(TorchFunctionMode):
         self.seen: dict[Site, Tensor] = {}
         """By site without index: [row, pos, head, head_dim], patterns [row, pos, head, key]."""
         self.reached: set[int] = set()
-        self._enter(None, None)
+        self._enter(OUTSIDE, None)
 
     def active(self) -> AbstractContextManager:
         """The context to run in; nothing is intercepted where nothing is read or edited."""
@@ -55,7 +56,7 @@ class AttentionTap(TorchFunctionMode):
 
         def entering(layer: int):
             def act(args, kwargs):
-                self._enter(layer if layer in touched else None, hooks.first_input(args, kwargs))
+                self._enter(layer if layer in touched else OUTSIDE, hooks.first_input(args, kwargs))
 
             return act
 
@@ -75,7 +76,7 @@ class AttentionTap(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if self._layer is None:
+        if self._layer == OUTSIDE:
             return func(*args, **kwargs)
         if func is functional.scaled_dot_product_attention:
             return self._fused(func, *args, **kwargs)
@@ -90,7 +91,7 @@ class AttentionTap(TorchFunctionMode):
                 return self._mixed(func, *args)
         return func(*args, **kwargs)
 
-    def _enter(self, layer: int | None, x: Tensor | None) -> None:
+    def _enter(self, layer: int, x: Tensor | None) -> None:
         self._layer, self._step = layer, 0
         self._rows, self._length = (0, 0) if x is None else (x.shape[0], x.shape[1])
 
@@ -138,7 +139,7 @@ class AttentionTap(TorchFunctionMode):
 
     def _leave(self) -> None:
         self.reached.add(self._layer)
-        self._layer = None
+        self._layer = OUTSIDE
 
     def _lay(self, x: Tensor) -> Tensor:
         """[row, head, pos, d] or [row * head, pos, d] as [row, pos, head, d]."""

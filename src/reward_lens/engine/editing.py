@@ -10,7 +10,7 @@ no subclasses of interventions; whatever gives a tensor for a tensor is a source
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,11 +28,12 @@ IN_ATTENTION = ("q", "k", "v", "pattern")
 class Source:
     """What a site's value is replaced by.
 
-    `give(current [pos, ...], site, run, positions)` returns a tensor of the same shape; `run` is the index of the text.
+    `give(current [pos, ...], site, run, positions)` returns a tensor of the same shape; `run` is the index of the text and
+    `positions` the range or list of positions that are changed.
     """
 
     name: str
-    give: Callable[[Tensor, Site, int, range], Tensor]
+    give: Callable[[Tensor, Site, int, Any], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ Reference: Wang et al. 2022, arXiv 2211.00593 (path patching); Elhage et al. 202
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,7 +78,7 @@ def direct_effects(
     if mode in ("mean", "resample", "zero"):
         values[:, 2] = values[:, 0] - values[:, 1]
     checks = [c for c in total.checks if c.name == "clean row"] + _last_write(rm, sizes, sites, values)
-    dims = (*total.value.dims, "part")
+    dims = (*map(str, total.value.dims), "part")
     settings["norm"] = "frozen and live, apart"
     return paired_result(
         rm, "effects", pairs, values, dims, {**site_coords(sites), "part": np.array(PARTS, dtype=object)},
@@ -110,7 +111,7 @@ class Writes:
         """[d_model] what the block's write gains when the site's value in `run` becomes `new`, post-norm live."""
         if site.kind not in ("head", "neuron"):
             return new - own[site][run]
-        split = self.splits[SPLIT_OF[site.kind]]
+        split: Any = self.splits[SPLIT_OF[site.kind]]
         x = own[Site(site.kind, site.layer)][run]
         changed = x.clone()
         changed[site.index] = new

@@ -138,7 +138,7 @@ def _exchanged(rm, pairs, sites, settings, spans, max_rows, progress) -> Found:
     mode, only_final = settings["mode"], settings["at"] == "final"
     for i, (pair, tokens) in enumerate(zip(pairs, rm.tokenize_pairs(pairs), strict=True)):
         # The changed run's own values are not read: the sweep computes them again beside the changed rows.
-        runs = run_pair(rm, *tokens, sites, only_final=only_final)
+        runs = run_pair(rm, tokens[0], tokens[1], sites, only_final=only_final)
         base, source = runs if mode == "noise" else runs[::-1]
         where = aligned(base.tokens, source.tokens, settings["at"], settings["align"], pair.id)
         cells = cells_of(base.tokens, where, spans, i, pair.id)

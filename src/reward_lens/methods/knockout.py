@@ -13,7 +13,7 @@ Reference: Geva et al. 2023, arXiv 2304.14767.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -125,7 +125,7 @@ def _of_text(
 def _units(rm: RewardModel, pair, side: int, text: Tokens, spans) -> list[Unit]:
     """The spans of one response, checked: not empty, before the reward position."""
     if isinstance(spans, str):
-        units = units_of(text, spans)
+        units = units_of(text, cast(By, spans))
     else:
         span = spans[pair.id][side] if pair.id in spans else None
         if span is None:

@@ -86,7 +86,7 @@ def path_effects(
     split = HeadSplit(rm) if any(s.kind == "head" for s in sent) else None
     found, gaps = [], []
     for pair, tokens in zip(pairs, rm.tokenize_pairs(pairs), strict=True):
-        runs = run_pair(rm, *tokens, sent, only_final=at == "final")
+        runs = run_pair(rm, tokens[0], tokens[1], sent, only_final=at == "final")
         base, source = runs if mode == "noise" else runs[::-1]
         where = align(base.tokens, source.tokens, at, alignment, str(pair.id))
         effects, gap = _of_pair(rm, split, sent, names, base, source, where)

@@ -44,12 +44,12 @@ class PrefixCache(Cache):
     """A Hugging Face cache that holds a prefix and is never changed by a run; see the top of the file."""
 
     def __init__(self, prefix: KeyValues, n_layers: int):
-        held = prefix.layers or (None,) * n_layers
-        super().__init__(layers=[_PrefixLayer(pair) for pair in held])
+        self.held = [_PrefixLayer(pair) for pair in prefix.layers or (None,) * n_layers]
+        super().__init__(layers=list(self.held))
 
     def seen(self) -> KeyValues:
         """Prefix and new keys and values of the last run (one row)."""
-        return KeyValues(tuple(layer.last for layer in self.layers))
+        return KeyValues(tuple(layer.last for layer in self.held))
 
 
 class _PrefixLayer(CacheLayerMixin):
@@ -58,19 +58,18 @@ class _PrefixLayer(CacheLayerMixin):
     def __init__(self, prefix: tuple[Tensor, Tensor] | None):
         super().__init__()
         self.prefix = prefix
-        self.last: tuple[Tensor, Tensor] | None = None
+        self.last: tuple[Tensor, Tensor]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        new = (key_states, value_states)
+        rows = key_states.shape[0]
         if self.prefix is not None:
-            rows = key_states.shape[0]
-            new = tuple(
-                torch.cat([held.expand(rows, -1, -1, -1), x], -2) for held, x in zip(self.prefix, new, strict=True)
-            )
-        if key_states.shape[0] == 1:
-            self.last = new
-        return new
+            keys, values = self.prefix
+            key_states = torch.cat([keys.expand(rows, -1, -1, -1), key_states], -2)
+            value_states = torch.cat([values.expand(rows, -1, -1, -1), value_states], -2)
+        if rows == 1:
+            self.last = (key_states, value_states)
+        return key_states, value_states
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to prepare."""
