@@ -28,7 +28,7 @@ IN_ATTENTION = ("q", "k", "v", "pattern")
 class Source:
     """What a site's value is replaced by.
 
-    `give(current [pos, ...], site, run, positions)` returns a tensor of the same shape; `run` is the index of the text and
+    `give(current [pos, ...], site, run, positions)` returns a tensor of the same shape; `run` is the index of the text,
     `positions` the range or list of positions that are changed.
     """
 
