@@ -38,6 +38,10 @@ SEEN_PER_BATCH = 16 * TOKENS_PER_BATCH
 """Positions attended to by the rows of one walk together: their keys and values are laid out once a row."""
 
 
+GRADIENT_TOKENS = 1024
+"""Positions of a walk with gradients: every block's activations are kept."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Patched:
     """What the rows of a sweep gave, each beside the clean row of its own batch."""
@@ -117,6 +121,38 @@ def patch_rows(
         if progress is not None:
             progress(len(some))
     return out.patched(start)
+
+
+def patch_gradients(
+    rm: RewardModel,
+    base: Tokens,
+    rows: Sequence[tuple[Edit, Tensor]],
+    *,
+    known: KeyValues = NO_PREFIX,
+    max_rows: int | None = None,
+) -> list[Tensor]:
+    """Of every row, which has one edit whose source gives a leaf: the gradient of the row's reward for that leaf.
+
+    The walk is that of `patch_rows`; its rows are fewer, since every block's activations are kept for the backward.
+    """
+    start = min(min(edit.positions) for edit, _ in rows) if rm.reuses_prefix(base) else 0
+    stop = base.reward_pos + 1
+    with torch.no_grad():
+        past = PrefixCache(keys_and_values(rm.trunk, base, start, known), rm.n_layers) if start else None
+        recording = record(rm.trunk, suffix_batch(base, start, rm.device, stop), past=past)
+    walk = _Walk(rm, recording, base.reward_pos - start, -start, [])
+    budget = max_rows or max(1, min(GRADIENT_TOKENS // (stop - start), SEEN_PER_BATCH // (4 * stop)))
+    order = sorted(range(len(rows)), key=lambda i: _layer_of(rows[i][0]))
+    out: list[Tensor] = [rows[0][1]] * len(rows)
+    for begin in range(0, len(order), budget):
+        some = order[begin : begin + budget]
+        with torch.enable_grad():
+            final, _ = walk.down([(rows[i][0],) for i in some], some)
+            rewards = rm.readout.reward(final.to(rm.readout.weight))[1:]
+            slopes = torch.autograd.grad(rewards.sum(), [rows[i][1] for i in some])
+        for i, slope in zip(some, slopes, strict=True):
+            out[i] = slope
+    return out
 
 
 def row_budget(rm: RewardModel, length: int, seen: int) -> int:
