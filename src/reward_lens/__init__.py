@@ -44,12 +44,14 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.methods.contributions import contributions as contributions
     from reward_lens.methods.counterfactual import counterfactual_patch as counterfactual_patch
     from reward_lens.methods.divergence import divergence as divergence
+    from reward_lens.methods.edges import edge_effects as edge_effects
     from reward_lens.methods.effects import effects as effects
     from reward_lens.methods.knockout import attention_knockout as attention_knockout
     from reward_lens.methods.lens import crystallization_depth as crystallization_depth
     from reward_lens.methods.lens import random_weight_copy as random_weight_copy
     from reward_lens.methods.lens import reward_lens as reward_lens
     from reward_lens.methods.path_patching import path_effects as path_effects
+    from reward_lens.methods.screening import screen_then_verify as screen_then_verify
     from reward_lens.methods.style import style_matrix as style_matrix
     from reward_lens.methods.style import style_summary as style_summary
     from reward_lens.methods.token_attribution import token_attribution as token_attribution
@@ -84,10 +86,12 @@ _HOME = {
     "methods.contributions": ("contributions",),
     "methods.counterfactual": ("counterfactual_patch",),
     "methods.divergence": ("divergence",),
+    "methods.edges": ("edge_effects",),
     "methods.effects": ("effects",),
     "methods.knockout": ("attention_knockout",),
     "methods.lens": ("crystallization_depth", "random_weight_copy", "reward_lens"),
     "methods.path_patching": ("path_effects",),
+    "methods.screening": ("screen_then_verify",),
     "methods.style": ("style_matrix", "style_summary"),
     "methods.token_attribution": ("token_attribution",),
     "methods.trained_lens": ("gradient_lens", "tuned_lens"),

@@ -62,17 +62,11 @@ class RelevanceRules(Rules):
         for module, norm in self.norms:
             made += _held(module, lambda x, y, norm=norm: norm.frozen(x, norm.scale(x.detach())))
         for module in self.activations:
-            made += _held(module, self._ratio)
+            made += _held(module, _ratio, self.mode.remember)
         return made
 
     def active(self) -> AbstractContextManager:
         return self.mode
-
-    def _ratio(self, x: Tensor, y: Tensor) -> Tensor:
-        safe = torch.where(x == 0, torch.ones_like(x), x)
-        out = x * torch.where(x == 0, torch.zeros_like(x), y / safe).detach()
-        self.mode.activated = out
-        return out
 
 
 class _Mode(TorchFunctionMode):
@@ -81,6 +75,10 @@ class _Mode(TorchFunctionMode):
     def __init__(self):
         super().__init__()
         self.activated: Tensor | None = None
+
+    def remember(self, output: Tensor) -> None:
+        """The output of an activation, which a gate may multiply next."""
+        self.activated = output
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -97,12 +95,21 @@ class _Mode(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _held(module: nn.Module, rule) -> list[hooks.Hook]:
+def _ratio(x: Tensor, y: Tensor) -> Tensor:
+    """x times the ratio of output to input, held; zero where the input is."""
+    safe = torch.where(x == 0, torch.ones_like(x), x)
+    return x * torch.where(x == 0, torch.zeros_like(x), y / safe).detach()
+
+
+def _held(module: nn.Module, rule, tell=None) -> list[hooks.Hook]:
     """Hooks that give the module's output the gradient of `rule(input, output)`, and its own value."""
     seen: list[Tensor] = []
 
     def out(y: Tensor) -> Tensor:
-        linear = rule(seen.pop(), y.detach())
-        return linear + (y.detach() - linear.detach()).to(linear) if not torch.equal(linear, y) else linear
+        linear = rule(seen.pop(), y.detach()).to(y)
+        new = linear + (y.detach() - linear.detach())
+        if tell is not None:
+            tell(new)
+        return new
 
     return [hooks.read_input(module, lambda x: seen.append(x)), hooks.edit_output(module, out)]

@@ -166,7 +166,7 @@ def record(trunk: Trunk, batch: Batch, *wanted: hooks.Hook, past: Cache | None =
 
     reading = [hooks.read_call(block, keep) for block in trunk.blocks]
     reading.append(trunk.read_residual(len(trunk.blocks), lambda t: last.append(t.clone())))
-    trunk.run(batch, *reading, *wanted, past=past)
+    trunk.run(batch, *wanted, *reading, past=past)  # what a caller's hook puts into a block is what is recorded
     return Recording(tuple(calls), last[0])
 
 
