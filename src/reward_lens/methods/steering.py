@@ -43,7 +43,7 @@ def steer(
     rm: RewardModel,
     pairs,
     vector,
-    strengths: Sequence[float] = (-0.1, -0.05, 0.0, 0.05, 0.1),
+    strengths: Sequence[int | float] = (-0.1, -0.05, 0.0, 0.05, 0.1),
     depth: int | None = None,
     unit: Literal["resid_norm", "absolute"] = "resid_norm",
     at: Literal["final", "response", "all"] = "response",
