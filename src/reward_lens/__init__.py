@@ -43,6 +43,8 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.methods.accuracy import ranking as ranking
     from reward_lens.methods.agreement import agreement as agreement
     from reward_lens.methods.agreement import agreement_by_length as agreement_by_length
+    from reward_lens.methods.circuits import ablation_curve as ablation_curve
+    from reward_lens.methods.circuits import minimal_circuit as minimal_circuit
     from reward_lens.methods.contributions import contributions as contributions
     from reward_lens.methods.counterfactual import counterfactual_patch as counterfactual_patch
     from reward_lens.methods.divergence import divergence as divergence
@@ -85,6 +87,7 @@ _HOME = {
     "engine.intervention": ("add", "constant", "from_run", "intervene", "mean_of", "project_out", "zeros"),
     "methods.accuracy": ("accuracy", "calibration", "length_partial", "ranking"),
     "methods.agreement": ("agreement", "agreement_by_length"),
+    "methods.circuits": ("ablation_curve", "minimal_circuit"),
     "methods.contributions": ("contributions",),
     "methods.counterfactual": ("counterfactual_patch",),
     "methods.divergence": ("divergence",),

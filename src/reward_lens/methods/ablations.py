@@ -119,7 +119,8 @@ def ablated_pair(
     return cells, each.mean(-1), spread, gap
 
 
-def source_of(rm, ablation: Ablation, prompt: str, text: Tokens, site: Site, positions, drawn) -> Source:
+def source_of(rm, ablation: Ablation, prompt: str, text: Tokens, site: Site, positions, drawn=None) -> Source:
+    """What a site of a text with this prompt is replaced by; `drawn` is the reference that a resample takes."""
     if ablation.mode == "zero":
         return zeros()
     if ablation.mode == "mean":
