@@ -171,7 +171,8 @@ def _live(rm, writes: Writes, acts: Activations, h: Tensor, run: int, new: Seque
 
 
 def _last_write(rm: RewardModel, pairs, sites: Sequence[Site], values: np.ndarray) -> list[Check]:
-    """Nothing comes after the last MLP (in parallel blocks, after either write): its mediated part is zero."""
+    """Nothing comes after the last MLP (in parallel blocks, after either write): its mediated part is zero, or no more
+    than the noise floor: total and live direct effect come from passes over different positions."""
     last = rm.n_layers - 1
     kinds = ("mlp", "neuron", *(("attn", "head") if rm.structure.parallel else ()))
     columns = [i for i, s in enumerate(sites) if s.layer == last and s.kind in kinds]
@@ -179,4 +180,6 @@ def _last_write(rm: RewardModel, pairs, sites: Sequence[Site], values: np.ndarra
         return []
     rewards = np.abs(rm.score_pairs(pairs).value.values).max(1)
     mediated = np.abs(values[..., columns, 2]).reshape(len(rewards), -1).max(1)
-    return [Check("last write is not mediated", float((mediated / rewards).max()), 2e-2 if rm.sixteen_bit else 1e-5)]
+    tolerance = 2e-2 if rm.sixteen_bit else 1e-5
+    gap = mediated / np.maximum(rewards, rm.noise_floor / tolerance)
+    return [Check("last write is not mediated", float(gap.max()), tolerance)]
