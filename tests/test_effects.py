@@ -10,6 +10,7 @@ import torch
 import reward_lens as rl
 from families import FAMILIES, STRUCTURES, TEXT_PAIRS, tiny_model
 from reference.sweeps import patched_reward, values_at
+from reward_lens.methods.direct import _last_write
 from reward_lens.methods.effects import _require_settings
 from reward_lens.model.tokens import common_prefix
 
@@ -273,3 +274,12 @@ def test_a_source_of_nan_is_caught():
         block.get_submodule(broken.structure.mlp_out).weight.fill_(torch.nan)
     with pytest.raises(rl.CheckFailed, match="not finite"):
         rl.effects(broken, [EQUAL], ["L0.attn"], at="all")
+
+
+def test_the_last_write_s_check_allows_for_the_noise_floor_and_no_more():
+    rm = model("llama")
+    last = [rl.Site("mlp", rm.n_layers - 1)]
+    for share, passed in ((0.5, True), (1e3, False)):
+        values = np.zeros((2, 1, 4))
+        values[0, 0, 2] = share * rm.noise_floor
+        assert _last_write(rm, PAIRS, last, values)[0].passed is passed
