@@ -42,6 +42,7 @@ from reward_lens.model.sites import Site
 from reward_lens.result import Check, Result
 
 FEWEST_SITES = 3
+SPLITS: tuple[By, ...] = ("component", "head", "neuron")
 LAYERS = ("all", "early", "late")
 LEGACY = "contribution ~ total, legacy prefix"
 LENGTHS = ("equal", "chosen longer", "rejected longer")
@@ -191,9 +192,10 @@ def _models(rm: RewardModel, controls: int, seed: int) -> Iterator[RewardModel]:
 def _contributions(rm: RewardModel, pairs, sites: Sequence[Site]) -> tuple[np.ndarray, np.ndarray]:
     """Shared margin split [pair, site], and the scale [pair] of its rounding: the sum of all |contributions|."""
     column, size = {}, np.zeros(len(pairs))
-    for by in dict.fromkeys(BY[s.kind] for s in sites):
+    needed: list[By] = [by for by in SPLITS if by in {BY[s.kind] for s in sites}]
+    for by in needed:
         value = contributions(rm, pairs, by=by).value.transpose("component", "pair", "side")
-        size = np.maximum(size, np.abs(value.sel(side=["chosen", "rejected"])).sum(("component", "side")).values)
+        size = np.maximum(size, abs(value.sel(side=["chosen", "rejected"])).sum(("component", "side")).values)
         named = [str(s) for s in sites if BY[s.kind] == by]
         column |= dict(zip(named, value.sel(component=named, side="margin").values, strict=True))
     return np.stack([column[str(s)] for s in sites], 1), size

@@ -16,7 +16,7 @@ Reference: Turner et al. 2023, arXiv 2308.10248 (activation addition); Sofroniew
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -91,7 +91,7 @@ def steer(
     of_pair = np.stack([norms[::2], norms[1::2], np.full(len(pairs), np.nan)], 1)
     coords = {"strength": doses, "slope": (("pair", "side"), slopes[..., 0]), "norm": (("pair", "side"), of_pair)}
     over = stats.mean_interval(slopes[..., 0], [p.prompt_key for p in pairs], seed=seed)
-    words = {"slope": {side: {key: _plain(getattr(over, key)[k]) for key in ("mean", "low", "high")}
+    words: dict[str, Any] = {"slope": {side: {key: _plain(getattr(over, key)[k]) for key in ("mean", "low", "high")}
                        for k, side in enumerate(SIDES)}}  # fmt: skip
     if nulls:
         words["nulls"] = _against_nulls(slopes.mean(0))
