@@ -10,6 +10,7 @@ import torch
 import reward_lens as rl
 from families import FAMILIES, STRUCTURES, TEXT_PAIRS, tiny_model
 from reference.sweeps import patched_reward, values_at
+from reward_lens.methods.direct import _last_write
 from reward_lens.methods.effects import _require_settings
 from reward_lens.model.tokens import common_prefix
 
@@ -273,3 +274,12 @@ def test_a_source_of_nan_is_caught():
         block.get_submodule(broken.structure.mlp_out).weight.fill_(torch.nan)
     with pytest.raises(rl.CheckFailed, match="not finite"):
         rl.effects(broken, [EQUAL], ["L0.attn"], at="all")
+
+
+def test_the_check_of_the_last_write_can_fail():
+    rm = model("llama")
+    last = [rl.Site("mlp", rm.n_layers - 1)]
+    for mediated, passed in ((1e-6, True), (1e-4, False)):
+        values = np.zeros((2, 1, 4))
+        values[0, 0, 2] = mediated
+        assert _last_write(rm, np.ones(2), last, values)[0].passed is passed

@@ -41,6 +41,10 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.methods.accuracy import calibration as calibration
     from reward_lens.methods.accuracy import length_partial as length_partial
     from reward_lens.methods.accuracy import ranking as ranking
+    from reward_lens.methods.agreement import agreement as agreement
+    from reward_lens.methods.agreement import agreement_by_length as agreement_by_length
+    from reward_lens.methods.circuits import ablation_curve as ablation_curve
+    from reward_lens.methods.circuits import minimal_circuit as minimal_circuit
     from reward_lens.methods.contributions import contributions as contributions
     from reward_lens.methods.counterfactual import counterfactual_patch as counterfactual_patch
     from reward_lens.methods.divergence import divergence as divergence
@@ -52,6 +56,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.methods.lens import reward_lens as reward_lens
     from reward_lens.methods.path_patching import path_effects as path_effects
     from reward_lens.methods.screening import screen_then_verify as screen_then_verify
+    from reward_lens.methods.steering import steer as steer
     from reward_lens.methods.style import style_matrix as style_matrix
     from reward_lens.methods.style import style_summary as style_summary
     from reward_lens.methods.token_attribution import token_attribution as token_attribution
@@ -83,6 +88,8 @@ _HOME = {
     "engine.editing": ("Source",),
     "engine.intervention": ("add", "constant", "from_run", "intervene", "mean_of", "project_out", "zeros"),
     "methods.accuracy": ("accuracy", "calibration", "length_partial", "ranking"),
+    "methods.agreement": ("agreement", "agreement_by_length"),
+    "methods.circuits": ("ablation_curve", "minimal_circuit"),
     "methods.contributions": ("contributions",),
     "methods.counterfactual": ("counterfactual_patch",),
     "methods.divergence": ("divergence",),
@@ -92,6 +99,7 @@ _HOME = {
     "methods.lens": ("crystallization_depth", "random_weight_copy", "reward_lens"),
     "methods.path_patching": ("path_effects",),
     "methods.screening": ("screen_then_verify",),
+    "methods.steering": ("steer",),
     "methods.style": ("style_matrix", "style_summary"),
     "methods.token_attribution": ("token_attribution",),
     "methods.trained_lens": ("gradient_lens", "tuned_lens"),

@@ -100,8 +100,9 @@ def kind(result: Result) -> str:
         return "components"
     if len(counted) == 1 and summary.sizes[counted[0]] > 1 and max(sizes.values(), default=0) <= MAX_LINES:
         return "lines"
-    shown = len(labels) == 2 and not counted and _interval(result) is not None
-    if shown and min(sizes.values()) <= MAX_SERIES and max(sizes.values()) <= forms.MAX_ROWS:
+    longest, second, *others = sorted([*sizes.values(), 0, 0], reverse=True)
+    shown = len(labels) > 1 and not counted and _interval(result) is not None
+    if shown and second <= MAX_SERIES and longest <= forms.MAX_ROWS and np.prod([n for n in others if n]) <= MAX_PANELS:
         return "list"  # a heat map would hide the intervals
     if len(counted) + len(labels) > 1:
         return "table" if max(sizes.values(), default=0) > MAX_LABELS else "grid"

@@ -102,7 +102,7 @@ def ablated_pair(
             continue
         for s, site in enumerate(sites):
             for d, drawn in enumerate(draws):
-                source = _source(rm, ablation, pair.prompt_key, text, site, group.base, drawn)
+                source = source_of(rm, ablation, pair.prompt_key, text, site, group.base, drawn)
                 rows.append((Edit(site, contiguous(group.base), source),))
                 index.append((s, g, d))
     out = patch_rows(rm, text, rows, max_rows=max_rows)
@@ -117,7 +117,8 @@ def ablated_pair(
     return cells, each.mean(-1), spread, out.clean_gap
 
 
-def _source(rm, ablation: Ablation, prompt: str, text: Tokens, site: Site, positions, drawn) -> Source:
+def source_of(rm, ablation: Ablation, prompt: str, text: Tokens, site: Site, positions, drawn=None) -> Source:
+    """What a site of a text with this prompt is replaced by; `drawn` is the reference that a resample takes."""
     if ablation.mode == "zero":
         return zeros()
     if ablation.mode == "mean":
