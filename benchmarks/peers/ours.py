@@ -6,8 +6,6 @@ import reward_lens as rl
 
 
 class Ours(System):
-    packages = ("reward-lens",)
-
     def load(self, folder):
         self.rm = rl.load(folder, dtype="float32")
         self.layers, self.heads = self.rm.n_layers, self.rm.n_heads

@@ -7,8 +7,6 @@ from worker import System, place, serve
 
 
 class WithNNsight(System):
-    packages = ("nnsight",)
-
     def load(self, folder):
         module = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
         self.width = module.config.head_dim

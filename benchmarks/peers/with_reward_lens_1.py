@@ -7,8 +7,6 @@ from reward_lens import ActivationPatcher, RewardModel
 
 
 class RewardLens1(System):
-    packages = ("reward-lens",)
-
     def load(self, folder):
         self.rm = RewardModel.from_pretrained(folder, device="cpu", torch_dtype=torch.float32, trust_remote_code=False)
         self.layers, self.heads = self.rm.n_layers, self.rm.n_heads

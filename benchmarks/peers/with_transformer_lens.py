@@ -15,8 +15,6 @@ ACTIVATION = {"attn": "attn_out", "mlp": "mlp_out", "head": "z"}
 
 
 class WithTransformerLens(System):
-    packages = ("transformer-lens",)
-
     def load(self, folder):
         classifier = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
         config = classifier.config

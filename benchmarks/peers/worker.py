@@ -13,7 +13,6 @@ and `rejected` as texts and their token ids under `ids`.
 """
 
 import gc
-import importlib.metadata
 import json
 import os
 import sys
@@ -26,7 +25,6 @@ import torch
 class System:
     """What the systems share: model shape and names of sites."""
 
-    packages: tuple[str, ...] = ()
     layers: int
     heads: int
 
@@ -87,30 +85,23 @@ def high_water() -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def forget_high_water() -> bool:
-    """Let the mark fall to the present size, so that loading does not hide what comes after it."""
+def forget_high_water() -> None:
+    """Let the mark fall to the present size, so that loading does not hide what comes after it (Linux only)."""
     gc.collect()
-    try:
-        with open("/proc/self/clear_refs", "w") as marks:
-            marks.write("5")
-        return True
-    except OSError:
-        return False
+    with open("/proc/self/clear_refs", "w") as marks:
+        marks.write("5")
 
 
 def answer(system: System, request: dict) -> dict:
     do = request.pop("do")
     if do == "load":
         system.load(request["folder"])
-        versions = {p: importlib.metadata.version(p) for p in (*system.packages, "torch", "transformers")}
-        return {"layers": system.layers, "heads": system.heads, "versions": versions}
+        return {"layers": system.layers, "heads": system.heads}
     if do == "memory":
         loading = high_water()
-        reset = forget_high_water()
+        forget_high_water()
         inner = answer(system, request["request"])
-        return {"loading": loading, "running": high_water() if reset else None, "peak": max(loading, high_water())} | (
-            {"cannot": inner["cannot"]} if "cannot" in inner else {}
-        )
+        return inner if "cannot" in inner else {"running": high_water(), "peak": max(loading, high_water())}
     if do == "score":
         return score(system, request["pair"], request["repeat"])
     got = [effects(system, request["pair"], request["sites"], request["at"], request["sample"])]
