@@ -9,7 +9,7 @@ import reward_lens as rl
 from families import TEXT_PAIRS, tiny_model
 from reward_lens.cli import app
 
-COMMANDS = ("check", "score", "accuracy", "lens", "attribute", "patch", "report")
+COMMANDS = ("check", "score", "accuracy", "lens", "attribute", "patch", "agree", "report")
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,7 @@ def test_score_is_the_models(model):
         ("patch",),
         ("patch", "--sites", "L0.H1,L1.mlp", "--mode", "denoise", "--at", "all", "--align", "tail"),
         ("patch", "--path", "direct"),
+        ("agree", "--controls", "0", "--estimators", "gradient"),
     ],
 )
 def test_results_as_table_json_and_file(model, pairs, tmp_path, arguments):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import reward_lens as rl
 
 FEW = 6  # pairs whose tokens are attributed one by one
+ENOUGH = 40  # prompts from which half of them can say what natural states are
 
 
 def steps(rm: "rl.RewardModel", pairs: "rl.Pairs", few: int = FEW) -> Iterator[tuple[str, "rl.Result"]]:
@@ -31,6 +32,14 @@ def steps(rm: "rl.RewardModel", pairs: "rl.Pairs", few: int = FEW) -> Iterator[t
     yield "effects", rl.effects(rm, pairs, path="direct")
     if rm.structure.attn_out is not None:
         yield "head_effects", rl.effects(rm, some, "heads")
+    yield "agreement", rl.agreement(rm, spread_over_subsets(pairs, 2 * few), controls=1)
+    if pairs.n_prompts >= ENOUGH:
+        half = len(pairs) // 2  # one part is intervened on, the other says what is natural
+        changed, natural = spread_over_subsets(pairs[:half], 2 * few), pairs[half:]
+        sites = [
+            f"L{layer}.{kind}" for layer in range(0, rm.n_layers, max(1, rm.n_layers // 6)) for kind in ("attn", "mlp")
+        ]
+        yield "divergence", rl.divergence(rm, changed, sites, natural, n_neighbours=20, min_evaluation=30)
     yield "knockout", rl.attention_knockout(rm, some, "sentence")
     yield "vocabulary", rl.vocab_alignment(rm, top=15)
     yield "tokens_truncate", rl.token_attribution(rm, some, method="truncate")

@@ -160,6 +160,26 @@ def patch(
         )
 
 
+@app.command(epilog="Example: reward-lens agree demo demo --limit 12 --estimators gradient")
+@refusals
+def agree(
+    model: Model = "demo", pairs: PairsFile = "demo", sites: str = "components", at: str = "final",
+    align: Annotated[str | None, typer.Option(help="'tail' or 'diff', for responses of different length.")] = None,
+    estimators: Annotated[str, typer.Option(help="Estimators to hold against exact effects, by commas.")] = "",
+    controls: int = 1, split: Split = None, limit: Limit = None, objective: Objective = None,
+    truncation: Truncation = None, as_json: AsJson = False, save: Save = None,
+):  # fmt: skip
+    """How far contributions, direct and total effects agree, beside a copy with random weights."""
+    rm, data = load(model, objective, truncation), rl.load_pairs(pairs, split=split, limit=limit)
+    named: Any = sites if sites in ("components", "heads") else sites.split(",")
+    options: Any = {"at": at, "align": align, "estimators": [e for e in estimators.split(",") if e]}
+    with err.status(f"Patching {len(data)} pairs"):
+        result = rl.agreement(rm, data, named, controls=controls, **options)
+    show(result, as_json, save)
+    if not as_json:
+        typer.echo(f"\nBy length:\n{rl.agreement_by_length(result)}")
+
+
 @app.command(epilog="Example: reward-lens report demo demo -o out/")
 @refusals
 def report(

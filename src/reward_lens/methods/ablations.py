@@ -11,6 +11,7 @@ a mean is off its manifold too, a resampled value brings another text's informat
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from reward_lens.engine.intervention import values, zeros
 from reward_lens.engine.patching import patch_rows
 from reward_lens.engine.run import passes
 from reward_lens.errors import DataError
-from reward_lens.methods.effect_cells import Cells, Spans, cells_of, contiguous
+from reward_lens.methods.effect_cells import Cells, Spans, cells_of, change_of, contiguous
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
 from reward_lens.model.tokens import Tokens
@@ -106,18 +107,13 @@ def ablated_pair(
                 rows.append((Edit(site, contiguous(group.base), source),))
                 index.append((s, g, d))
     out = patch_rows(rm, text, rows, max_rows=max_rows)
-    if norm == "live":
-        change = out.change.numpy()
-    else:
-        u = rm.readout.direction(out.clean_final).u
-        change = ((out.final.double() - out.clean_final.double()) * u.double()).sum(-1).cpu().numpy()
     each = np.full((len(sites), len(cells.groups), len(draws)), np.nan)
-    each[tuple(np.array(index).T)] = -change
+    each[tuple(np.array(index).T)] = -change_of(rm, out, norm)
     spread = each.std(-1, ddof=1) if len(draws) > 1 else np.zeros(each.shape[:2])
     return cells, each.mean(-1), spread, out.clean_gap
 
 
-def source_of(rm, ablation: Ablation, prompt: str, text: Tokens, site: Site, positions, drawn=None) -> Source:
+def source_of(rm, ablation: Ablation, prompt: str, text: Tokens, site: Site, positions, drawn: Any = None) -> Source:
     """What a site of a text with this prompt is replaced by; `drawn` is the reference that a resample takes."""
     if ablation.mode == "zero":
         return zeros()

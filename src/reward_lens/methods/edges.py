@@ -25,7 +25,6 @@ from reward_lens import data
 from reward_lens.engine import hooks
 from reward_lens.engine.alignment import align as aligned
 from reward_lens.engine.gradients import gradients
-from reward_lens.engine.patching import grown
 from reward_lens.engine.runs import TextRun, run_pair
 from reward_lens.errors import DataError
 from reward_lens.methods.effect_cells import sites_of
@@ -164,7 +163,7 @@ def _block_slopes(rm: RewardModel, recording, layer: int, slopes: dict[Site, Ten
         hooks.edit_output(rm.trunk.writers["attn"][layer], attention),
         hooks.edit_output(rm.trunk.writers["mlp"][layer], mlp),
     ]
-    args, kwargs = grown(rm, *hooks.with_first_input(*recording.calls[layer], x.clone()), 1)
+    args, kwargs = hooks.with_first_input(*recording.calls[layer], x.clone())
     with torch.enable_grad(), hooks.attached(wanted):
         rm.trunk.blocks[layer](*args, **kwargs)
     out = []

@@ -26,7 +26,7 @@ from reward_lens.engine.places import require_site
 from reward_lens.engine.runs import run_pair
 from reward_lens.errors import DataError
 from reward_lens.methods.ablations import ablated_pair, prepare_ablation
-from reward_lens.methods.effect_cells import Cells, Spans, cells_of, exchange_rows, sites_of, span_coords
+from reward_lens.methods.effect_cells import Cells, Spans, cells_of, change_of, exchange_rows, sites_of, span_coords
 from reward_lens.methods.paired import paired_result
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
@@ -146,7 +146,7 @@ def _exchanged(rm, pairs, sites, settings, spans, max_rows, progress) -> Found:
         values = cells.empty(len(sites))
         if rows:
             out = patch_rows(rm, base.tokens, rows, known=base.keys, max_rows=max_rows)
-            change = _change(rm, out, settings["norm"])
+            change = change_of(rm, out, settings["norm"])
             values[tuple(np.array(index).T)] = -change if mode == "noise" else change
             size = rm.effect_scale(base.reward, source.reward, base.reward - source.reward)
             found.gaps.append(float((out.clean - base.reward).abs().max()) / size)
@@ -232,14 +232,6 @@ def site_coords(sites: Sequence[Site]) -> dict[str, Any]:
     if any(s.kind == "head" for s in sites):
         coords["head"] = ("component", np.array([s.index if s.kind == "head" else -1 for s in sites]))
     return coords
-
-
-def _change(rm: RewardModel, out, norm: str) -> np.ndarray:
-    """Change of the reward of every row; with the norm's scale held at the clean row's, if asked."""
-    if norm == "live":
-        return out.change.numpy()
-    direction = rm.readout.direction(out.clean_final)
-    return ((out.final.double() - out.clean_final.double()) * direction.u.double()).sum(-1).cpu().numpy()
 
 
 def _padded(values: np.ndarray, width: int) -> np.ndarray:

@@ -178,7 +178,7 @@ def _calibration(rm, pairs, sites, settings, spans, found, calibrate: int, seed:
     rng = np.random.default_rng(seed)
     exact, guess, recalls = [], [], []
     for i in rng.permutation(len(pairs)):
-        one = spans if spans is None or isinstance(spans, str) or hasattr(spans, "items") else [spans[i]]
+        one: Any = spans if spans is None or isinstance(spans, str) or hasattr(spans, "items") else [spans[i]]
         result = effects(rm, [pairs[i]], sites, settings["mode"], settings["at"], align=settings["align"], spans=one,
                          norm=settings["norm"])  # fmt: skip
         truth, estimate = result.value.values.ravel(), found.values[i].ravel()
