@@ -163,7 +163,8 @@ def _block_slopes(rm: RewardModel, recording, layer: int, slopes: dict[Site, Ten
         hooks.edit_output(rm.trunk.writers["attn"][layer], attention),
         hooks.edit_output(rm.trunk.writers["mlp"][layer], mlp),
     ]
-    args, kwargs = hooks.with_first_input(*recording.calls[layer], x.clone())
+    args, kwargs = recording.calls[layer]
+    args, kwargs = hooks.with_first_input(args, kwargs, x.clone())
     with torch.enable_grad(), hooks.attached(wanted):
         rm.trunk.blocks[layer](*args, **kwargs)
     out = []
