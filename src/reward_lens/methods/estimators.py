@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from reward_lens.engine.alignment import Alignment, align
+from reward_lens.engine.alignment import Alignment
+from reward_lens.engine.alignment import align as aligned
 from reward_lens.engine.editing import Edit, Source
 from reward_lens.engine.gradients import Gradients, gradients
 from reward_lens.engine.patching import patch_gradients
@@ -65,7 +66,7 @@ def estimated_effects(
     for i, (pair, tokens) in enumerate(zip(pairs, rm.tokenize_pairs(pairs), strict=True)):
         runs = run_pair(rm, tokens[0], tokens[1], sites, only_final=settings["at"] == "final")
         base, source = runs if mode == "noise" else runs[::-1]
-        where = align(base.tokens, source.tokens, settings["at"], settings["align"], str(pair.id))
+        where = aligned(base.tokens, source.tokens, settings["at"], settings["align"], str(pair.id))
         cells = cells_of(base.tokens, where, spans, i, str(pair.id))
         change = cells.empty(len(sites))
         if where.base:

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from reward_lens import data
-from reward_lens.engine.alignment import Alignment, align
+from reward_lens.engine.alignment import Alignment
+from reward_lens.engine.alignment import align as aligned
 from reward_lens.engine.editing import Edit
 from reward_lens.engine.intervention import values
 from reward_lens.engine.patching import patch_rows
@@ -52,7 +53,7 @@ def path_effects(
     receivers: "Sequence[Site | str]",
     mode: Literal["noise", "denoise"] = "noise",
     at: Literal["final", "response", "all"] = "final",
-    alignment: Literal["tail", "diff"] | None = None,
+    align: Literal["tail", "diff"] | None = None,
     seed: int = 0,
 ) -> Result:
     """Effect on the reward of what each sender writes, along the one edge to each receiver.
@@ -61,7 +62,7 @@ def path_effects(
     ----------
     senders: "components", "heads", or a list of writes and heads.
     receivers: a list of "reward", attention and MLP writes, and single queries, keys and values.
-    mode, at, alignment: as `mode`, `at` and `align` of `effects`.
+    mode, at, align: as in `effects`.
 
     Returns value (pair, sender, receiver) in reward units, NaN where the sender does not come before the receiver; mean
     and interval over prompts. Check "clean row" as in `effects`. Raises `DataError` for sites that do not write or
@@ -88,7 +89,7 @@ def path_effects(
     for pair, tokens in zip(pairs, rm.tokenize_pairs(pairs), strict=True):
         runs = run_pair(rm, tokens[0], tokens[1], sent, only_final=at == "final")
         base, source = runs if mode == "noise" else runs[::-1]
-        where = align(base.tokens, source.tokens, at, alignment, str(pair.id))
+        where = aligned(base.tokens, source.tokens, at, align, str(pair.id))
         effects, gap = _of_pair(rm, split, sent, names, base, source, where)
         found.append(effects if mode == "noise" else -effects)
         gaps.append(gap)
@@ -98,7 +99,7 @@ def path_effects(
         rm, "path_effects", pairs, values_, ("pair", "sender", "receiver"), coords, seed=seed,
         checks=[Check("clean row", max(gaps), 2e-2 if rm.sixteen_bit else 1e-4)],
         undefined=LATER if np.isnan(values_).any() else None, title=f"Path effects ({mode}, {at})",
-        settings={"mode": mode, "at": at, "align": alignment}, noise_floor=rm.noise_floor,
+        settings={"mode": mode, "at": at, "align": align}, noise_floor=rm.noise_floor,
         shows="What one component's write does to the reward along the single edge to one receiver, the rest frozen up "
         "to there.",
         cannot_show="Paths through several receivers together: edge effects do not add up to a total effect.",
