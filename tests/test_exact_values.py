@@ -106,7 +106,7 @@ class TestInterventions:
         with pytest.raises(rl.AlignmentError, match="positions to change.*at='final'"):
             rl.intervene(rm, uneven, {"L1.mlp": rl.from_run(acts)}, at="all")
 
-    @pytest.mark.parametrize("site", ["L9.attn", "L1.H77", "L1.Q0", "nonsense", "L1.N99999"])
+    @pytest.mark.parametrize("site", ["L9.attn", "L1.H77", "L1.Q99", "nonsense", "L1.N99999"])
     def test_sites_that_do_not_exist_are_refused(self, rm, site):
         with pytest.raises(rl.StructureError, match="site"):
             rl.intervene(rm, PAIRS, {site: rl.zeros()})
