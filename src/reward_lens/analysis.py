@@ -29,10 +29,10 @@ def steps(rm: "rl.RewardModel", pairs: "rl.Pairs", few: int = FEW) -> Iterator[t
     yield "crystallization", rl.crystallization_depth(rm, some, control_seeds=1)
     if rm.structure.attn_out is not None:
         yield "heads", rl.contributions(rm, some, by="head")
-    yield "effects", rl.effects(rm, pairs, path="direct")
+    yield "effects", rl.effects(rm, spread_over_subsets(pairs, 4 * few), path="direct")
     if rm.structure.attn_out is not None:
         yield "head_effects", rl.effects(rm, some, "heads")
-    yield "agreement", rl.agreement(rm, spread_over_subsets(pairs, 2 * few), controls=1)
+    yield "agreement", rl.agreement(rm, spread_over_subsets(pairs, few + 2), controls=1)
     if pairs.n_prompts >= ENOUGH:
         half = len(pairs) // 2  # one part is intervened on, the other says what is natural
         changed, natural = spread_over_subsets(pairs[:half], 2 * few), pairs[half:]
