@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import reward_lens as rl
-from families import FAMILIES, TEXT_PAIRS, tiny_model
+from families import FAMILIES, STRUCTURES, TEXT_PAIRS, tiny_model
 from reward_lens.engine.editing import Edit
 from reward_lens.engine.gradients import gradients
 from reward_lens.engine.intervention import values
@@ -18,6 +18,10 @@ UNEQUAL = rl.Pair("Is 7 a prime number?", "Yes, it is one.", "No, because it is 
 MANY = [rl.Pair(*texts) for texts in TEXT_PAIRS]
 SITES = ["embed", "L0.attn", "L1.mlp", "L1.H2", "L1.resid_pre", "L2.resid_post"]
 every = pytest.mark.parametrize("family", FAMILIES)
+# No identity: about six structures in `make test`, every family in `make test-full`.
+some = pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[] if f in STRUCTURES else pytest.mark.full) for f in FAMILIES]
+)
 ROUTED = ("mixtral", "qwen2_moe", "gpt_oss")  # routing makes the reward jump along a line
 # Bloom's and gpt_oss' activations are functions, not modules.
 FUNCTIONS = ("bloom", "gpt_oss")
@@ -67,7 +71,7 @@ def test_e8_integrated_converges_to_the_exact_effect(family):
         assert gaps[1] <= 1e-3 and gaps[1] <= gaps[0] + 1e-5
 
 
-@every
+@some
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_estimates_look_like_exact_effects(family, estimator):
     rm = model(family)
