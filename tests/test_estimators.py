@@ -1,5 +1,6 @@
 """Estimators against finite differences, exact effects and each other; edges and screening on top of them (E8)."""
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -8,10 +9,15 @@ import torch
 
 import reward_lens as rl
 from families import FAMILIES, STRUCTURES, TEXT_PAIRS, tiny_model
+from reward_lens.engine.alignment import align
 from reward_lens.engine.editing import Edit
-from reward_lens.engine.gradients import gradients
-from reward_lens.engine.intervention import values
+from reward_lens.engine.gradients import gradients, gradients_without
+from reward_lens.engine.intervention import pattern, values
 from reward_lens.engine.patching import patch_rows
+from reward_lens.engine.runs import run_pair
+from reward_lens.methods import first_order
+from reward_lens.methods.effect_cells import cells_of
+from reward_lens.methods.estimate_task import Task
 
 EQUAL = rl.Pair("What is the capital of France?", "It is Paris, by the river", "It is Rybix, by a rive", id="equal")
 UNEQUAL = rl.Pair("Is 7 a prime number?", "Yes, it is one.", "No, because it is 1", id="unequal")
@@ -25,7 +31,7 @@ some = pytest.mark.parametrize(
 ROUTED = ("mixtral", "qwen2_moe", "gpt_oss")  # routing makes the reward jump along a line
 # Bloom's and gpt_oss' activations are functions, not modules.
 FUNCTIONS = ("bloom", "gpt_oss")
-ESTIMATORS = ("gradient", "integrated", "integrated_joint", "relevance")
+ESTIMATORS = ("gradient", "integrated", "integrated_block", "integrated_joint", "relevance")
 
 
 @functools.cache
@@ -140,7 +146,7 @@ def test_calibration():
 @every
 def test_edges_sum_to_the_gradient(family):
     rm = model(family)
-    for options in ({}, {"mode": "denoise", "at": "all", "align": "tail"}, {"at": "all", "align": "diff", "steps": 3}):
+    for options in ({}, {"mode": "denoise", "at": "all", "align": "tail"}, {"at": "all", "align": "tail", "steps": 3}):
         result = rl.edge_effects(rm, [EQUAL, UNEQUAL], **options)
         assert result.checks[0].gap <= 1e-5
         if "steps" not in options:
@@ -192,9 +198,160 @@ def test_bad_input():
         rl.effects(rm, MANY, mode="zero", estimator="gradient")
     with pytest.raises(rl.DataError, match="options path_length"):
         rl.effects(rm, MANY, estimator="gradient", path_length=3)
-    with pytest.raises(rl.DataError, match="not estimated"):
-        rl.effects(rm, MANY, ["L1.Q0"], estimator="gradient")
-    with pytest.raises(rl.DataError, match="steps > 1 only"):
-        rl.edge_effects(rm, MANY, steps=3)
+    for options in (
+        {"steps": 3},
+        {"estimator": "relevance", "steps": 3},
+        {"estimator": "integrated", "grad_drop": True},
+    ):
+        with pytest.raises(rl.DataError, match="something it does not have"):
+            rl.effects(rm, MANY, **{"estimator": "gradient"} | options)
+    for steps in (0, -1, True):
+        with pytest.raises(rl.DataError, match="a whole number, at least 1"):
+            rl.effects(rm, MANY, estimator="integrated", steps=steps)
+    for options in ({"steps": 3}, {"steps": 3, "at": "all", "align": "diff"}):
+        with pytest.raises(rl.DataError, match="steps > 1 only"):
+            rl.edge_effects(rm, MANY, **options)
     with pytest.raises(rl.AlignmentError):
         rl.effects(rm, [UNEQUAL], at="all", estimator="gradient")
+    for site in ("L1.Q0", "L0.K0", "L1.P1"):
+        for estimator in ESTIMATORS:
+            with pytest.raises(rl.AlignmentError, match="another position"):
+                rl.effects(rm, [UNEQUAL], [site], at="all", align="tail", estimator=estimator)
+    with pytest.raises(rl.AlignmentError, match="no way to go"):
+        rl.effects(rm, [UNEQUAL], at="all", align="diff", estimator="integrated_joint")
+    with pytest.raises(rl.DataError, match="resid_mid"):
+        rl.effects(rm, [EQUAL], ["L1.resid_mid"], estimator="gradient", grad_drop=True)
+    with pytest.raises(rl.DataError, match="no estimator"):
+        rl.screen_then_verify(rm, MANY, estimator="exact")
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_clean_row_is_measured(estimator, monkeypatch):
+    """A run whose reward is not that of the pass the gradients come from is found."""
+    from reward_lens.methods import estimators
+
+    rm = model("llama")
+    kept = rl.effects(rm, [EQUAL], SITES, estimator=estimator).checks[0]
+    assert kept.name == "clean row" and kept.gap <= 1e-5
+    own = estimators.run_pair
+
+    def shifted(*args, **options):
+        return tuple(dataclasses.replace(run, reward=run.reward + 0.1) for run in own(*args, **options))
+
+    monkeypatch.setattr(estimators, "run_pair", shifted)
+    with pytest.raises(rl.CheckFailed, match="clean row"):
+        rl.effects(rm, [EQUAL], SITES, estimator=estimator)
+
+
+@some
+def test_frozen_norm_makes_the_last_write_linear(family):
+    rm = model(family)
+    last = [f"L{rm.n_layers - 1}.mlp"]
+    exact = rl.effects(rm, [EQUAL, UNEQUAL], last, norm="frozen").value.values
+    for options in (
+        {"estimator": "gradient"},
+        {"estimator": "integrated", "steps": 1},
+        {"estimator": "integrated_block"},
+    ):
+        estimate = rl.effects(rm, [EQUAL, UNEQUAL], last, norm="frozen", **options).value.values
+        np.testing.assert_allclose(estimate, exact, atol=1e-5)
+        live = rl.effects(rm, [EQUAL, UNEQUAL], last, **options).value.values
+        assert np.abs(live - estimate).max() > 0 or options["estimator"] == "gradient"
+
+
+INSIDE = ["L1.Q1", "L1.K0", "L2.V0", "L1.P1"]
+
+
+@every
+def test_a_change_inside_attention_is_a_change_of_the_heads(family):
+    """Putting the moved heads' outputs in place does to the reward what the change inside the attention does."""
+    rm = model(family)
+    tokens = [rm.tokenize(EQUAL.prompt, r) for r in (EQUAL.chosen, EQUAL.rejected)]
+    for at in ("final", "all"):
+        sites = [rl.Site.parse(s) for s in INSIDE]
+        heads = [rl.Site("head", s.layer) for s in sites]
+        base, source = run_pair(rm, *tokens, [*sites, *heads], only_final=False)
+        where = align(base.tokens, source.tokens, at, None, "equal")
+        task = Task(
+            rm, "equal", sites, cells_of(base.tokens, where, None, 0, "equal"), where, base, source, "live", 1, None
+        )
+        for s, site in enumerate(sites):
+            move = first_order._moves(task)[s, 0]
+            assert move.site == heads[s] and move.by.abs().max() > 0
+            given = values(source.at(site, where.source)) if site.kind != "pattern" else pattern(
+                source.at(site, where.source))  # fmt: skip
+            put = values(base.at(move.site, move.where.base) + move.by)
+            rows = [(Edit(site, where.base, given),), (Edit(move.site, move.where.base, put),)]
+            inside, outside = patch_rows(rm, base.tokens, rows).change.tolist()
+            assert abs(inside - outside) <= 1e-5 * max(1, abs(base.reward)), (at, str(site))
+
+
+@some
+def test_estimates_inside_attention(family):
+    """Without the saturation of the softmax, only what follows the heads is left to the first order."""
+    rm = model(family)
+    exact = rl.effects(rm, [EQUAL], INSIDE, at="all").value.values
+    linear = rl.effects(rm, [EQUAL], INSIDE, at="all", estimator="gradient").value.values
+    assert np.isfinite(linear).all()
+    if family not in ROUTED:
+        many = 640 if family == "opt" else 64
+        close = rl.effects(rm, [EQUAL], INSIDE, at="all", estimator="integrated", steps=many).value.values
+        np.testing.assert_allclose(close, exact, atol=1e-3 * max(1e-2, np.abs(exact).max()))
+
+
+@some
+def test_block_estimates_of_heads_sum_to_the_writes_effect(family):
+    rm = model(family)
+    layer = rm.n_layers - 1
+    heads = [f"L{layer}.H{h}" for h in range(rm.n_heads)]
+    sites = [f"L{layer}.attn", *heads, f"L{layer}.mlp", f"L{layer}.resid_pre"]
+    for options in ({}, {"at": "all", "align": "tail", "mode": "denoise"}):
+        exact = rl.effects(rm, [EQUAL, UNEQUAL], sites, **options).value.values
+        rough = rl.effects(rm, [EQUAL, UNEQUAL], sites, estimator="integrated_block", **options).value.values
+        np.testing.assert_allclose(rough[:, 1 : 1 + rm.n_heads].sum(1), rough[:, 0], atol=1e-6)
+        if family not in ROUTED:
+            many = 640 if family == "opt" else 64
+            found = rl.effects(
+                rm, [EQUAL, UNEQUAL], sites, estimator="integrated_block", steps=many, **options
+            ).value.values
+            size = 1e-3 * max(1e-2, np.abs(exact).max())
+            np.testing.assert_allclose(found[:, [0, -2, -1]], exact[:, [0, -2, -1]], atol=size)
+            np.testing.assert_allclose(found[:, 1 : 1 + rm.n_heads].sum(1), exact[:, 0], atol=size)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2", "falcon", "granite", "olmo2"])
+def test_grad_drop_is_the_slope_with_a_block_held(family):
+    """Small moves while the writes of one block are held at their clean values: no slope goes through them."""
+    rm = model(family, torch.float64)
+    tokens = rm.tokenize(EQUAL.prompt, EQUAL.chosen)
+    where = range(len(tokens) - 6, tokens.reward_pos + 1)
+    sites = [rl.Site.parse(s) for s in ("embed", "L0.mlp", "L0.H1")]
+    found = list(gradients_without(rm, tokens, sites))
+    assert len(found) == rm.n_layers
+    writes = [rl.Site(kind, layer) for layer in range(rm.n_layers) for kind in ("attn", "mlp")]
+    clean = rl.capture(rm, [tokens], [*sites, *writes], at=where)
+    for layer, one in enumerate(found):
+        for site in sites:
+            slopes = one.slopes[rl.Site(site.kind, site.layer)][list(where)]
+            slopes = slopes if site.index is None else slopes[:, site.index]
+            if site.layer == layer:
+                assert slopes.abs().max() == 0
+                continue
+            held = clean[site][0]
+            move = (slopes / slopes.norm()).reshape(held.shape)
+            hold = tuple(Edit(w, where, values(clean[w][0])) for w in writes if w.layer == layer)
+            rows = [(Edit(site, where, values(held + sign * 3e-3 * move)), *hold) for sign in (1, -1)]
+            up, down = patch_rows(rm, tokens, rows, reuse=False).rewards.tolist()
+            slope = (up - down) / 6e-3
+            assert abs(one.along(site, where, move) - slope) <= 1e-3 * max(1e-3, abs(slope)), (str(site), layer)
+
+
+def test_grad_drop_in_the_result():
+    rm = model("llama")
+    plain = rl.effects(rm, MANY, SITES, estimator="gradient")
+    result = rl.effects(rm, MANY, SITES, estimator="gradient", grad_drop=True)
+    assert result.value.drop_vars("grad_drop").identical(plain.value) and "grad_drop" not in plain.value.coords
+    drop = result.value["grad_drop"]
+    assert drop.dims == result.value.dims and bool((drop >= 0).all()) and float(drop.max()) > 0
+    screened = rl.screen_then_verify(rm, MANY, "components", top=2, calibration_pairs=1, grad_drop=True)
+    assert np.isfinite(screened.value.sel(kind="exact")).all("pair").sum() == 2

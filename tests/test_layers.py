@@ -28,7 +28,7 @@ SIBLINGS = tuple(f"methods.{name}" for name in (
     # divergence: values that are exchanged, states further down, and what they are measured by
     "interchange", "downstream", "natural_distance", "off_manifold", "heterogeneity",
     # what patching methods share: rows of a sweep, reference sets, and the ways to an effect
-    "effect_cells", "ablations", "direct", "estimators", "relevance",
+    "effect_cells", "ablations", "direct", "estimators", "estimate_task", "first_order", "integrated", "relevance",
 ))  # fmt: skip
 # The first row that a module falls under holds. The surface (cli, app, the front door) may import everything.
 MAY_IMPORT = {

@@ -5,10 +5,11 @@ Positions before `start` come from their keys and values: a change at a later po
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from reward_lens.engine import hooks
@@ -49,66 +50,126 @@ def gradients(
     known: KeyValues = NO_PREFIX,
     entering: Tensor | None = None,
     rules: "Rules | None" = None,
+    frozen_at: Tensor | None = None,
 ) -> Gradients:
     """One pass over the positions from `start` on, and one backward.
 
     `entering` [pos, d_model] stands in for the residual that enters block 0. `rules` change what the backward sees
-    (`methods.relevance`), never the forward. Raises `DataError` for sites inside the attention call.
+    (`methods.relevance`), never the forward; with them the final norm's scale is held. `frozen_at` [d_model]: the
+    pre-norm residual at which it is held. Raises `DataError` for sites inside the attention call.
     """
-    inside = [str(s) for s in sites if s.kind in IN_ATTENTION]
-    if inside:
-        raise DataError(
-            "Gradients of queries, keys, values and patterns are not estimated",
-            found=", ".join(inside[:4]),
-            expected="embed, residual streams, attention and MLP writes, heads and neurons",
-            do="use estimator='exact' for these sites, or estimate the heads they belong to",
-        )
-    stop = tokens.reward_pos + 1
-    batch = suffix_batch(tokens, start, rm.device, stop)
-    past = PrefixCache(known.first(start), rm.n_layers) if start else None
-    kept: dict[Site, Tensor] = {}
-    ends: list[Tensor] = []
-    whole = dict.fromkeys(dataclasses.replace(s, index=None) for s in sites)
-    # resid_mid = resid_pre + attention's write: the slope is that of the write, the value the sum.
-    parts = [Site(kind, s.layer) for s in whole if s.kind == "resid_mid" for kind in ("resid_pre", "attn")]
-
-    def enter(x: Tensor) -> Tensor:
-        leaf = (x if entering is None else entering[None].to(x)).detach().requires_grad_(True)
-        kept[Site("embed")] = leaf
-        return leaf.clone()
-
-    wanted = [rm.trunk.edit_residual(0, enter)]
-    for site in dict.fromkeys([*whole, *parts]):
-        if site.kind not in ("embed", "resid_mid") and site != Site("resid_pre", 0):
-            wanted.append(_keeping(rm, site, kept))
-    at = tokens.reward_pos - start
-    wanted.append(rm.trunk.read_residual(rm.n_layers, lambda x: ends.append(x[:, at])))
+    traced = _Trace(rm, sites)
     extra = rules.hooks(rm) if rules is not None else []
     with torch.enable_grad(), rules.active() if rules is not None else nullcontext():
-        rm.trunk.run(batch, *wanted, *extra, past=past)
-        h = ends[0].to(rm.readout.weight)
-        if rules is None:
-            reward = rm.readout.reward(h)[0]
-        else:  # the final norm's scale is held, as every norm's is
-            direction = rm.readout.direction(h.detach())
-            reward = (direction.u * h).sum() + direction.constant[0]
-        origin = {s: Site("embed") if s == Site("resid_pre", 0) else s for s in whole}
-        origin |= {s: Site("attn", s.layer) for s in whole if s.kind == "resid_mid"}
+        h = traced.run(tokens, start, known, entering, extra)
+        held = h[0].detach() if rules is not None and frozen_at is None else frozen_at
+        reward = reward_at(rm, h, held)[0]
+        return traced.gradients(reward, start)
+
+
+def gradients_without(
+    rm: RewardModel,
+    tokens: Tokens,
+    sites: Sequence[Site],
+    start: int = 0,
+    known: KeyValues = NO_PREFIX,
+    frozen_at: Tensor | None = None,
+) -> Iterator[Gradients]:
+    """For every block the gradients with what goes through the block's writes dropped: one pass, one backward a block.
+
+    A write's own slope in the run of its own block is zero.
+    """
+    traced = _Trace(rm, sites)
+    dropped: list[int] = []
+
+    def gate(layer: int) -> hooks.Edit:
+        def pass_on(y: Tensor) -> Tensor:
+            y = y.clone()
+            y.register_hook(lambda slope: torch.zeros_like(slope) if dropped == [layer] else slope)
+            return y
+
+        return pass_on
+
+    gates = [
+        hooks.edit_output(writer, gate(layer))
+        for writers in rm.trunk.writers.values() for layer, writer in enumerate(writers)
+    ]  # fmt: skip
+    with torch.enable_grad():
+        h = traced.run(tokens, start, known, None, gates)
+        reward = reward_at(rm, h, frozen_at)[0]
+    for layer in range(rm.n_layers):
+        dropped[:] = [layer]
+        yield traced.gradients(reward, start, again=True)
+
+
+def reward_at(rm: RewardModel, h: Tensor, frozen_at: Tensor | None) -> Float[Tensor, " row"]:
+    """Reward of pre-norm residuals [row, d_model], the final norm's scale held at that of `frozen_at`, if given."""
+    h = h.to(rm.readout.weight)
+    if frozen_at is None:
+        return rm.readout.reward(h)
+    direction = rm.readout.direction(frozen_at[None].to(h))
+    return h @ direction.u[0] + direction.constant[0]
+
+
+class _Trace:
+    """One pass that keeps its graph and the tensors at the sites."""
+
+    def __init__(self, rm: RewardModel, sites: Sequence[Site]):
+        inside = [str(s) for s in sites if s.kind in IN_ATTENTION]
+        if inside:
+            raise DataError(
+                "Slopes of queries, keys, values and patterns are not taken",
+                found=", ".join(inside[:4]),
+                expected="embed, residual streams, attention and MLP writes, heads and neurons",
+                do="take those of the heads they belong to",
+            )
+        self.rm = rm
+        self.sites = list(dict.fromkeys(dataclasses.replace(s, index=None) for s in sites))
+        self.kept: dict[Site, Tensor] = {}
+
+    def run(self, tokens: Tokens, start: int, known: KeyValues, entering: Tensor | None, extra) -> Tensor:
+        """The pre-norm residual at the reward position, [1, d_model]."""
+        rm, kept = self.rm, self.kept
+        self.batch = suffix_batch(tokens, start, rm.device, tokens.reward_pos + 1)
+        past = PrefixCache(known.first(start), rm.n_layers) if start else None
+        ends: list[Tensor] = []
+
+        def enter(x: Tensor) -> Tensor:
+            leaf = (x if entering is None else entering[None].to(x)).detach().requires_grad_(True)
+            kept[Site("embed")] = leaf
+            return leaf.clone()
+
+        wanted = [rm.trunk.edit_residual(0, enter)]
+        # resid_mid = resid_pre + attention's write: the slope is that of the write, the value the sum.
+        parts = [Site(kind, s.layer) for s in self.sites if s.kind == "resid_mid" for kind in ("resid_pre", "attn")]
+        for site in dict.fromkeys([*self.sites, *parts]):
+            if site.kind not in ("embed", "resid_mid") and site != Site("resid_pre", 0):
+                wanted.append(_keeping(rm, site, kept))
+        at = tokens.reward_pos - start
+        wanted.append(rm.trunk.read_residual(rm.n_layers, lambda x: ends.append(x[:, at])))
+        rm.trunk.run(self.batch, *wanted, *extra, past=past)
+        return ends[0]
+
+    def gradients(self, reward: Tensor, start: int, again: bool = False) -> Gradients:
+        """Slopes and values at the sites; `again`: the graph is kept for another backward."""
+        rm, kept = self.rm, self.kept
+        origin = {s: Site("embed") if s == Site("resid_pre", 0) else s for s in self.sites}
+        origin |= {s: Site("attn", s.layer) for s in self.sites if s.kind == "resid_mid"}
         different = list(dict.fromkeys(origin.values()))
-        found = torch.autograd.grad(reward, [kept[s] for s in different], allow_unused=True)
-    slope = {s: torch.zeros_like(kept[s]) if g is None else g for s, g in zip(different, found, strict=True)}
-    slopes, values = {}, {}
-    for site, source in origin.items():
-        scale = rm.trunk.write_scale if source.kind in ("attn", "mlp") else 1.0
-        shape = (batch.ids.shape[1], -1)
-        g, x = (t.detach().reshape(shape).to(rm.readout.weight) for t in (slope[source], kept[source]))
-        slopes[site], values[site] = g / scale, x * scale
-        if site.kind == "head":
-            slopes[site], values[site] = (t.unflatten(-1, (rm.n_heads, -1)) for t in (slopes[site], values[site]))
-        if site.kind == "resid_mid":
-            pre = kept[Site("resid_pre", site.layer) if site.layer else Site("embed")]
-            values[site] = values[site] + pre.detach()[0].to(rm.readout.weight)
-    return Gradients(slopes, values, float(reward.detach()), start)
+        found = torch.autograd.grad(reward, [kept[s] for s in different], allow_unused=True, retain_graph=again)
+        slope = {s: torch.zeros_like(kept[s]) if g is None else g for s, g in zip(different, found, strict=True)}
+        slopes, values = {}, {}
+        for site, source in origin.items():
+            scale = rm.trunk.write_scale if source.kind in ("attn", "mlp") else 1.0
+            shape = (self.batch.ids.shape[1], -1)
+            g, x = (t.detach().reshape(shape).to(rm.readout.weight) for t in (slope[source], kept[source]))
+            slopes[site], values[site] = g / scale, x * scale
+            if site.kind == "head":
+                slopes[site], values[site] = (t.unflatten(-1, (rm.n_heads, -1)) for t in (slopes[site], values[site]))
+            if site.kind == "resid_mid":
+                pre = kept[Site("resid_pre", site.layer) if site.layer else Site("embed")]
+                values[site] = values[site] + pre.detach()[0].to(rm.readout.weight)
+        return Gradients(slopes, values, float(reward.detach()), start)
 
 
 class Rules:

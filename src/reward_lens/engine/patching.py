@@ -24,6 +24,7 @@ from torch import Tensor
 from reward_lens.engine import hooks
 from reward_lens.engine.attention_tap import AttentionTap
 from reward_lens.engine.editing import IN_ATTENTION, RESIDUALS, Edit, Placed, block_hooks, depth_of, edited
+from reward_lens.engine.gradients import reward_at
 from reward_lens.engine.places import require_site
 from reward_lens.errors import CheckFailed, DataError
 from reward_lens.model.forward import TOKENS_PER_BATCH, Recording, record, suffix_batch
@@ -130,10 +131,13 @@ def patch_gradients(
     *,
     known: KeyValues = NO_PREFIX,
     max_rows: int | None = None,
-) -> list[Tensor]:
+    frozen_at: Tensor | None = None,
+) -> tuple[list[Tensor], list[float]]:
     """Of every row, which has one edit whose source gives a leaf: the gradient of the row's reward for that leaf.
 
     The walk is that of `patch_rows`; its rows are fewer, since every block's activations are kept for the backward.
+    `frozen_at`: the pre-norm residual [d_model] at which the final norm's scale is held. Returned besides: the rewards
+    of the clean rows that walked with them.
     """
     start = min(min(edit.positions) for edit, _ in rows) if rm.reuses_prefix(base) else 0
     stop = base.reward_pos + 1
@@ -144,15 +148,17 @@ def patch_gradients(
     budget = max_rows or max(1, min(GRADIENT_TOKENS // (stop - start), SEEN_PER_BATCH // (4 * stop)))
     order = sorted(range(len(rows)), key=lambda i: _layer_of(rows[i][0]))
     out: list[Tensor] = [rows[0][1]] * len(rows)
+    clean: list[float] = []
     for begin in range(0, len(order), budget):
         some = order[begin : begin + budget]
         with torch.enable_grad():
             final, _ = walk.down([(rows[i][0],) for i in some], some)
-            rewards = rm.readout.reward(final.to(rm.readout.weight))[1:]
-            slopes = torch.autograd.grad(rewards.sum(), [rows[i][1] for i in some])
+            rewards = reward_at(rm, final, frozen_at)
+            slopes = torch.autograd.grad(rewards[1:].sum(), [rows[i][1] for i in some])
+        clean.append(float(rewards[0].detach()))
         for i, slope in zip(some, slopes, strict=True):
             out[i] = slope
-    return out
+    return out, clean
 
 
 def row_budget(rm: RewardModel, length: int, seen: int) -> int:

@@ -1,4 +1,4 @@
-"""What a part of a block gives when its input is moved, everything else being as in the clean run."""
+"""What a part of a block gives when its input, or what is inside it, is moved; everything else as in the clean run."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,8 @@ from reward_lens.engine import hooks
 from reward_lens.engine.attention_tap import AttentionTap
 from reward_lens.engine.editing import IN_ATTENTION, Edit, Placed, block_hooks, edited
 from reward_lens.engine.intervention import Source
-from reward_lens.engine.patching import grown
+from reward_lens.engine.patching import grown, row_budget
+from reward_lens.engine.places import out_map
 from reward_lens.model.forward import Recording
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
@@ -47,6 +48,37 @@ def received(
         rm.trunk.blocks[layer](*args, **kwargs)
     like = rm.readout.weight
     return kept | {s.kind: t.to(like) for s, t in tap.seen.items()}
+
+
+@torch.no_grad()
+def mixed(
+    rm: RewardModel,
+    recording: Recording,
+    start: int,
+    layer: int,
+    edits: Sequence[Edit],
+    max_rows: int | None = None,
+) -> Tensor:
+    """Change of the outputs of all heads of block `layer` for every edit inside its attention, against a clean row.
+
+    Returns [edit, pos, head, head_dim], from `start` on.
+    """
+    clean = recording.resid(layer)
+    length = clean.shape[1]
+    budget = max_rows or row_budget(rm, length, start + length)
+    out = []
+    for begin in range(0, len(edits), budget):
+        some = edits[begin : begin + budget]
+        x = clean.expand(1 + len(some), -1, -1)
+        tap = AttentionTap(rm, [Placed(edit, 1 + row, row, -start) for row, edit in enumerate(some)])
+        kept: list[Tensor] = []
+        read = hooks.read_input(out_map(rm, layer, "attn"), lambda z, kept=kept: kept.append(z.clone()))
+        args, kwargs = grown(rm, *hooks.with_first_input(*recording.calls[layer], x), x.shape[0])
+        with hooks.attached([*tap.hooks(), read]), tap.active():
+            rm.trunk.blocks[layer](*args, **kwargs)
+        z = kept[0].to(rm.readout.weight).reshape(*x.shape[:2], rm.n_heads, -1)
+        out.append(z[1:] - z[:1])
+    return torch.cat(out)
 
 
 def _moved(delta: Tensor) -> Source:

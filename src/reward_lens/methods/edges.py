@@ -60,12 +60,13 @@ def edge_effects(
     the largest. Check "edges sum to the gradient". Raises `DataError` and `AlignmentError` as `effects` does.
     """
     pairs = data.as_pairs(pairs)
-    if mode not in ("noise", "denoise") or steps < 1 or (steps > 1 and at == "final"):
+    if mode not in ("noise", "denoise") or steps < 1 or (steps > 1 and (at == "final" or align == "diff")):
         raise DataError(
             "The edges were asked for something they do not have",
-            found=f"mode={mode!r}, steps={steps}, at={at!r}",
-            expected="mode 'noise' or 'denoise', steps at least 1, and steps > 1 only at 'response' or 'all'",
-            do="use steps=1 at the reward position: both runs have the same token there",
+            found=f"mode={mode!r}, steps={steps}, at={at!r}, align={align!r}",
+            expected="mode 'noise' or 'denoise', steps at least 1, and steps > 1 only at 'response' or 'all' without "
+            "align='diff'",
+            do="use steps=1 where both runs have the same tokens: there is no way between their embeddings",
         )
     senders = sites_of(rm, "components")
     receivers = [*senders[1:], REWARD]

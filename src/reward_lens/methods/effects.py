@@ -15,7 +15,7 @@ Reference: Zhang and Nanda 2023, arXiv 2309.16042; Heimersheim and Nanda 2024, a
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -33,8 +33,9 @@ from reward_lens.model.sites import Site
 from reward_lens.result import Check, Result
 
 Mode = Literal["noise", "denoise", "zero", "mean", "resample"]
+Estimator = Literal["exact", "gradient", "integrated", "integrated_block", "integrated_joint", "relevance"]
 EXCHANGES, ABLATIONS = ("noise", "denoise"), ("zero", "mean", "resample")
-ESTIMATORS = ("exact", "gradient", "integrated", "integrated_joint", "relevance")
+ESTIMATORS = get_args(Estimator)
 Progress = Callable[[int, int], None]
 
 
@@ -44,7 +45,7 @@ def effects(
     sites: str | Sequence["Site | str"] = "components",
     mode: Mode = "noise",
     at: Literal["final", "response", "all"] = "final",
-    estimator: Literal["exact", "gradient", "integrated", "integrated_joint", "relevance"] = "exact",
+    estimator: Estimator = "exact",
     path: Literal["total", "direct"] = "total",
     align: Literal["tail", "diff", "legacy_prefix"] | None = None,
     spans: Spans = None,
@@ -77,7 +78,7 @@ def effects(
     layers: keep only sites of these layers.
     max_rows: changed runs walking at once; None: as many as a token budget and the free memory allow.
     progress: called with (pairs done, pairs).
-    options: of an estimator, such as `steps` and `calibrate`.
+    options: of an estimator: `steps`, `calibrate`, `grad_drop`.
 
     Returns value (pair, component), with `side` before it for ablations and `position` or `span` after it, in reward
     units; mean and interval over prompts. Coordinate `recovered` of noise and denoise: effect / margin, NaN where the
@@ -126,6 +127,7 @@ class Found:
         """A pair: [site, group], or [side, site, group]."""
         self.groups: list[Cells] = []
         self.draw_sd: list[np.ndarray] = []
+        self.grad_drop: list[np.ndarray] = []
         self.margins: list[float] = []
         self.gaps: list[float] = []
         """Distance of clean rows from the runs' own rewards, over the scale of effects."""
@@ -201,13 +203,16 @@ def effects_result(
     if found.draw_sd and settings["mode"] == "resample":
         spread = np.stack([_padded(v, widest) for v in found.draw_sd])
         coords["draw_sd"] = (dims, spread if dim else spread[..., 0])
+    if found.grad_drop:
+        drop = np.stack([_padded(v, widest) for v in found.grad_drop])
+        coords["grad_drop"] = (dims, drop if dim else drop[..., 0])
     if found.margins:
         margin = np.array(found.margins).reshape(-1, *[1] * (values.ndim - 1))
         with np.errstate(divide="ignore", invalid="ignore"):
             share = np.where(np.abs(margin) > rm.noise_floor, values / margin, np.nan)
         coords["recovered"] = (dims, share)
         coords["margin"] = ("pair", np.array(found.margins))
-    checks = [Check("clean row", max(found.gaps, default=0.0), 2e-2 if rm.sixteen_bit else 1e-4)]
+    checks = [Check("clean row", max(found.gaps), 2e-2 if rm.sixteen_bit else 1e-4)] if found.gaps else []
     if found.closing:
         checks.append(Check("last residual", max(found.closing), 2e-2 if rm.sixteen_bit else 1e-5))
     words: dict[str, Any] = {

@@ -13,14 +13,14 @@ Reference: Kramar et al. 2024, arXiv 2403.00745 (AtP* with verification).
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 
 from reward_lens import data
 from reward_lens.errors import DataError
 from reward_lens.methods.effect_cells import sites_of
-from reward_lens.methods.effects import effects, site_coords
+from reward_lens.methods.effects import Estimator, effects, site_coords
 from reward_lens.methods.paired import paired_result
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
@@ -34,17 +34,19 @@ def screen_then_verify(
     pairs,
     sites: "str | Sequence[Site | str]" = "heads",
     top: int = 20,
-    estimator: Literal["gradient", "integrated", "integrated_joint", "relevance"] = "gradient",
+    estimator: Estimator = "gradient",
     mode: Literal["noise", "denoise"] = "noise",
     at: Literal["final", "response", "all"] = "final",
     align: Literal["tail", "diff"] | None = None,
     calibration_pairs: int = 4,
     seed: int = 0,
     max_rows: int | None = None,
+    **options: Any,
 ) -> Result:
     """Estimates of all sites and exact effects of the largest.
 
-    `calibration_pairs`: pairs drawn at random on which every site is run, for the recall.
+    `calibration_pairs`: pairs drawn at random on which every site is run, for the recall. `options` are the
+    estimator's; with `grad_drop=True` sites are ranked by that coordinate (AtP*).
 
     Returns value (pair, component, kind) in reward units, kind = estimate, exact (NaN where a site was not verified).
     The recorded check "recall" and meta["recall"] give the share of the truly largest sites that were screened, on the
@@ -52,19 +54,23 @@ def screen_then_verify(
     """
     pairs = data.as_pairs(pairs)
     wanted = sites_of(rm, sites)
+    if estimator == "exact":
+        raise DataError("The screening has no estimator", found="estimator='exact'", expected="an estimator",
+                        do="use effects(...), which runs every site")  # fmt: skip
     if not 1 <= top <= len(wanted) or not 1 <= calibration_pairs <= len(pairs):
         raise DataError("The screening was not understood", found=f"top={top}, calibration_pairs={calibration_pairs}",
                         expected=f"top from 1 to {len(wanted)}, calibration_pairs from 1 to {len(pairs)}",
                         do="pass numbers in these ranges")  # fmt: skip
-    options: Any = {"mode": mode, "at": at, "align": align, "max_rows": max_rows, "seed": seed}
-    estimate = effects(rm, pairs, wanted, estimator=cast(Any, estimator), **options)
-    size = np.abs(estimate.value.values).mean(0)
+    shared: Any = {"mode": mode, "at": at, "align": align, "max_rows": max_rows, "seed": seed}
+    estimate = effects(rm, pairs, wanted, estimator=estimator, **shared, **options)
+    ranked = estimate.value["grad_drop"] if "grad_drop" in estimate.value.coords else estimate.value
+    size = np.abs(ranked.values).mean(0)
     screened = np.sort(np.argsort(-size, kind="stable")[:top])
     exact = np.full(estimate.value.shape, np.nan)
-    verified = effects(rm, pairs, [wanted[i] for i in screened], **options)
+    verified = effects(rm, pairs, [wanted[i] for i in screened], **shared)
     exact[:, screened] = verified.value.values
     drawn = np.sort(np.random.default_rng(seed).permutation(len(pairs))[:calibration_pairs])
-    whole = effects(rm, [pairs[int(i)] for i in drawn], wanted, **options).value.values
+    whole = effects(rm, [pairs[int(i)] for i in drawn], wanted, **shared).value.values
     largest = np.argsort(-np.abs(whole).mean(0), kind="stable")[:top]
     recall = len(set(largest) & set(screened)) / top
     note = f"share of the {top} largest sites of {calibration_pairs} pairs, on which every site was run"
@@ -74,7 +80,7 @@ def screen_then_verify(
         checks=[*verified.checks, Check("recall", recall, math.inf, note)], undefined=UNVERIFIED, seed=seed,
         title=f"Screened by {estimator}, verified exactly ({mode}, {at})", recall=recall, noise_floor=rm.noise_floor,
         settings={"estimator": estimator, "top": top, "mode": mode, "at": at, "align": align,
-                  "calibration_pairs": calibration_pairs},
+                  "calibration_pairs": calibration_pairs, **options},
         shows="Exact effects of the sites that an estimate finds largest, beside the estimates of all.",
         cannot_show="The sites the estimate misses; the recall, measured on pairs on which every site was run, says "
         "how many those are.",
