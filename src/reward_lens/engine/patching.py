@@ -39,6 +39,8 @@ SEEN_PER_BATCH = 16 * TOKENS_PER_BATCH
 """Positions attended to by the rows of one walk together: their keys and values are laid out once a row."""
 
 
+CACHED_TOKENS, CACHED_ROWS = 640, 16
+"""Positions of a walk on a CPU, whose caches hold no more, and the rows that one clean row is spread over at least."""
 GRADIENT_TOKENS = 1024
 """Positions of a walk with gradients: every block's activations are kept."""
 
@@ -168,7 +170,10 @@ def row_budget(rm: RewardModel, length: int, seen: int) -> int:
     wide = getattr(config, "intermediate_size", None) or 4 * rm.d_model
     floats = length * (6 * rm.d_model + 3 * wide) + 4 * seen * rm.d_model + length * seen * rm.n_heads
     by_memory = int(FREE_SHARE * _free_bytes(rm.device) / (4 * floats))
-    return max(1, min(TOKENS_PER_BATCH // length, SEEN_PER_BATCH // seen, by_memory))
+    by_tokens = TOKENS_PER_BATCH // length
+    if rm.device.type == "cpu":
+        by_tokens = min(by_tokens, max(CACHED_TOKENS // length, CACHED_ROWS))
+    return max(1, min(by_tokens, SEEN_PER_BATCH // seen, by_memory))
 
 
 class _Walk:

@@ -65,14 +65,17 @@ def run_text(
     return TextRun(tokens, first, held, final[0], reward, past.seen() if past is not None else NO_PREFIX)
 
 
+@torch.no_grad()
+def common_keys(rm: RewardModel, first: Tokens, second: Tokens) -> KeyValues:
+    """Keys and values of the tokens that two texts begin with, before either's reward position."""
+    prefix = min(common_prefix(first, second), first.reward_pos, second.reward_pos)
+    return keys_and_values(rm.trunk, first, prefix) if prefix and rm.reuses_prefix(first, second) else NO_PREFIX
+
+
 def run_pair(
     rm: RewardModel, chosen: Tokens, rejected: Tokens, sites: Sequence[Site], *, only_final: bool
 ) -> tuple[TextRun, TextRun]:
     """Both runs of a pair, their common tokens run once."""
-    prefix = min(common_prefix(chosen, rejected), chosen.reward_pos, rejected.reward_pos)
-    known = NO_PREFIX
-    if prefix and rm.reuses_prefix(chosen, rejected):
-        with torch.no_grad():
-            known = keys_and_values(rm.trunk, chosen, prefix)
+    known = common_keys(rm, chosen, rejected)
     first, second = (run_text(rm, t, sites, only_final=only_final, known=known) for t in (chosen, rejected))
     return first, second

@@ -23,7 +23,7 @@ from reward_lens import data
 from reward_lens.engine.alignment import align as aligned
 from reward_lens.engine.patching import patch_rows
 from reward_lens.engine.places import require_site
-from reward_lens.engine.runs import run_pair
+from reward_lens.engine.runs import common_keys, run_text
 from reward_lens.errors import DataError
 from reward_lens.methods.ablations import ablated_pair, prepare_ablation
 from reward_lens.methods.effect_cells import Cells, Spans, cells_of, change_of, exchange_rows, sites_of, span_coords
@@ -139,24 +139,28 @@ def _exchanged(rm, pairs, sites, settings, spans, max_rows, progress) -> Found:
     found = Found()
     mode, only_final = settings["mode"], settings["at"] == "final"
     for i, (pair, tokens) in enumerate(zip(pairs, rm.tokenize_pairs(pairs), strict=True)):
-        # The changed run's own values are not read: the sweep computes them again beside the changed rows.
-        runs = run_pair(rm, tokens[0], tokens[1], sites, only_final=only_final)
-        base, source = runs if mode == "noise" else runs[::-1]
-        where = aligned(base.tokens, source.tokens, settings["at"], settings["align"], pair.id)
-        cells = cells_of(base.tokens, where, spans, i, pair.id)
+        # The changed run's own values are not needed; the sweep runs it beside the changed rows.
+        base, other = tokens if mode == "noise" else tokens[::-1]
+        where = aligned(base, other, settings["at"], settings["align"], pair.id)
+        cells = cells_of(base, where, spans, i, pair.id)
+        known = common_keys(rm, base, other)
+        source = run_text(rm, other, sites, only_final=only_final, known=known)
         rows, index = exchange_rows(sites, cells, source, pair.id)
         values = cells.empty(len(sites))
         if rows:
-            out = patch_rows(rm, base.tokens, rows, known=base.keys, max_rows=max_rows)
+            out = patch_rows(rm, base, rows, known=known, max_rows=max_rows)
             change = change_of(rm, out, settings["norm"])
             values[tuple(np.array(index).T)] = -change if mode == "noise" else change
-            size = rm.effect_scale(base.reward, source.reward, base.reward - source.reward)
-            found.gaps.append(float((out.clean - base.reward).abs().max()) / size)
-        margin = runs[0].reward - runs[1].reward
+            own = out.alone
+            size = rm.effect_scale(own, source.reward, own - source.reward)
+            found.gaps.append(float((out.clean - own).abs().max()) / size)
+        else:
+            own = run_text(rm, base, [], only_final=True, known=known).reward
+        margin = own - source.reward if mode == "noise" else source.reward - own
         last = Site("resid_post", rm.n_layers - 1)
         if last in sites and spans is None and settings["norm"] == "live" and where.base:
-            size = rm.effect_scale(runs[0].reward, runs[1].reward, margin)
-            if where.base[-1] == base.tokens.reward_pos and where.source[-1] == source.tokens.reward_pos:
+            size = rm.effect_scale(own, source.reward, margin)
+            if where.base[-1] == base.reward_pos and where.source[-1] == other.reward_pos:
                 found.closing.append(abs(values[sites.index(last), 0] - margin) / size)
         found.values.append(values)
         found.groups.append(cells)
