@@ -131,7 +131,7 @@ def _responses(
     out = patch_rows(rm, text, rows, max_rows=max_rows)
     changes = np.zeros((len(moves), len(doses)))
     changes[tuple(np.array(cells).T)] = out.change.numpy()
-    size = max(abs(clean), float(np.abs(changes).max()), 1e-12)
+    size = rm.effect_scale(clean, float(np.abs(changes).max()))
     return changes, float((out.clean - clean).abs().max()) / size
 
 
