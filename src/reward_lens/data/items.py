@@ -164,10 +164,10 @@ class Pairs(Sequence):
     id becomes the row's number and a repeated one gets ``#2``, ``#3``, ... appended.
     """
 
-    def __init__(self, pairs: Iterable[Pair], source: str = "memory"):
+    def __init__(self, pairs: Iterable[Pair], source: str = "memory", notes: Iterable[str] = ()):
         self._pairs, repeated = with_unique_ids(pairs)
         self.source = source
-        self.notes = tuple(_notes(self._pairs, repeated))
+        self.notes = (*notes, *_notes(self._pairs, repeated))
 
     @property
     def n_prompts(self) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 from reward_lens.data.checks import checked_texts, checked_turns, malformed, shown, unreadable
 from reward_lens.data.items import Group, Pair, Pairs, StyleItem, with_unique_ids
+from reward_lens.data.published import joined_ratings, standard_row
 from reward_lens.data.sources import Rows, open_rows
 from reward_lens.errors import DataError
 
@@ -19,12 +20,16 @@ def load_pairs(source: Source, split: str | None = None, limit: int | None = Non
     `id` and `subset`; others are ignored. In TRL's conversational form `chosen` and `rejected` are message
     lists: one assistant message after an explicit `prompt`, or conversations that differ in the last turn
     only. A CSV cell may hold messages as JSON. `split` picks one of a hub data set, `limit` the first rows.
+    Published sets with other columns (HH, LLMBar, JudgeBench, HelpSteer2 and 3; `data.published`) are read as
+    they are; their rows without a preference are left out and noted.
 
     Returns `Pairs`, whose `notes` say what is odd. Raises `DataError` naming file, line (row, for parquet,
     CSV, JSON arrays and the hub) and field.
     """
     name, rows = open_rows(source, split, limit)
-    return Pairs(_parse(name, rows, _pair), name)
+    ties: list[str] = []
+    pairs = _parse(name, joined_ratings(rows), _pair, ties)
+    return Pairs(pairs, name, [f"{len(ties)} rows without a preference left out: {_some(ties)}"] if ties else ())
 
 
 def load_groups(source: Source, split: str | None = None, limit: int | None = None) -> list[Group]:
@@ -45,23 +50,37 @@ def load_style_items(source: Source, split: str | None = None, limit: int | None
     return list(with_unique_ids(_parse(*open_rows(source, split, limit), _style_item))[0])
 
 
-def _parse(name: str, rows: Rows, build: Callable) -> list:
+def _some(places: list[str]) -> str:
+    return ", ".join(places[:3]) + (", ..." if len(places) > 3 else "")
+
+
+def _parse(name: str, rows: Rows, build: Callable, ties: list[str] | None = None) -> list:
+    """Items of all rows; where a row holds no preference, its place goes to `ties`."""
     items = []
     for where, row in rows:
         try:
             if not isinstance(row, Mapping):
                 raise malformed("row", shown(row), "an object with named fields")
-            items.append(build(row))
+            item = build(row)
+            if item is not None:
+                items.append(item)
+            elif ties is not None:
+                ties.append(where)
         except DataError as error:
             columns = f" (columns: {', '.join(map(str, row))})" if isinstance(row, Mapping) else ""
             what = f"{name}, {where}: {error.what[0].lower()}{error.what[1:]}"
             raise DataError(what, found=error.found + columns, expected=error.expected, do=error.do) from None
     if not items:
-        raise unreadable(name, "no rows", "at least one row", do="check the source")
+        found = "no rows" if not ties else f"{len(ties)} rows without a preference"
+        raise unreadable(name, found, "at least one row" + (" with one" if ties else ""), do="check the source")
     return items
 
 
-def _pair(row: Mapping) -> Pair:
+def _pair(row: Mapping) -> Pair | None:
+    standard = standard_row(row)
+    if standard is None:
+        return None
+    row = standard
     chosen, rejected, prompt = _column(row, "chosen"), _column(row, "rejected"), row.get("prompt")
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         if isinstance(side, list) and side and all(isinstance(response, str) for response in side):
@@ -99,7 +118,9 @@ def _group(row: Mapping) -> Group:
 
 
 def _style_item(row: Mapping) -> StyleItem:
-    return StyleItem(*(_column(row, name) for name in ("prompt", "chosen", "rejected")), **_labels(row))
+    labels = _labels(row)
+    labels["subset"] = labels["subset"] or row.get("domain")  # RM-Bench's name for it
+    return StyleItem(*(_column(row, name) for name in ("prompt", "chosen", "rejected")), **labels)
 
 
 def _column(row: Mapping, name: str) -> Any:
