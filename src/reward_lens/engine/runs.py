@@ -12,7 +12,7 @@ from torch import Tensor
 
 from reward_lens.engine.run import read_sites
 from reward_lens.model.forward import suffix_batch
-from reward_lens.model.prefix import NO_PREFIX, KeyValues, PrefixCache, keys_and_values
+from reward_lens.model.prefix import NO_PREFIX, KeyValues, PrefixCache
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
 from reward_lens.model.tokens import Tokens, common_prefix
@@ -44,38 +44,50 @@ class TextRun:
 
 @torch.no_grad()
 def run_text(
-    rm: RewardModel, tokens: Tokens, sites: Sequence[Site], *, only_final: bool, known: KeyValues = NO_PREFIX
+    rm: RewardModel,
+    tokens: Tokens,
+    sites: Sequence[Site],
+    *,
+    only_final: bool,
+    known: KeyValues = NO_PREFIX,
+    hold: int | None = None,
 ) -> TextRun:
-    """Run one text from the end of `known` on and hold the sites, everywhere from there or at the reward position."""
+    """Run one text from the end of `known` on and hold the sites: at the reward position, or from `hold` on (None: all
+    positions that are run)."""
     reuse = rm.reuses_prefix(tokens)
     start = len(known) if reuse else 0
     batch = suffix_batch(tokens, start, rm.device)
     past = PrefixCache(known, rm.n_layers) if reuse else None
     final: list[Tensor] = []
     at = tokens.reward_pos - start
+    first = tokens.reward_pos if only_final else max(start, hold or 0)
+    held_positions = slice(first - start, at + 1 if only_final else None)
 
     def pick(x: Tensor) -> Tensor:
-        return x[0, at : at + 1].clone() if only_final else x[0].clone()
+        return x[0, held_positions].clone()
 
     whole = list(dict.fromkeys(dataclasses.replace(site, index=None) for site in sites))
     end = rm.trunk.read_residual(rm.n_layers, lambda x: final.append(x[0, at].to(rm.readout.weight)))
     held = read_sites(rm, batch, whole, pick, end, past=past)
     reward = float(rm.readout.reward(final[0][None])[0])
-    first = tokens.reward_pos if only_final else start
     return TextRun(tokens, first, held, final[0], reward, past.seen() if past is not None else NO_PREFIX)
 
 
-@torch.no_grad()
-def common_keys(rm: RewardModel, first: Tokens, second: Tokens) -> KeyValues:
-    """Keys and values of the tokens that two texts begin with, before either's reward position."""
-    prefix = min(common_prefix(first, second), first.reward_pos, second.reward_pos)
-    return keys_and_values(rm.trunk, first, prefix) if prefix and rm.reuses_prefix(first, second) else NO_PREFIX
+def common_start(first: Tokens, second: Tokens) -> int:
+    """Number of tokens that two texts begin with, before either's reward position."""
+    return min(common_prefix(first, second), first.reward_pos, second.reward_pos)
+
+
+def keys_before(rm: RewardModel, run: TextRun, stop: int, *others: Tokens) -> KeyValues:
+    """Keys and values of a run's first positions, where other texts may go on from them."""
+    return run.keys.first(stop) if stop and rm.reuses_prefix(run.tokens, *others) else NO_PREFIX
 
 
 def run_pair(
     rm: RewardModel, chosen: Tokens, rejected: Tokens, sites: Sequence[Site], *, only_final: bool
 ) -> tuple[TextRun, TextRun]:
     """Both runs of a pair, their common tokens run once."""
-    known = common_keys(rm, chosen, rejected)
-    first, second = (run_text(rm, t, sites, only_final=only_final, known=known) for t in (chosen, rejected))
-    return first, second
+    shared = common_start(chosen, rejected)
+    first = run_text(rm, chosen, sites, only_final=only_final, hold=shared)
+    known = keys_before(rm, first, shared, rejected)
+    return first, run_text(rm, rejected, sites, only_final=only_final, known=known, hold=shared)

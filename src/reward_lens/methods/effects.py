@@ -23,7 +23,7 @@ from reward_lens import data
 from reward_lens.engine.alignment import align as aligned
 from reward_lens.engine.patching import patch_rows
 from reward_lens.engine.places import require_site
-from reward_lens.engine.runs import common_keys, run_text
+from reward_lens.engine.runs import common_start, keys_before, run_text
 from reward_lens.errors import DataError
 from reward_lens.methods.ablations import ablated_pair, prepare_ablation
 from reward_lens.methods.effect_cells import Cells, Spans, cells_of, change_of, exchange_rows, sites_of, span_coords
@@ -143,8 +143,9 @@ def _exchanged(rm, pairs, sites, settings, spans, max_rows, progress) -> Found:
         base, other = tokens if mode == "noise" else tokens[::-1]
         where = aligned(base, other, settings["at"], settings["align"], pair.id)
         cells = cells_of(base, where, spans, i, pair.id)
-        known = common_keys(rm, base, other)
-        source = run_text(rm, other, sites, only_final=only_final, known=known)
+        shared = common_start(base, other)
+        source = run_text(rm, other, sites, only_final=only_final, hold=shared)
+        known = keys_before(rm, source, shared, base)
         rows, index = exchange_rows(sites, cells, source, pair.id)
         values = cells.empty(len(sites))
         if rows:
