@@ -103,7 +103,7 @@ def optimisation_pressure(
     meta = {
         "title": "Optimisation pressure", "seed": seed, "n_samples": len(rewards),
         "settings": {"n_max": n_max, "n_boot": n_boot, "features": names},
-        "interval": {"level": 0.95, "unit": "prompt", "method": over.method},
+        "interval": {"level": 0.95, "unit": "prompt", "method": own.method},
         "definitions": {name: TEXT_FEATURES[name] for name, kind in zip(names, kinds, strict=True) if kind == "text"},
         "test": test, "gold_turns_down": gold,
         "tail": tail_index(centred, np.repeat(keys, [len(rows) for rows in read.rows])),
