@@ -18,7 +18,7 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 
-PLAIN = ("errors", "result", "charts", "stats", "data")
+PLAIN = ("errors", "result", "charts", "stats", "data", "features")
 MODEL = (*PLAIN, "engine.hooks", "model")
 ENGINE = (*MODEL, "engine")
 SIBLINGS = tuple(f"methods.{name}" for name in (
@@ -27,6 +27,8 @@ SIBLINGS = tuple(f"methods.{name}" for name in (
     "paired", "splits", "source_tokens", "units", "embedding_paths", "removals",
     # divergence: values that are exchanged, states further down, and what they are measured by
     "interchange", "downstream", "natural_distance", "off_manifold", "heterogeneity",
+    # what selection by a reward does, from samples alone
+    "best_of_n",
     # what patching methods share: rows of a sweep, reference sets, and the ways to an effect
     "effect_cells", "ablations", "direct", "estimators", "estimate_task", "first_order", "integrated", "relevance",
 ))  # fmt: skip
