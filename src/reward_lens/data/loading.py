@@ -14,7 +14,8 @@ Source = str | Path
 
 
 def load_pairs(source: Source, split: str | None = None, limit: int | None = None) -> Pairs:
-    """Preference pairs from ``"demo"``, a .jsonl, .json, .parquet or .csv file, or a hub id ``"org/name"``.
+    """Preference pairs from ``"demo"`` (48) or ``"diagnostic"`` (12 dimensions of 40), both written for this
+    project, from a .jsonl, .json, .parquet or .csv file, or a hub id ``"org/name"``.
 
     Columns: `prompt` (text, or messages ending with a user turn), `chosen`, `rejected`, and where present
     `id` and `subset`; others are ignored. In TRL's conversational form `chosen` and `rejected` are message

@@ -16,14 +16,15 @@ from reward_lens.data.checks import shown, unreadable
 Rows = Iterator[tuple[str, Any]]  # where a row stands, and the row
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+")
 _BOM = b"\xef\xbb\xbf"
-_FORMS = "'demo', a file ending in .jsonl, .json, .parquet or .csv, or a hub id such as 'org/name'"
+_BUNDLED = {"demo": "pairs.jsonl", "diagnostic": "diagnostic.jsonl"}
+_FORMS = "'demo', 'diagnostic', a file ending in .jsonl, .json, .parquet or .csv, or a hub id such as 'org/name'"
 
 
 def open_rows(source: str | Path, split: str | None, limit: int | None) -> tuple[str, Rows]:
     name = str(source)
     if limit is not None and limit < 1:
         raise unreadable(f"{name} with limit={limit}", "no rows asked for", "1 or more", "raise the limit")
-    path = resources.files("reward_lens") / "assets" / "pairs.jsonl" if name == "demo" else Path(source)
+    path = resources.files("reward_lens") / "assets" / _BUNDLED[name] if name in _BUNDLED else Path(source)
     kind = Path(path.name).suffix.lower()
     if kind not in _READERS and _HUB_ID.fullmatch(name) and not os.path.exists(name):
         return name, itertools.islice(_hub_rows(name, split), limit)

@@ -22,6 +22,7 @@ import xarray as xr
 
 from reward_lens import data, stats
 from reward_lens.errors import DataError
+from reward_lens.methods.paired import given_scores
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.result import Result
 
@@ -193,7 +194,7 @@ def ranking(rm: RewardModel, groups, scores: Result | None = None) -> Result:
     1 / k).
     """
     groups = list(groups)
-    scores = _scores(rm, groups, scores, rm.score_many, "score_many")
+    scores = given_scores(rm, groups, scores, rm.score_many, "score_many")
     prompts = np.array([g.prompt_key for g in groups])
     top, pairwise, tau = [], [], []
     for i, group in enumerate(groups):
@@ -229,29 +230,9 @@ def ranking(rm: RewardModel, groups, scores: Result | None = None) -> Result:
 
 def _margins(rm: RewardModel, pairs: data.Pairs, scores: Result | None) -> tuple[np.ndarray, np.ndarray]:
     """Reward margin and length difference in tokens, [pair] each."""
-    value = _scores(rm, pairs, scores, rm.score_pairs, "score_pairs").value
+    value = given_scores(rm, pairs, scores, rm.score_pairs, "score_pairs").value
     longer = value["chosen_tokens"].values - value["rejected_tokens"].values
     return value.sel(side="margin").values.astype(float), longer.astype(float)
-
-
-def _scores(rm: RewardModel, inputs, scores: Result | None, score, method: str) -> Result:
-    """The given scores if they are of these inputs and this model, else new ones."""
-    if scores is None:
-        return score(inputs)
-    expected = {"method": method, "model": rm.name, "revision": rm.revision}
-    expected |= {"objective": rm.readout.objective, "inputs_hash": data.inputs_hash(inputs)}
-    found = {key: scores.meta.get(key) for key in expected}
-    other = [f"{key} {found[key]!r}" for key in expected if found[key] != expected[key]]
-    if len(scores.value) != len(inputs):
-        other.append(f"{len(scores.value)} rows")
-    if other:
-        raise DataError(
-            "The scores are not of these inputs and this model",
-            found=", ".join(other),
-            expected=f"the whole Result of rm.{method} for the same inputs ({len(inputs)} rows)",
-            do=f"pass scores=rm.{method}(...) of what you pass here, or leave scores out",
-        )
-    return scores
 
 
 def _subset_rows(pairs: data.Pairs, longer: np.ndarray) -> list[tuple[str, str, np.ndarray]]:

@@ -7,6 +7,7 @@ import numpy as np
 import xarray as xr
 
 from reward_lens import data, stats
+from reward_lens.errors import DataError
 from reward_lens.model.reward_model import SIDES, RewardModel, pair_coords
 from reward_lens.result import Check, Result
 
@@ -56,3 +57,23 @@ def paired_result(
 def margin_of(chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
     """[pair, side, ...] from the two sides' [pair, ...], the margin being their difference."""
     return np.stack([chosen, rejected, chosen - rejected], axis=1)
+
+
+def given_scores(rm: RewardModel, inputs, scores: Result | None, score, method: str) -> Result:
+    """The given scores if they are of these inputs and this model, else new ones."""
+    if scores is None:
+        return score(inputs)
+    expected = {"method": method, "model": rm.name, "revision": rm.revision}
+    expected |= {"objective": rm.readout.objective, "inputs_hash": data.inputs_hash(inputs)}
+    found = {key: scores.meta.get(key) for key in expected}
+    other = [f"{key} {found[key]!r}" for key in expected if found[key] != expected[key]]
+    if len(scores.value) != len(inputs):
+        other.append(f"{len(scores.value)} rows")
+    if other:
+        raise DataError(
+            "The scores are not of these inputs and this model",
+            found=", ".join(other),
+            expected=f"the whole Result of rm.{method} for the same inputs ({len(inputs)} rows)",
+            do=f"pass scores=rm.{method}(...) of what you pass here, or leave scores out",
+        )
+    return scores
