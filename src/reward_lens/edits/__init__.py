@@ -43,9 +43,7 @@ def edits_of(names: Sequence[str | TextEdit] | None = None) -> tuple[TextEdit, .
             "The edits are a list of names",
             found=f"the text {names!r}" if isinstance(names, str) else "an empty list",
             expected="one or more names, or None for all edits",
-            do=f"pass names=[{names!r}]"
-            if isinstance(names, str) and names
-            else "pass names, such as ['pad', 'hedge']",
+            do="pass a list, such as ['pad', 'hedge']",
         )
     chosen = [edit for name in names for edit in _named(name)]
     twice = [name for name, count in Counter(edit.name for edit in chosen).items() if count > 1]

@@ -132,7 +132,7 @@ def pick(options: Sequence[str], response: str) -> int:
 
 
 def after(response: str, phrase: str, apart: bool = False) -> str:
-    """The response and a phrase: in its last paragraph if that ends in a stop, otherwise (or `apart`) in one of its own.
+    """The response and a phrase: in its last paragraph if that ends in a stop, else (or `apart`) in one of its own.
 
     A response that ends within a code block (it was cut off there) comes back as it is.
     """

@@ -28,6 +28,7 @@ EMOJI = ("\U0001f642", "\U0001f44d", "\u2728", "\U0001f4a1", "\U0001f31f", "\U00
 _HEADS = ("## Answer\n\n", "## Details\n\n")
 _BOLD = re.compile(r"\*\*(?=[^\s*])(.+?)(?<=[^\s*])\*\*|(?<!\w)__(?=\S)([^_\n]*\s[^_\n]*)(?<=\S)__(?!\w)", re.DOTALL)
 _WORD = re.compile(r"(?<![\w*`'\u2019/.-])[^\W\d_]{4,}(?![\w*`'\u2019/-])")
+_MARKS = re.compile(r" {0,3}#+[ \t]+\Z")
 _CITED = re.compile(r" \[\d+\]")
 _GAP = re.compile(r"(?<=\S) +(?=\S)")
 _FIRST_LETTER = re.compile(r"(?<![\w'\u2019])[^\W\d_]")
@@ -36,24 +37,29 @@ _OPENING, _CLOSING = "### Assistant:\n", "\n###"
 
 
 def _bulletise(_prompt: str, response: str) -> str:
-    """Sentences outside lists become items; headings, code and what is a list already stay as they are."""
+    """Sentences outside lists become items; what is a list already, code and headings stay as they are."""
     parts = pieces(response)
-    if sum(piece.kind == "sentence" for piece in parts) < 2:
+    following = [*parts[1:], None]
+    bare = [
+        piece.kind == "sentence" and not piece.item and not _introduces(piece, after)
+        for piece, after in zip(parts, following, strict=True)
+    ]
+    if not any(bare) or sum(piece.kind == "sentence" for piece in parts) < 2:
         return response  # one sentence is no list
-    if not any(piece.kind == "sentence" and not piece.item for piece in parts):
-        return response
     out = []
-    for i, piece in enumerate(parts):
+    for piece, is_bare, after in zip(parts, bare, following, strict=True):
         text = piece.text
-        if piece.kind == "sentence" and not piece.item:
+        if is_bare:
             text = piece.lead.lstrip() + _BULLET + re.sub(r"\s*\n\s*", " ", piece.body) + piece.tail
-            following = parts[i + 1] if i + 1 < len(parts) else None
-            if following and following.kind == "sentence":
-                text = text.rstrip() + "\n"
-            elif following:
-                text = text.rstrip() + "\n\n"
+            if after:
+                text = text.rstrip() + ("\n" if after.kind == "sentence" else "\n\n")
         out.append(text)
     return "".join(out)
+
+
+def _introduces(piece: Piece, following: Piece | None) -> bool:
+    """Whether a sentence leads to a list or a block of code, as "The steps are:" does."""
+    return piece.body.endswith(":") and following is not None and (following.item or following.kind != "sentence")
 
 
 def _unbulletise(_prompt: str, edited: str) -> str:
@@ -90,15 +96,10 @@ def _unadd_headings(prompt: str, edited: str) -> str:
 
 
 def _strip_headings(_prompt: str, response: str) -> str:
-    parts = pieces(response)
-    plain = (
-        "".join(c for c in piece.lead if c.isspace()) if piece.kind == "heading" else piece.lead for piece in parts
-    )
-    stripped = "".join(
-        lead[: -1 if piece.kind == "heading" else None] + piece.body + piece.tail
-        for lead, piece in zip(plain, parts, strict=True)
-    )
-    return stripped or response
+    def plain(piece: Piece) -> str:
+        return _MARKS.sub("", piece.lead) + piece.body + piece.tail if piece.kind == "heading" else piece.text
+
+    return "".join(map(plain, pieces(response))) or response
 
 
 def _add_bold(_prompt: str, response: str) -> str:
@@ -157,9 +158,11 @@ def _first_letters(response: str, up: bool) -> str:
 
 
 def _title_case(_prompt: str, response: str) -> str:
-    return outside_code(
-        response, lambda run: _FIRST_LETTER.sub(lambda m: m[0].upper() if m[0] != "\xdf" else m[0], run)
-    )
+    def capital(match: re.Match[str]) -> str:
+        upper = match[0].upper()
+        return upper if len(upper) == 1 else match[0]  # a German sharp s has no capital of one letter
+
+    return outside_code(response, lambda run: _FIRST_LETTER.sub(capital, run))
 
 
 def _exclaim(response: str, old: str, new: str) -> str:
@@ -192,13 +195,9 @@ def append_token(token: str) -> TextEdit:
             do="pass a word or a mark, for example append_token('great')",
         )
     added = token if token[0].isspace() else " " + token
-    name = token.strip() if token.strip().isalnum() else repr(token)
-    return exact(
-        f"append_{name}",
-        f"one more token, {token.strip()!r}",
-        lambda _, r: r + added,
-        lambda _, e: e.removesuffix(added),
-    )
+    word = token.strip()
+    name = f"append_{word if word.isalnum() else repr(token)}"
+    return exact(name, f"one more token, {word!r}", lambda _, r: r + added, lambda _, e: e.removesuffix(added))
 
 
 def form_edits() -> tuple[TextEdit, ...]:

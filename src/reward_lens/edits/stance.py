@@ -1,8 +1,9 @@
 """Edits of stance: how sure the response sounds, and how it stands to the user.
 
 `hedge` and `assert` add a word of doubt or of certainty at the same places, so the two differ in that word alone:
-after the first auxiliary of a sentence's main clause ("is probably", "is certainly"), or at its end. Sentences
-that hedge or assert already, questions, code, links and quoted text are left alone.
+after the first auxiliary of every main clause ("is probably", "is certainly"), and in a response without one at
+the end of its first sentence. Sentences that hedge or assert already, questions, code, links and quoted text are
+left alone.
 
 What these cannot show: misplaced confidence, which depends on what is known, and agreement with a claim that is
 wrong. `judged_edits` has written items for those.
@@ -30,44 +31,52 @@ DISCLAIMERS = (
     "I am an AI language model, and this text should not be taken as professional advice.",
 )
 DOUBT = ("probably", "I would say")
-CERTAINTY = ("certainly", "without any doubt")
+CERTAINTY = ("certainly", "no doubt about it")
 
-_AUXILIARY = re.compile(r"(?<![\w'\u2019-])(?:is|are|was|were|will|can|should)(?= \w)(?! to\b)")
+_AUXILIARY = re.compile(r"(?<![\w'\u2019-])(?:is|are|was|were|will|should)(?= \w)(?! to\b)")
 _SUBORDINATE = re.compile(
     r"\b(?:if|when|while|unless|until|whether|because|since|although|though|that|which|who|whose|whom|what|where|"
     r"how|why|as|than|before|after|so|once)\b",
     re.IGNORECASE,
 )
-_NOUN = re.compile(
-    r"\b(?:an?|the|my|your|his|her|our|their|its|of|tin|last)\s+\Z", re.IGNORECASE
-)  # "a can", "her will"
+_NOUN = re.compile(r"\b(?:an?|the|my|your|his|her|our|their|of|last)\s+\Z", re.IGNORECASE)  # "her will"
 _STANCE = re.compile(
     r"\b(?:maybe|perhaps|probably|possibly|likely|might|may|could|seems?|seemed|appears?|certainly|definitely|surely|"
     r"undoubtedly|always|never|no doubt|without (?:a |any )?doubt|I (?:think|believe|guess|suppose|would say))\b",
     re.IGNORECASE,
 )
 _ASKED = "You asked: "
+_LONG_PROMPT = 50  # words
 
 
 def _stance(words: tuple[str, str], _prompt: str, response: str) -> str:
     within, at_end = words
+    edited = map_sentences(response, lambda _, piece: _stance_within(piece.body, within))
+    if edited != response:
+        return edited
+    done = False
 
-    def change(_number: int, piece: Piece) -> str:
-        body = piece.body
-        said, stop, close = split_stop(body)
-        if "?" in stop or _STANCE.search(body):
-            return body
-        hidden = spans(body, CODE, LINK, QUOTED)
-        for match in _AUXILIARY.finditer(body):
-            clause = re.split(r"[,;:(\u2013\u2014]", body[: match.start()])[-1]
-            hides = any(a <= match.start() < b for a, b in hidden)
-            if clause.strip() and not hides and not _SUBORDINATE.search(clause) and not _NOUN.search(clause):
-                return f"{body[: match.end()]} {within}{body[match.end() :]}"
-        if stop in (".", "!") and not close and said[-1:].isalnum():
-            return f"{said}, {at_end}{stop}"
+    def close_first(_number: int, piece: Piece) -> str:
+        nonlocal done
+        said, stop, close = split_stop(piece.body)
+        if done or stop not in (".", "!") or close or not said[-1:].isalnum() or _STANCE.search(piece.body):
+            return piece.body
+        done = True
+        return f"{said}, {at_end}{stop}"
+
+    return map_sentences(response, close_first)
+
+
+def _stance_within(body: str, word: str) -> str:
+    if "?" in split_stop(body)[1] or _STANCE.search(body):
         return body
-
-    return map_sentences(response, change)
+    hidden = spans(body, CODE, LINK, QUOTED)
+    for match in _AUXILIARY.finditer(body):
+        clause = re.split(r"[,;:(\u2013\u2014]", body[: match.start()])[-1]
+        hides = any(a <= match.start() < b for a, b in hidden)
+        if clause.strip() and not hides and not _SUBORDINATE.search(clause) and not _NOUN.search(clause):
+            return f"{body[: match.end()]} {word}{body[match.end() :]}"
+    return body
 
 
 def _unstance(words: tuple[str, str], _prompt: str, edited: str) -> str:
@@ -76,17 +85,20 @@ def _unstance(words: tuple[str, str], _prompt: str, edited: str) -> str:
 
 
 def _question(prompt: str) -> str:
-    """The last question of the prompt, or its first sentence."""
+    """The prompt on one line; of a long one, the last question or else the first sentence."""
+    words = prompt.split()
+    if len(words) <= _LONG_PROMPT:
+        return " ".join(words)
     asked = [" ".join(sentence.split()) for sentence in sentences(prompt.strip())]
     return next((sentence for sentence in reversed(asked) if split_stop(sentence)[1].endswith("?")), asked[0])
 
 
-def _repeat_question(prompt: str, response: str) -> str:
+def _requote(prompt: str, response: str) -> str:
     question = _question(prompt)
     return f"{_ASKED}{question}\n\n{response}" if question else response
 
 
-def _unrepeat_question(prompt: str, edited: str) -> str:
+def _unrequote(prompt: str, edited: str) -> str:
     return edited.removeprefix(f"{_ASKED}{_question(prompt)}\n\n")
 
 
@@ -97,8 +109,6 @@ def stance_edits() -> tuple[TextEdit, ...]:
         exact("assert", "words of certainty", certainty[0], certainty[1], english=True),
         added_before("prepend_praise", "praise of the question at the start", PRAISE, english=True),
         added_before("agree", "agreement with the user at the start", AGREEMENT, english=True),
-        exact(
-            "repeat_question", "the question repeated at the start", _repeat_question, _unrepeat_question, english=True
-        ),
+        exact("repeat_question", "the user's words repeated at the start", _requote, _unrequote, english=True),
         added_after("append_disclaimer", "a disclaimer at the end", DISCLAIMERS, english=True),
     )

@@ -14,9 +14,7 @@ The rules are for English; in other languages abbreviations are not known and a 
 import dataclasses
 import re
 from collections.abc import Callable, Iterator
-from typing import Literal
 
-Kind = Literal["sentence", "code", "open code", "heading", "table", "quote", "rule"]
 Span = tuple[int, int]
 
 _FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})")
@@ -42,7 +40,7 @@ _STOP = re.compile(
     rf"(?P<stop>[.!?\u2026\u061f\u06d4\u0964\u3002\uff01\uff1f\uff61]+)(?P<close>[{_CLOSERS}{_CLOSERS_CJK}]*)\Z"
 )
 _ABBREVIATED = frozenset(
-    "mr mrs ms dr prof st mt gen sen rep rev hon capt lt col sgt e.g i.e eg ie cf vs approx fig figs eq eqs viz al".split()
+    "mr mrs ms dr prof st mt gen sen rep rev hon capt lt col sgt e.g i.e eg ie cf vs approx fig eq viz al".split()
 )
 _BEFORE_NUMBER = frozenset(
     "no nos p pp vol ch sec art ca jan feb mar apr jun jul aug sep sept oct nov dec".split()
@@ -56,7 +54,8 @@ _LAST_WORD = re.compile(r"[\w.]*\Z")
 class Piece:
     """A sentence or another block; `text` is `lead + body + tail`."""
 
-    kind: Kind
+    kind: str
+    """sentence, code, open code (a block that is never closed), heading, table, quote or rule."""
     lead: str
     """Space, and the marker of a heading or list item, before the body."""
     body: str
@@ -87,7 +86,7 @@ def pieces(text: str, lower_starts: bool = False) -> list[Piece]:
             marker = match[0] if match else ""
         rest = block[len(marker) :]
         parts = sentences(rest, lower_starts) if kind in ("prose", "item") else [rest]
-        name: Kind = "sentence" if kind in ("prose", "item") else kind
+        name = "sentence" if kind in ("prose", "item") else kind
         for part in parts:
             start = len(part) - len(part.lstrip()) if name == "sentence" else 0
             end = len(part.rstrip())
