@@ -68,7 +68,8 @@ _WORD = re.compile(rf"[{_UNSPACED}]|[^\s\u2013\u2014{_UNSPACED}]+")
 _CODE = re.compile(r"^[ \t]*(`{3,}|~{3,})[^`\n]*$.*?(?:^[ \t]*\1[`~]*[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 _CODE_SPAN = re.compile(r"(`+)(?!`)[^\n]*?(?<!`)\1(?!`)")
 _SENTENCE_END = re.compile(
-    "[.!?\u2026]+[\"'\u201d\u2019)\\]*_]*(?=\\s)"  # 3.14 is not the end of a sentence
+    # 3.14 is not the end of a sentence. Possessive, and begun once a run: "!!!!..." takes no time.
+    "(?<![.!?\u2026])[.!?\u2026]++[\"'\u201d\u2019)\\]*_]*+(?=\\s)"
     "|[\u3002\uff01\uff1f\uff61]+[\u300d\u300f\u201d\u2019\uff09]*"
     "|[\r\n]+"
 )
@@ -138,8 +139,9 @@ def _words(text: str) -> list[str]:
 
 def _bare(word: str) -> str:
     """A word without the punctuation around it, the same whatever its case or its way of writing an accent."""
+    word = unicodedata.normalize("NFC", word.casefold())
     inside = [i for i, c in enumerate(word) if c.isalnum()]
-    return unicodedata.normalize("NFC", word[inside[0] : inside[-1] + 1].casefold())
+    return word[inside[0] : inside[-1] + 1] if inside else ""
 
 
 @functools.lru_cache(maxsize=256)

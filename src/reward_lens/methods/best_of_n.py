@@ -48,7 +48,7 @@ def best_of_n_weights(reward, n: int) -> Float[np.ndarray, " samples"]:
 def kl_bound(n) -> np.ndarray:
     """Upper bound log n - (n - 1) / n on the KL of the best of `n` from the policy, in nats, in the shape of n."""
     n = np.asarray(n, dtype=float)
-    return np.log(n) - (n - 1) / n
+    return np.asarray(np.log(n) - (n - 1) / n)
 
 
 def turning_point(curves: Float[np.ndarray, "prompts n"], ns: Int[np.ndarray, " n"], n_boot: int, seed: int) -> dict:
@@ -56,7 +56,9 @@ def turning_point(curves: Float[np.ndarray, "prompts n"], ns: Int[np.ndarray, " 
 
     Returns a dict: `n`, where gold turns down (None where it does not within the curve, with `reason`), `kl` there, and
     `bootstrap`, the share of resamples of whole prompts with their maximum at each n (None under 6 prompts). The last n
-    stands for "not within the curve". Equal values count as the largest n, so a flat curve does not turn.
+    stands for "not within the curve"; an n of 1 says that gold falls from the start. Equal values count as the largest
+    n, so a flat curve does not turn. Only the n given are looked at, and noise alone has a maximum somewhere: read the
+    shares.
     """
     curves = curves[~np.isnan(curves).any(1)]
     places = _last_maximum(curves.mean(0))
@@ -88,7 +90,9 @@ def tail_index(centred, prompts) -> dict:
 
     Returns a dict: `xi`, `low`, `high`, `alpha`, `alpha_low`, `alpha_high`, `k`, `n`, `xi_of_a_normal` (what k and n
     give for normal rewards, whose true xi is 0) and `reason` where a number is None. Cannot tell heavy from light
-    tails in few samples: xi is positive for any sample, and nears 0 only as 1 / log(n / k) for a normal.
+    tails in few samples: xi is positive for any sample, and nears 0 only as 1 / log(n / k) for a normal. It is biased
+    where the tail is a power only far out: for t with 2 degrees of freedom 0.51 on average of 0.50, with 4 degrees 0.31
+    of 0.25 (1800 samples).
     """
     from scipy.stats import norm
 
@@ -123,4 +127,4 @@ def _last_maximum(curves: np.ndarray) -> np.ndarray:
     """Index along the last axis of the maximum, the last of those that are equal to it."""
     top = curves.max(-1, keepdims=True)
     near = curves >= top - SAME * np.abs(curves).max(-1, keepdims=True)
-    return curves.shape[-1] - 1 - np.argmax(near[..., ::-1], axis=-1)
+    return np.asarray(curves.shape[-1] - 1 - np.argmax(near[..., ::-1], axis=-1))
