@@ -100,7 +100,7 @@ def text_features(prompt, response) -> dict[str, float]:
     outside = _CODE.sub("", response)
     plain = response.casefold().replace("\u2019", "'")
     n_words = len(words := _words(response))
-    asked, said = _vocabulary(question), {_bare(word) for word in words}
+    asked, said = _vocabulary(question), set(map(_bare, set(words)))
     counted = {
         "words": n_words,
         "characters": len(response),
@@ -124,7 +124,7 @@ def latin_share(text: str) -> float:
 
     Returns a fraction. Cannot tell English from other languages in that script.
     """
-    letters = [c for c in text if c.isalpha()]
+    letters = [] if text.isascii() else [c for c in text if c.isalpha()]
     return sum(map(_is_latin, letters)) / len(letters) if letters else 1.0
 
 
@@ -137,6 +137,7 @@ def _words(text: str) -> list[str]:
     return [word for word in _WORD.findall(text) if any(map(str.isalnum, word))]
 
 
+@functools.lru_cache(maxsize=65536)
 def _bare(word: str) -> str:
     """A word without the punctuation around it, the same whatever its case or its way of writing an accent."""
     word = unicodedata.normalize("NFC", word.casefold())
