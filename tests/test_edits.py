@@ -22,6 +22,7 @@ from reward_lens.edits.length import FILLER, PARAGRAPHS
 from reward_lens.edits.stance import AGREEMENT, CERTAINTY, DISCLAIMERS, DOUBT, PRAISE
 from reward_lens.edits.text import pieces, sentences
 from reward_lens.errors import DataError
+from reward_lens.model.demo import demo_tokenizer
 
 PROMPT = "How do I start? I have an hour."
 MARKDOWN = """# Plan
@@ -88,16 +89,14 @@ ODD = (
     MARKDOWN,
 )
 BITS = (
-    "It is was will are not the The word Paris e.g. etc. Dr. 3.14 1. - * # ## ### ** `x` ``` . ! ? ... : ; , ( ) [1] | > "
-    'a A I " https://a.b/c. \u2026 \u6c34\u3002 \u00e9t\u00e9 \U0001f642 great probably ~~~ _x_ __a_b__'
+    "It is was will are not the The word Paris e.g. etc. Dr. 3.14 1. - * # ## ### ** `x` ``` . ! ? ... : ; , ( ) [1] | "
+    '> a A I " https://a.b/c. \u2026 \u6c34\u3002 \u00e9t\u00e9 \U0001f642 great probably ~~~ _x_ __a_b__'
 ).split()
 WORDS = st.sampled_from([*BITS, "\n", "\n\n", "\t", "\r\n", ""])
 TEXTS = st.one_of(
     st.text(max_size=40), st.lists(WORDS, max_size=20).map(" ".join), st.lists(WORDS, max_size=20).map("".join)
 )
 EXACT = [edit for edit in EDITS.values() if edit.exact]
-each_edit = pytest.mark.parametrize("edit", EDITS.values(), ids=str)
-each_exact = pytest.mark.parametrize("edit", EXACT, ids=lambda edit: edit.name)
 
 
 @functools.cache
@@ -193,6 +192,11 @@ def test_the_edits_that_change_few_change_what_they_need():
         marked = [(p, r, edited(f"add_{name}", r, p)) for p, r in bundled()]
         stripped = [edited(f"strip_{name}", e, p) != e for p, r, e in marked if e != r]
         assert sum(stripped) >= 0.8 * len(bundled()) and all(stripped)
+
+
+def test_on_a_text_full_of_markup_only_edits_that_find_their_property_there_change_nothing():
+    unchanged = {name for name in EDITS if edited(name, MARKDOWN) == MARKDOWN}
+    assert unchanged == {"add_headings", "add_bold", "lowercase_starts"}  # "see https" begins in lower case
 
 
 def test_edits_are_pure_and_a_dose_is_nested_in_the_next():
@@ -577,3 +581,13 @@ def test_lengths_balance_within_a_kind(kind):
     assert abs(changed_to - plain) <= 0.03 * plain
     longer = sum(b > a for a, b in counts)
     assert 1 <= longer <= 11, "neither side is the longer one throughout"
+
+
+def test_token_lengths_are_as_the_module_says():
+    tokenizer, ratios = demo_tokenizer(), {}
+    for kind in JUDGED:
+        sides = zip(*((i.response, i.edited) for i in ITEMS if i.edit == kind), strict=True)
+        plain, changed_to = (sum(map(len, tokenizer(list(side))["input_ids"])) for side in sides)
+        ratios[kind] = round(changed_to / plain, 2)
+    assert 1.2 < ratios.pop("jargon") < 1.3 and 0.85 < ratios.pop("vague") < 0.92
+    assert all(0.97 < ratio < 1.03 for ratio in ratios.values())

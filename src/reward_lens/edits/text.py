@@ -25,7 +25,7 @@ _RULE = re.compile(r"\s*([-*_=])(?:[ \t]*\1){2,}\s*$")
 _ITEM = re.compile(r"\s*(?:[-*+\u2022]|\d{1,3}[.)])[ \t]+(?=\S)")
 
 CODE = re.compile(r"(?<!`)(`+)(?!`)[^\n]*?(?<!`)\1(?!`)")
-LINK = re.compile(r"(?:https?://|www\.)\S+|\S+@\S+\.\w+")
+LINK = re.compile(r"(?:https?://|www\.)\S+|(?<![\w.+-])[\w.+-]+@[\w-]+\.[\w.-]*\w")
 QUOTED = re.compile(
     r"\"[^\"\n]*\"|\u201c[^\u201d\n]*\u201d|\u00ab[^\u00bb\n]*\u00bb|\u300c[^\u300d\n]*\u300d|\u300e[^\u300f\n]*\u300f"
     r"|\u2018[^\u2018\n]*?\u2019(?!\w)|(?<!\w)'(?=\S)[^'\n]*(?<=\S)'(?!\w)"
