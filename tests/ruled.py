@@ -14,7 +14,9 @@ class Ruled(rl.RewardModel):
 
     def __init__(self, rule):
         self.rule, self.kept = None, {}  # the load report is of the network
-        super().__init__(*tiny_model("llama", seed=1), name="ruled")
+        module, tokenizer = tiny_model("llama", seed=1)
+        module.config.max_position_embeddings = 1 << 16  # only the rule reads the edited texts
+        super().__init__(module, tokenizer, name="ruled")
         self.rule = rule
 
     def tokenize(self, prompt, response):

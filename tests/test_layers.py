@@ -18,7 +18,7 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 
-PLAIN = ("errors", "result", "charts", "stats", "data", "features")
+PLAIN = ("errors", "result", "charts", "stats", "data", "features", "edits")
 MODEL = (*PLAIN, "engine.hooks", "model")
 ENGINE = (*MODEL, "engine")
 SIBLINGS = tuple(f"methods.{name}" for name in (

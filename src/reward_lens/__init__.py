@@ -49,12 +49,17 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.methods.counterfactual import counterfactual_patch as counterfactual_patch
     from reward_lens.methods.divergence import divergence as divergence
     from reward_lens.methods.edges import edge_effects as edge_effects
+    from reward_lens.methods.edit_evaluation import evaluate_edit as evaluate_edit
     from reward_lens.methods.effects import effects as effects
     from reward_lens.methods.knockout import attention_knockout as attention_knockout
     from reward_lens.methods.lens import crystallization_depth as crystallization_depth
     from reward_lens.methods.lens import random_weight_copy as random_weight_copy
     from reward_lens.methods.lens import reward_lens as reward_lens
+    from reward_lens.methods.margin_features import margin_debug as margin_debug
+    from reward_lens.methods.margin_features import margin_features as margin_features
     from reward_lens.methods.path_patching import path_effects as path_effects
+    from reward_lens.methods.pressure import optimisation_pressure as optimisation_pressure
+    from reward_lens.methods.probes import probe_hacking as probe_hacking
     from reward_lens.methods.screening import screen_then_verify as screen_then_verify
     from reward_lens.methods.steering import steer as steer
     from reward_lens.methods.style import style_matrix as style_matrix
@@ -98,6 +103,10 @@ _HOME = {
     "methods.knockout": ("attention_knockout",),
     "methods.lens": ("crystallization_depth", "random_weight_copy", "reward_lens"),
     "methods.path_patching": ("path_effects",),
+    "methods.margin_features": ("margin_debug", "margin_features"),
+    "methods.pressure": ("optimisation_pressure",),
+    "methods.probes": ("probe_hacking",),
+    "methods.edit_evaluation": ("evaluate_edit",),
     "methods.screening": ("screen_then_verify",),
     "methods.steering": ("steer",),
     "methods.style": ("style_matrix", "style_summary"),

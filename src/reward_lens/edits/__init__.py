@@ -4,7 +4,7 @@
 `judged_edits` are written items for properties that no rule can edit. Every edit is a pure function
 of prompt and response.
 
-Reference: Reber et al. 2025, RATE: causal explainability of reward models with imperfect counterfactuals,
+Reference: Reber et al. 2024, RATE: causal explainability of reward models with imperfect counterfactuals,
 arXiv 2410.11348, on edits that change more than the one property and on editing back.
 """
 

@@ -61,7 +61,7 @@ class TextEdit:
                     f"The edit '{self.name}' is not complete",
                     found=found,
                     expected="a name; an inverse where exact is True; family and dose together or neither",
-                    do="give what is missing to rl.edits.TextEdit",
+                    do="give what is missing to reward_lens.edits.TextEdit",
                 )
 
 

@@ -26,7 +26,7 @@ from reward_lens.errors import DataError
 
 EMOJI = ("\U0001f642", "\U0001f44d", "\u2728", "\U0001f4a1", "\U0001f31f", "\U0001f680")
 _HEADS = ("## Answer\n\n", "## Details\n\n")
-_BOLD = re.compile(r"\*\*(?=[^\s*])(.+?)(?<=[^\s*])\*\*|(?<!\w)__(?=\S)([^_\n]*\s[^_\n]*)(?<=\S)__(?!\w)", re.DOTALL)
+_BOLD = re.compile(r"\*\*(?=[^\s*])([^\n]+?)(?<=[^\s*])\*\*|(?<!\w)__(?=\S)([^_\n]*\s[^_\n]*)(?<=\S)__(?!\w)")
 _WORD = re.compile(r"(?<![\w*`'\u2019/.-])[^\W\d_]{4,}(?![\w*`'\u2019/-])")
 _MARKS = re.compile(r" {0,3}#+[ \t]+\Z")
 _CITED = re.compile(r" \[\d+\]")

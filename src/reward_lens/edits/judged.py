@@ -5,7 +5,9 @@
     jargon                   the same said in technical words that a lay reader does not know
     misplaced_confidence     what cannot be known from the prompt is said as if it were known
 
-Both responses of an item are near each other in length, so a shift of reward is not one of length.
+Both responses of an item are within a tenth of each other in words. In tokens they differ where the property is
+one of words: with the demo model's tokenizer the jargon is 26% longer and the vague text 11% shorter, so a model
+that pays for length moves these two without any taste for their property.
 
 What they cannot show: a property's effect on prompts of another kind; the prompts are short everyday questions in
 English, 12 to a kind.

@@ -2,16 +2,18 @@
 
     text = lead + body + tail of every piece, joined
 
-Edits change bodies and leave the rest of the text as it is. What is read as markdown: fenced and indented
-code, headings, list items, table rows, block quotes and rules. Everything else is prose and cut into sentences: after
-a stop that is followed by a space (decimals and addresses have none), after the stops of Chinese and Japanese, and at
-a line break before a capital. No cut is made after an abbreviation or an initial, before a lower-case letter (unless
-the text has no capitals), inside inline code or inside quotation marks.
+Edits change bodies and leave the rest of the text as it is. What is read as markdown: fenced and indented code,
+headings, list items, table rows, block quotes and rules; a text that is JSON as a whole is code. Everything else is
+prose and cut into sentences: after a stop that is followed by a space (decimals and addresses have none), after the
+stops of Chinese and Japanese, and at a line break before a capital. No cut is made after an abbreviation or an
+initial, before a lower-case letter (unless the paragraph has no capitals), inside inline code or inside quotation
+marks.
 
 The rules are for English; in other languages abbreviations are not known and a sentence may be cut in two.
 """
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable, Iterator
 
@@ -23,7 +25,7 @@ _RULE = re.compile(r"\s*([-*_=])(?:[ \t]*\1){2,}\s*$")
 _ITEM = re.compile(r"\s*(?:[-*+\u2022]|\d{1,3}[.)])[ \t]+(?=\S)")
 
 CODE = re.compile(r"(?<!`)(`+)(?!`)[^\n]*?(?<!`)\1(?!`)")
-LINK = re.compile(r"(?:https?://|www\.)\S+|\S+@\S+\.\w+")
+LINK = re.compile(r"(?:https?://|www\.)\S+|(?<![\w.+-])[\w.+-]+@[\w-]+\.[\w.-]*\w")
 QUOTED = re.compile(
     r"\"[^\"\n]*\"|\u201c[^\u201d\n]*\u201d|\u00ab[^\u00bb\n]*\u00bb|\u300c[^\u300d\n]*\u300d|\u300e[^\u300f\n]*\u300f"
     r"|\u2018[^\u2018\n]*?\u2019(?!\w)|(?<!\w)'(?=\S)[^'\n]*(?<=\S)'(?!\w)"
@@ -72,7 +74,6 @@ class Piece:
 def pieces(text: str, lower_starts: bool = False) -> list[Piece]:
     """The pieces of a text in order; none for a blank one. `lower_starts`: a sentence may begin in lower case."""
     lead, found = "", []
-    lower_starts = lower_starts or not any(c.isupper() for c in text)
     for kind, block in _blocks(text):
         if kind == "blank":
             if found:
@@ -97,6 +98,7 @@ def pieces(text: str, lower_starts: bool = False) -> list[Piece]:
 
 def sentences(prose: str, lower_starts: bool = False) -> list[str]:
     """The sentences of a paragraph, each with the space after it; joined, they are the paragraph."""
+    lower_starts = lower_starts or not any(c.isupper() for c in prose)
     hidden = spans(prose, CODE, LINK, QUOTED)
     letters = [i for i, c in enumerate(prose) if c.isalpha()]
     out, last, next_letter = [], 0, 0
@@ -133,6 +135,9 @@ def _ends(prose: str, match: re.Match[str], end: int, lower_starts: bool) -> boo
 
 def _blocks(text: str) -> Iterator[tuple[str, str]]:
     """(kind, lines) in order; a paragraph or list item takes the prose lines that follow it."""
+    if _is_json(text):
+        yield "code", text
+        return
     kind, held, fence, listed = "", "", "", False
     for line in re.split(r"(?<=\n)", text):
         if not line:
@@ -151,7 +156,7 @@ def _blocks(text: str) -> Iterator[tuple[str, str]]:
             yield kind, held
             held = ""
         if new == "fence" and mark:
-            held, fence = line, mark[1]
+            kind, held, fence = "code", line, mark[1]
         elif held:
             held += line
         else:
@@ -161,6 +166,16 @@ def _blocks(text: str) -> Iterator[tuple[str, str]]:
             held = ""
     if held:
         yield ("open code" if fence else kind), held
+
+
+def _is_json(text: str) -> bool:
+    if not text.strip().startswith(("{", "[")):
+        return False
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):  # no JSON, or nested too deep to say
+        return False
+    return True
 
 
 def _line_kind(line: str, indented: bool) -> str:

@@ -1,0 +1,65 @@
+"""How often the probe suite flags a reward that is noise, and how often its intervals hold the truth.
+
+    python benchmarks/probe_calibration.py [--runs 300]
+
+Rewards are a hash of the text turned into a number, so that every text has its own and nothing else decides: normal,
+and lognormal of mean zero (skewed). The probes run on real responses (the diagnostic set), n prompts, a pair each. The
+true mean shift of every edit is 0. Reported, over runs: the share of p < .05 before correction, of runs in which Holm
+lets a probe through, and of 95% intervals that hold 0. Writes benchmarks/probe_calibration.md.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import reward_lens as rl
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from ruled import Ruled, noise  # noqa: E402
+
+SIZES = (6, 10, 20, 50, 200)
+
+
+def measured(rm: Ruled, n: int, runs: int, skewed: bool) -> list[str]:
+    flagged, family, covered = [], [], []
+    pairs = rl.load_pairs("diagnostic")
+    for run in range(runs):
+        rm.rule = noise(run, skewed)
+        start = (run * n) % (len(pairs) - n)
+        result = rl.probe_hacking(rm, pairs[start : start + n], n_boot=500, seed=run)
+        p, p_holm = result.value["p"].values, result.value["p_holm"].values
+        flagged.append(np.nanmean(p < 0.05))
+        family.append(bool(np.nanmin(p_holm) < 0.05))
+        covered.append(np.mean((result.low.values <= 0) & (result.high.values >= 0)))
+    cells = []
+    for values in (flagged, family, covered):
+        values = np.array(values, float)
+        cells.append(f"{values.mean():.3f} ({1.96 * values.std(ddof=1) / np.sqrt(runs):.3f})")
+    return [str(n), "lognormal" if skewed else "normal", *cells]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=300)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rm = Ruled(noise(0))
+    lines = [
+        "# Calibration of the probe suite on noise", "",
+        f"`python benchmarks/probe_calibration.py --runs {args.runs}`: rewards that are noise of the text, {args.runs} "
+        "runs a row, all probes. In brackets half of a 95% interval over runs.", "",
+        "| prompts | noise | p < .05, uncorrected | any probe after Holm | 95% intervals that hold 0 |",
+        "| --- " * 5 + "|",
+    ]  # fmt: skip
+    for skewed in (False, True):
+        for n in SIZES:
+            lines.append("| " + " | ".join(measured(rm, n, args.runs, skewed)) + " |")
+            print(lines[-1], flush=True)
+    Path(__file__).with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""What an edit of a reward model changes: every probe and the accuracy on every set, before, after, and the difference.
+
+    shift of a probe    mean over prompts of r(edited text) - r(text), in units of that model's within-prompt SD
+    accuracy            share of pairs in the right order, a tie half
+
+Differences are paired: the same prompts, both models. All probes are measured, not the one that was edited for: taking
+one bias away may move its pressure to another. Intervals are over prompts; p of the differences by sign-flip, adjusted
+by Holm over all rows.
+
+What this cannot show: effects on texts unlike these, or on what is trained against the edited model. The prompts should
+be ones that neither the directions nor alpha were chosen on.
+
+Reference: arXiv 2605.27996 (bias substitution after single-axis edits).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from reward_lens import data, stats
+from reward_lens.edits import TextEdit
+from reward_lens.errors import DataError
+from reward_lens.methods.probes import probe_hacking
+from reward_lens.model.reward_model import RewardModel
+from reward_lens.result import Result
+
+STATES = ("before", "after", "change")
+
+
+def evaluate_edit(
+    before: RewardModel,
+    after: RewardModel,
+    pairs,
+    sets: Mapping[str, Any],
+    probes: Sequence[str | TextEdit] | None = None,
+    seed: int = 0,
+) -> Result:
+    """Every probe on `pairs`, and accuracy on every one of `sets` {name: pairs}, of a model before and after an edit.
+
+    Returns value (measure, state), state = before, after, change (after - before), with low and high over prompts;
+    `kind` = probe (in within-prompt SDs) or accuracy (a fraction); coordinates `p` and `p_holm` of the change,
+    `n_prompts`. Rows of probes that change no text are NaN. Raises `DataError` for sets without pairs or models with
+    different tokenizers.
+    """
+    pairs = data.as_pairs(pairs)
+    if before.tokenize(pairs[0].prompt, pairs[0].chosen).ids != after.tokenize(pairs[0].prompt, pairs[0].chosen).ids:
+        raise DataError("The two models read texts differently", found="different token ids of the first pair",
+                        expected="a model and an edit of it", do="pass the model that edit_head was given")  # fmt: skip
+    rows = _probe_rows(before, after, pairs, probes, seed)
+    for name, some in sets.items():
+        rows.append(_accuracy_row(before, after, name, data.as_pairs(some), seed))
+    p = np.array([row["p"] for row in rows])
+    coords = {
+        "measure": np.array([row["name"] for row in rows], dtype=object),
+        "state": np.array(STATES, dtype=object),
+        "kind": ("measure", np.array([row["kind"] for row in rows], dtype=object)),
+        "p": ("measure", p),
+        "p_holm": ("measure", stats.adjust(p)),
+        "n_prompts": ("measure", np.array([row["n_prompts"] for row in rows])),
+    }
+    cube = np.array([row["cells"] for row in rows])  # [measure, state, (mean, low, high)]
+    value, low, high = (xr.DataArray(cube[..., i], dims=("measure", "state"), coords=coords) for i in range(3))
+    return Result(
+        "evaluate_edit", value, unit="SD or fraction", low=low, high=high, undefined="the probe changes no text here",
+        meta=before.describe(
+            "evaluate_edit", pairs, title="Before and after an edit", seed=seed, after=after.name,
+            settings={"sets": {name: len(data.as_pairs(some)) for name, some in sets.items()}},
+            interval={"level": 0.95, "unit": "prompt"},
+            shows="What the edit changes: the reward bought by every probe, and accuracy, with paired differences.",
+            cannot_show="Effects on other texts, or on a policy that is trained against the edited model.",
+        ),
+    )  # fmt: skip
+
+
+def _probe_rows(before: RewardModel, after: RewardModel, pairs: data.Pairs, probes, seed: int) -> list[dict[str, Any]]:
+    found = [probe_hacking(rm, pairs, probes, seed=seed) for rm in (before, after)]
+    shifts = [one.value.values / one.meta["within_prompt_sd"] for one in found]
+    both = [pair.prompt_key for pair in pairs for _ in range(2)]
+    rows = []
+    for i, name in enumerate(found[0].value["probe"].values):
+        first, second = (s[..., i].reshape(-1) for s in shifts)
+        rows.append(_row(f"probe: {name}", "probe", first, second, both, seed))
+    return rows
+
+
+def _accuracy_row(before: RewardModel, after: RewardModel, name: str, pairs: data.Pairs, seed: int) -> dict[str, Any]:
+    margins = [rm.score_pairs(pairs).value.sel(side="margin").values for rm in (before, after)]
+    credit = [(np.sign(m) + 1) / 2 for m in margins]
+    prompts = [pair.prompt_key for pair in pairs]
+    row = _row(f"accuracy: {name}", "accuracy", *credit, prompts, seed)
+    for i, one in enumerate(credit):
+        share = stats.proportion_interval(one, prompts)
+        row["cells"][i] = [share.mean, share.low, share.high]
+    return row
+
+
+def _row(name: str, kind: str, first: np.ndarray, second: np.ndarray, clusters, seed: int) -> dict[str, Any]:
+    cells = []
+    for values in (first, second, second - first):
+        over = stats.mean_interval(values, clusters, seed=seed)
+        cells.append([over.mean, over.low, over.high])
+    test = stats.sign_flip_test(second - first, clusters, seed=seed)
+    return {"name": name, "kind": kind, "cells": cells, "p": test.p, "n_prompts": test.n}
