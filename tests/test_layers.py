@@ -22,7 +22,7 @@ PLAIN = ("errors", "result", "charts", "stats", "data", "features", "edits")
 MODEL = (*PLAIN, "engine.hooks", "model")
 ENGINE = (*MODEL, "engine")
 SIBLINGS = tuple(f"methods.{name}" for name in (
-    "contributions", "lens", "effects", "sae",
+    "contributions", "lens", "effects", "sae", "probes",
     # what several methods share: Results of pairs, cuts of the writes, words and sentences, paths of embeddings
     "paired", "splits", "source_tokens", "units", "embedding_paths", "removals",
     # divergence: values that are exchanged, states further down, and what they are measured by
