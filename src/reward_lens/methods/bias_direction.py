@@ -58,8 +58,8 @@ def bias_direction(
     Returns value (d_model,), of length one. In `meta`: `norm` of the mean difference, in the residual's own unit, and
     `norm_share`, of the mean norm of the original residuals there; `reliability` and `cosine_with_u` (u the effective
     direction of the reward; its direction is the same at every input), each with `value`, `low`, `high`;
-    `cosine_disattenuated` = cosine / sqrt(reliability), None where the reliability is not above 0; `nulls`, the norms of
-    the mean of differences with random signs: their `median` and `q95`, the `quantile` of the observed norm among
+    `cosine_disattenuated` = cosine / sqrt(reliability), None where the reliability is not above 0; `nulls`, the norms
+    of the mean of differences with random signs: their `median` and `q95`, the `quantile` of the observed norm among
     them, p = (1 + #{null >= observed}) / (1 + n_boot), and `smallest_p`, the least that so many prompts can give;
     `unchanged`, prompts whose difference is zero; `prompts`, the keys of the prompts it was taken from.
     Raises `DataError` under 6 prompts, and where no difference is left.
@@ -100,8 +100,8 @@ def bias_direction(
         reliability=reliability, cosine_with_u=cosine,
         cosine_disattenuated=float(np.clip(cosine["value"] / np.sqrt(value), -1, 1)) if value > 0 else None,
         nulls=_against_flips(gram, norm, n_boot, rng), unchanged=int((np.diag(gram) == 0).sum()), prompts=keys,
-        shows=f"Where the edit moves the residual stream on average over {len(keys)} prompts; the split-half reliability "
-        f"of that direction is {value:.2f}{ends}.",
+        shows=f"Where the edit moves the residual stream on average over {len(keys)} prompts; the split-half "
+        f"reliability of that direction is {value:.2f}{ends}.",
         cannot_show="That the reward depends on the direction, or that it is the edit's meaning and not its length. "
         f"Under a reliability of {HELD_BACK:.2f} another {len(keys)} prompts would give a rather different direction, "
         "and statements about it are better held back.",
@@ -177,13 +177,14 @@ def _spearman_brown(z):
     return 2 * c / (1 + c)
 
 
-def _interval(value: float, left_out: np.ndarray, to: Callable, back: Callable, n_boot: int, seed: int) -> dict[str, Any]:
+def _interval(
+    value: float, left_out: np.ndarray, to: Callable, back: Callable, n_boot: int, seed: int
+) -> dict[str, Any]:
     """`back(to(value))` with the interval of the jackknife values, centred at the value."""
     if to is np.log and not (left_out > 0).all():
         return {"value": float(back(to(value))), "low": None, "high": None}
-    if to is np.arctanh:
-        value, left_out = (np.clip(x, -1 + 1e-12, 1 - 1e-12) for x in (value, left_out))
-    n, whole, parts = len(left_out), float(to(value)), to(left_out)
+    edge = 1 - 1e-12 if to is np.arctanh else np.inf  # of what atanh is finite for
+    n, whole, parts = len(left_out), float(to(np.clip(value, -edge, edge))), to(np.clip(left_out, -edge, edge))
     over = stats.mean_interval(whole - (n - 1) * (parts - parts.mean()), np.arange(n), n_boot=n_boot, seed=seed)
     return {"value": float(back(whole)), "low": float(back(over.low)), "high": float(back(over.high))}
 
