@@ -54,7 +54,7 @@ def select_alpha(
     directions: as in `edit_head`.
     dev: pairs whose chosen response is the edited one, on which the margin should vanish. At least 6 prompts.
     guard: preference pairs, none of a prompt in `dev`, on which accuracy may fall by less than `margin`. So many that
-        an alpha without a single loss would be allowed (73 prompts at .05).
+        an alpha that changes no pair would be allowed (73 prompts at .05).
     alphas: different finite numbers.
 
     Returns value (pair, alpha) in reward units, the margin of each dev pair; mean and interval over prompts. On
@@ -172,15 +172,15 @@ def _require(dev: data.Pairs, guard: data.Pairs, margin: float) -> None:
     if not best < margin:
         raise DataError(
             "The guard set is too small for this margin",
-            found=f"{guard.n_prompts} different prompts in {len(guard)} pairs: without a single loss the interval "
-            f"would still reach to -{best:.3f}",
+            found=f"{guard.n_prompts} different prompts in {len(guard)} pairs: if the edit changed none of them, "
+            f"the interval would still reach to -{best:.3f}",
             expected=f"at least {_needed(margin)} prompts at a margin of {margin:g} (one pair each)",
             do="pass more guard pairs, or state a wider margin",
         )
 
 
 def _needed(margin: float) -> int:
-    """Prompts at which Wilson's interval of no losses at all stays under the margin."""
+    """Prompts at which Wilson's interval of no losses stays under the margin."""
     n = 1
     while stats.wilson(0, n)[1] >= margin:
         n += 1 + n // 100
