@@ -503,6 +503,7 @@ def test_the_interval_of_a_change_in_accuracy():
         (edited_texts(8), [*guard_pairs(80), rl.Pair("Say 0 3", "a", "b")], {}, "1 prompts in dev and in guard"),
         (edited_texts(5), guard_pairs(80), {}, "5 different prompts.*at least 6"),
         (edited_texts(6), guard_pairs(72), {}, "72 different prompts in 72 pairs.*at least 73 prompts"),
+        (edited_texts(6), guard_pairs(5), {"margin": 0.9}, "5 different prompts in 5 pairs.*at least 6 prompts"),
         (edited_texts(6), guard_pairs(140, repeats=2), {}, "70 different prompts in 140 pairs"),
         (edited_texts(6), guard_pairs(80), {"alphas": [0, 0]}, "different finite alphas"),
         (edited_texts(6), guard_pairs(80), {"margin": 0.0}, "margin=0.0"),

@@ -169,12 +169,12 @@ def _require(dev: data.Pairs, guard: data.Pairs, margin: float) -> None:
             do="edit responses to more prompts",
         )
     best = float(stats.proportion_interval(np.zeros(len(guard)), [p.prompt_key for p in guard]).high)
-    if not best < margin:
+    if not best < margin or guard.n_prompts < stats.FEWEST:
         raise DataError(
             "The guard set is too small for this margin",
             found=f"{guard.n_prompts} different prompts in {len(guard)} pairs: if the edit changed none of them, "
             f"the interval would still reach to -{best:.3f}",
-            expected=f"at least {_needed(margin)} prompts at a margin of {margin:g} (one pair each)",
+            expected=f"at least {max(stats.FEWEST, _needed(margin))} prompts at a margin of {margin:g} (one pair each)",
             do="pass more guard pairs, or state a wider margin",
         )
 
