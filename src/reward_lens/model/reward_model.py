@@ -5,6 +5,7 @@ import importlib.metadata
 import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ class RewardModel:
     readout: a `Readout` for a reward that is not a linear head.
     truncation: what to do with a conversation longer than the model reads: None raises, "left" cuts the prompt's
         beginning, "right" the response's end.
+    edits: records of what was done to the head (`edit_head` and `erase_concept` write them).
 
     Building one runs the load report's tests and raises `LoadError` if one fails. Source of the exactness
     contract: the reward is a linear read-out of the final residual stream, r = w . N(h) + b.
@@ -57,6 +59,7 @@ class RewardModel:
         name: str | None = None,
         revision: str | None = None,
         loading: Mapping[str, Any] | None = None,
+        edits: Iterable[Mapping[str, Any]] = (),
     ):
         self.module = module.eval()
         self.config: Any = module.config
@@ -64,6 +67,7 @@ class RewardModel:
         self.revision = revision
         self.truncation = truncation
         self.loading = dict(loading or {})
+        self.edits: tuple[dict[str, Any], ...] = tuple(dict(edit) for edit in edits)
         checks.require_usable_weights(module, self.name)
         text_config = self.config.get_text_config()
         pad_id = self.config.pad_token_id if self.config.pad_token_id is not None else text_config.pad_token_id
@@ -274,6 +278,14 @@ class RewardModel:
             other.readout = other._linear_readout(objective)
             other.load_report = checks.load_report(other)
         return other
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write a checkpoint that `AutoModelForSequenceClassification.from_pretrained` loads with the same scores, the
+        tokenizer, and a README.md of what was changed in the head. Returns the folder; one that is not empty raises
+        `DataError`."""
+        from reward_lens.model.saving import save_pretrained
+
+        return save_pretrained(self, folder)
 
     def surroundings(self) -> dict[str, Any]:
         """What the numbers depend on besides the inputs and the settings."""

@@ -1,0 +1,118 @@
+"""A reward model with one row of its head replaced; every other weight is shared with the model it came from.
+
+The copy is a `RewardModel` of its own, load report included, so every method takes it. What was done to the row is kept
+in its `edits`, one record a change, oldest first. The new row is stored in the head's own precision, because that is
+what a checkpoint can hold: what a method computes from the edited model is what the saved one gives.
+"""
+
+import copy
+import hashlib
+import importlib.metadata
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from reward_lens.errors import DataError
+from reward_lens.model.readout import LinearReadout
+from reward_lens.model.reward_model import RewardModel
+from reward_lens.model.structure import linear_bias, linear_weight
+
+
+def trunk_name(rm: RewardModel) -> str:
+    """Name of the model whose trunk this is: its own, or that of the one whose head was edited first."""
+    return rm.edits[0]["model"] if rm.edits else rm.name
+
+
+def editable_readout(rm: RewardModel) -> LinearReadout:
+    """The linear readout, or a `DataError` for a reward that is no row of a linear head."""
+    if isinstance(rm.readout, LinearReadout):
+        return rm.readout
+    raise DataError(
+        "This reward has no head row to edit",
+        found=f"a readout of kind {rm.readout.kind!r}",
+        expected="one row of a linear head behind the final norm",
+        do="load a model with a linear head",
+    )
+
+
+def stored(rm: RewardModel, row: Float[Tensor, "*some d_model"]) -> Float[Tensor, "*some d_model"]:
+    """Rows as the head's precision holds them, in the readout's precision."""
+    return row.to(linear_weight(rm.head).dtype).to(editable_readout(rm).weight)
+
+
+@torch.no_grad()
+def with_row(
+    rm: RewardModel, row: Float[Tensor, " d_model"], record: Mapping[str, Any], bias: Tensor | None = None
+) -> RewardModel:
+    """The same model with another row in its head.
+
+    `bias` replaces the row's own (None: left as it is); a head without one keeps none. `record` says what was done; the
+    model, the objective, the sizes of the rows and this library's version are added. The given model is unchanged.
+    Raises `DataError` for a row that leaves nothing of the reward, and for a head that another part of the model uses.
+    """
+    before = editable_readout(rm)
+    after = stored(rm, row)
+    _require_own_head(rm)
+    size, left = (float((w * before.norm.gain).double().norm()) for w in (before.weight, after))
+    if not left > 1e-6 * size:
+        raise DataError(
+            "Nothing of the reward would be left",
+            found=f"a row of {left / size:.1e} of its former size, gains of the norm counted",
+            expected="a row that still reads the residual stream",
+            do="remove fewer directions, or use a smaller alpha",
+        )
+    module = sharing_copy(rm.module, but=rm.head)
+    head = module.get_submodule(rm.structure.head)
+    linear_weight(head)[rm.row].copy_(after)
+    has_bias = linear_bias(head)
+    if bias is not None:
+        if has_bias is None:
+            raise DataError("The head has no bias to set", found="a head without bias", expected="bias=None",
+                            do="report the constant instead")  # fmt: skip
+        has_bias[rm.row].copy_(bias)
+    kept = (w.double() for w in (before.weight, after))
+    words = {
+        **record,
+        "model": rm.name,
+        "objective": before.objective,
+        "row": rm.row,
+        "weight_norm_before": float(before.weight.double().norm()),
+        "weight_norm_after": float(after.double().norm()),
+        "weight_cosine": float(torch.cosine_similarity(*kept, dim=0)),
+        "head_dtype": str(linear_weight(head).dtype).removeprefix("torch."),
+        "reward_lens": importlib.metadata.version("reward-lens"),
+    }
+    return RewardModel(
+        module, rm.tokenizer.hf, objective=rm.row, structure=rm.structure, truncation=rm.truncation,
+        name=f"{trunk_name(rm)} (head {_digest(head)})", revision=rm.revision, edits=(*rm.edits, words),
+    )  # fmt: skip
+
+
+def sharing_copy(module: Any, but: nn.Module | None = None) -> Any:
+    """A copy of a network with a configuration of its own whose tensors are the same ones, except those of `but`."""
+    own = set() if but is None else {id(t) for t in (*but.parameters(), *but.buffers())}
+    shared = (t for t in (*module.parameters(), *module.buffers()) if id(t) not in own)
+    return copy.deepcopy(module, {id(t): t for t in shared})
+
+
+def _require_own_head(rm: RewardModel) -> None:
+    own = {id(p) for p in rm.head.parameters()}
+    inside = rm.structure.head + "."
+    named = rm.module.named_parameters(remove_duplicate=False)
+    others = [name for name, p in named if id(p) in own and not name.startswith(inside)]
+    if others:
+        raise DataError(
+            "The head cannot be edited alone",
+            found=f"its weights are also those of {', '.join(others)}",
+            expected="a head with weights of its own",
+            do="untie them (tie_word_embeddings=False) before loading",
+        )
+
+
+def _digest(head: nn.Module) -> str:
+    """Eight hex digits of the head's numbers: two edits of one model differ in name, and so never share scores."""
+    numbers = [t.detach().double().cpu().numpy().tobytes() for t in head.parameters()]
+    return hashlib.sha256(b"".join(numbers)).hexdigest()[:8]
