@@ -16,11 +16,16 @@ from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.tokens import Tokens, common_prefix
 
 
+def shared_start(texts: Sequence[Tokens]) -> int:
+    """Number of tokens that all texts begin with, before any one's reward position."""
+    return min(min(common_prefix(texts[0], t), t.reward_pos) for t in texts)
+
+
 @torch.no_grad()
 def beginning(rm: RewardModel, texts: Sequence[Tokens]) -> KeyValues:
     """Keys and values of the tokens that all texts begin with, before any reward position; `NO_PREFIX` where the model
     takes none."""
-    shared = min(min(common_prefix(texts[0], t), t.reward_pos) for t in texts)
+    shared = shared_start(texts)
     return keys_and_values(rm.trunk, texts[0], shared) if shared and rm.reuses_prefix(*texts) else NO_PREFIX
 
 

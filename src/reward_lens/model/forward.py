@@ -111,9 +111,7 @@ class Trunk:
         with hooks.attached(wanted):
             self.module(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, **extra)
 
-    def pooled(
-        self, batch: Batch, *wanted: hooks.Hook, past: Cache | None = None
-    ) -> Float[Tensor, "batch d_model"]:
+    def pooled(self, batch: Batch, *wanted: hooks.Hook, past: Cache | None = None) -> Float[Tensor, "batch d_model"]:
         """The pre-norm residual at each text's reward position, of one pass with the given hooks."""
         kept: list[Tensor] = []
         pick = at_rows(batch.reward_pos)

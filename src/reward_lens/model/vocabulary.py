@@ -43,7 +43,7 @@ class Vocabulary:
         anchor = self._anchor()
         settings = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         before = hf.decode(anchor, **settings)
-        behind = hf.batch_decode([[*anchor, *ids] for ids in many], **settings)
+        behind = [hf.decode([*anchor, *ids], **settings) for ids in many]
         return [text.removeprefix(before) for text in behind]
 
     def readable(self) -> list[int]:
