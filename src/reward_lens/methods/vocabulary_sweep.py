@@ -31,6 +31,8 @@ from reward_lens.result import Check, Result
 Progress = Callable[[int, int], None]
 TABLE = 20
 CHECKED = 16
+BATCHED = 1e-4
+"""E1 of a reward computed in a batch or from keys and values, as in the load report's rows of these names."""
 AT_ONCE = 4096
 """Tokens whose conversations are held at one time."""
 
@@ -62,7 +64,8 @@ def vocab_sweep(
     skewness and excess kurtosis (None where all rewards are equal); `top` and `bottom` by prompt, 20 rows of piece,
     token_id, reward; `spearman`: rank correlation of the token rewards of each two prompts and n tokens. These describe
     the whole vocabulary, which is no sample, so none has an interval. Check "own reward": 16 random tokens a prompt
-    scored alone as text, over max(|reward|, SD of the load report's rewards), within the tolerance of E1.
+    scored alone as text, over max(|reward|, SD of the load report's rewards), within the load report's tolerance of a
+    batched reward (1e-4; in 16 bits that of E1).
     Raises `DataError` for ids that are no tokens, or if no token is left.
 
     Cannot show what happens to longer responses. Reference: Christian et al. 2025, arXiv 2506.07326.
@@ -133,12 +136,12 @@ def _rewards(rm: RewardModel, slot: ResponseSlot, ids, texts, reuse: bool, max_r
 def _own_reward(rm: RewardModel, items, texts: list[str], rewards: np.ndarray, seed: int) -> Check:
     """The worst of some tokens scored one at a time from their text, over the scale of E1."""
     drawn = np.random.default_rng(seed).permutation(len(texts))[:CHECKED]
-    worst = (0.0, 1e-5)
+    worst = (0.0, BATCHED)
     for item, row in zip(items, rewards, strict=True):
         for k in drawn.tolist():
             own = float(rm.rewards([rm.tokenize(item.messages, texts[k])])[0])
             scale = rm.effect_scale(own)
-            pair = abs(own - float(row[k])) / scale, reward_tolerance(rm, own, scale) / scale
+            pair = abs(own - float(row[k])) / scale, max(reward_tolerance(rm, own, scale) / scale, BATCHED)
             worst = max(worst, pair, key=lambda gap: gap[0] / gap[1])
     return Check("own reward", *worst, note=f"{len(drawn)} tokens a prompt, each scored alone as text")
 
