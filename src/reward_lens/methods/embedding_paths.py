@@ -67,13 +67,13 @@ def baseline_residual(rm: RewardModel, length: int, baseline: Baseline) -> Float
     """
     if baseline == "zero":
         return rm.readout.weight.new_zeros(length, rm.d_model)
-    filler = _entering_block_0(rm, torch.full((1, length), rm.pad_id))[0]
+    filler = entering_block_0(rm, torch.full((1, length), rm.pad_id))[0]
     if baseline == "pad":
         return filler
     words = min(len(rm.tokenizer.hf), rm.config.get_text_config().vocab_size)
     total = torch.zeros_like(filler[0], dtype=torch.float64)
     for some in torch.arange(words)[:, None].split(VOCABULARY_ROWS):
-        total += _entering_block_0(rm, some)[:, 0].double().sum(0)
+        total += entering_block_0(rm, some)[:, 0].double().sum(0)
     return (total / words).to(filler) + (filler - filler[0])
 
 
@@ -226,7 +226,8 @@ class _Reached(Exception):
 
 
 @torch.no_grad()
-def _entering_block_0(rm: RewardModel, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+def entering_block_0(rm: RewardModel, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+    """What the tokens put into block 0, positions counted from 0; no block is run."""
     kept: list[Tensor] = []
 
     def stop(x: Tensor) -> None:

@@ -111,11 +111,11 @@ class Trunk:
         with hooks.attached(wanted):
             self.module(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, **extra)
 
-    def pooled(self, batch: Batch, *wanted: hooks.Hook) -> Float[Tensor, "batch d_model"]:
+    def pooled(self, batch: Batch, *wanted: hooks.Hook, past: Cache | None = None) -> Float[Tensor, "batch d_model"]:
         """The pre-norm residual at each text's reward position, of one pass with the given hooks."""
         kept: list[Tensor] = []
         pick = at_rows(batch.reward_pos)
-        self.run(batch, *wanted, self.read_residual(len(self.blocks), lambda x: kept.append(pick(x))))
+        self.run(batch, *wanted, self.read_residual(len(self.blocks), lambda x: kept.append(pick(x))), past=past)
         return kept[0]
 
     def read_residual(self, depth: int, read: hooks.Read) -> hooks.Hook:
