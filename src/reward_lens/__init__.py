@@ -21,6 +21,9 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.data import load_groups as load_groups
     from reward_lens.data import load_pairs as load_pairs
     from reward_lens.data import load_style_items as load_style_items
+    from reward_lens.edits import TextEdit as TextEdit
+    from reward_lens.edits import edits_of as edits_of
+    from reward_lens.edits import judged_edits as judged_edits
     from reward_lens.engine.activations import Activations as Activations
     from reward_lens.engine.activations import capture as capture
     from reward_lens.engine.editing import Source as Source
@@ -37,12 +40,15 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.errors import LoadError as LoadError
     from reward_lens.errors import RewardLensError as RewardLensError
     from reward_lens.errors import StructureError as StructureError
+    from reward_lens.features import text_features as text_features
     from reward_lens.methods.accuracy import accuracy as accuracy
     from reward_lens.methods.accuracy import calibration as calibration
     from reward_lens.methods.accuracy import length_partial as length_partial
     from reward_lens.methods.accuracy import ranking as ranking
     from reward_lens.methods.agreement import agreement as agreement
     from reward_lens.methods.agreement import agreement_by_length as agreement_by_length
+    from reward_lens.methods.alpha_selection import select_alpha as select_alpha
+    from reward_lens.methods.bias_direction import bias_direction as bias_direction
     from reward_lens.methods.circuits import ablation_curve as ablation_curve
     from reward_lens.methods.circuits import minimal_circuit as minimal_circuit
     from reward_lens.methods.contributions import contributions as contributions
@@ -51,6 +57,10 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.methods.edges import edge_effects as edge_effects
     from reward_lens.methods.edit_evaluation import evaluate_edit as evaluate_edit
     from reward_lens.methods.effects import effects as effects
+    from reward_lens.methods.erasure import erase_concept as erase_concept
+    from reward_lens.methods.exploits import find_exploits as find_exploits
+    from reward_lens.methods.head_editing import edit_head as edit_head
+    from reward_lens.methods.head_editing import edit_report as edit_report
     from reward_lens.methods.knockout import attention_knockout as attention_knockout
     from reward_lens.methods.lens import crystallization_depth as crystallization_depth
     from reward_lens.methods.lens import random_weight_copy as random_weight_copy
@@ -67,6 +77,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.methods.token_attribution import token_attribution as token_attribution
     from reward_lens.methods.trained_lens import gradient_lens as gradient_lens
     from reward_lens.methods.trained_lens import tuned_lens as tuned_lens
+    from reward_lens.methods.vocabulary_sweep import vocab_sweep as vocab_sweep
     from reward_lens.methods.weights import ov_pull as ov_pull
     from reward_lens.methods.weights import vocab_alignment as vocab_alignment
     from reward_lens.model.loading import load as load
@@ -107,6 +118,14 @@ _HOME = {
     "methods.pressure": ("optimisation_pressure",),
     "methods.probes": ("probe_hacking",),
     "methods.edit_evaluation": ("evaluate_edit",),
+    "methods.alpha_selection": ("select_alpha",),
+    "methods.bias_direction": ("bias_direction",),
+    "methods.erasure": ("erase_concept",),
+    "methods.exploits": ("find_exploits",),
+    "methods.head_editing": ("edit_head", "edit_report"),
+    "methods.vocabulary_sweep": ("vocab_sweep",),
+    "edits": ("TextEdit", "edits_of", "judged_edits"),
+    "features": ("text_features",),
     "methods.screening": ("screen_then_verify",),
     "methods.steering": ("steer",),
     "methods.style": ("style_matrix", "style_summary"),

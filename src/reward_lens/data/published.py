@@ -28,9 +28,10 @@ def standard_row(row: Mapping) -> Mapping | None:
     for columns, convert in _FORMS:
         if columns <= row.keys() and not {"chosen", "rejected"} <= row.keys():
             return convert(row)
-    sides = row.get("chosen"), row.get("rejected")
-    if "prompt" not in row and all(isinstance(side, str) and side.startswith("\n\nHuman:") for side in sides):
-        return {**row, "chosen": _transcript(sides[0], "chosen"), "rejected": _transcript(sides[1], "rejected")}
+    sides = {name: row.get(name) for name in ("chosen", "rejected")}
+    texts = {name: side for name, side in sides.items() if isinstance(side, str) and side.startswith("\n\nHuman:")}
+    if "prompt" not in row and len(texts) == 2:
+        return {**row, **{name: _transcript(text, name) for name, text in texts.items()}}
     return row
 
 
@@ -95,8 +96,9 @@ def _judgebench(row: Mapping) -> Mapping | None:
         return None
     if row["label"] not in sides:
         raise malformed("label", shown(row["label"]), "'A>B' or 'B>A'")
+    better, worse = sides[row["label"]]
     row = {"subset": row.get("source"), "id": row.get("pair_id"), **row}
-    return _standard(row, row["question"], *(row[side] for side in sides[row["label"]]))
+    return _standard(row, row["question"], row[better], row[worse])
 
 
 def _standard(row: Mapping, prompt: Any, chosen: Any, rejected: Any) -> dict[str, Any]:

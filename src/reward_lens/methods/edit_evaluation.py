@@ -89,7 +89,8 @@ def _accuracy_row(before: RewardModel, after: RewardModel, name: str, pairs: dat
     margins = [rm.score_pairs(pairs).value.sel(side="margin").values for rm in (before, after)]
     credit = [(np.sign(m) + 1) / 2 for m in margins]
     prompts = [pair.prompt_key for pair in pairs]
-    row = _row(f"accuracy: {name}", "accuracy", *credit, prompts, seed)
+    first, second = credit
+    row = _row(f"accuracy: {name}", "accuracy", first, second, prompts, seed)
     for i, one in enumerate(credit):
         share = stats.proportion_interval(one, prompts)
         row["cells"][i] = [share.mean, share.low, share.high]
