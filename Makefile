@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -c constraints.txt
 
-.PHONY: setup report test test-full conformance bench bench-effects docs lint
+.PHONY: setup report test test-full conformance bench bench-effects bench-stats docs lint
 
 setup: .venv/.setup
 
@@ -26,7 +26,10 @@ setup: .venv/.setup
 	$(PIP) -e '.[dev]'
 	@touch $@
 
-.venv/.docs: .venv/.setup
+.venv/.bench-stats: .venv/.setup
+	$(BIN)/python benchmarks/probe_calibration.py
+
+docs: .venv/.setup
 	$(PIP) -e '.[docs]'
 	@touch $@
 

@@ -9,7 +9,20 @@ import reward_lens as rl
 from families import TEXT_PAIRS, tiny_model
 from reward_lens.cli import app
 
-COMMANDS = ("check", "score", "accuracy", "lens", "attribute", "patch", "agree", "report")
+COMMANDS = (
+    "check",
+    "score",
+    "accuracy",
+    "lens",
+    "attribute",
+    "patch",
+    "agree",
+    "probe",
+    "edit",
+    "pressure",
+    "benchmark",
+    "report",
+)
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +119,39 @@ def test_refusals_are_sentences_with_exit_code_1(model, tmp_path):
 def test_a_wrong_command_line_is_exit_code_2(model):
     run("accuracy", model, "--limit", "0", code=2)
     run("no-such-command", code=2)
+
+
+def test_probe_prints_a_row_a_probe_and_saves(model, pairs, tmp_path):
+    saved = tmp_path / "probes.nc"
+    printed = run("probe", model, pairs, "--probes", "hedge,exclaim", "-o", str(saved)).output
+    assert "hedge" in printed and "exclaim" in printed and "prompts needed" in printed
+    assert rl.load_result(saved).name == "probe_hacking"
+    body = json.loads(run("probe", model, pairs, "--probes", "hedge", "--json").stdout)
+    assert body["name"] == "probe_hacking"
+    assert "bulletise" in run("probe", model, pairs, "--probes", "bulletize", code=1).output
+
+
+def test_edit_writes_a_checkpoint(model, tmp_path):
+    rows = [{"prompt": f"Question {i}?", "chosen": f"It is {i}. Yes.", "rejected": f"No {i}. So."} for i in range(16)]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("\n".join(json.dumps(row) for row in rows))
+    folder = tmp_path / "edited"
+    printed = run("edit", model, str(data), "--remove", "exclaim", "-o", str(folder)).output
+    assert "reliability" in printed and "probe: exclaim" in printed.replace("\n", " ")
+    assert rl.load(str(folder)).score("Hello", "Hello!") != rl.load(model).score("Hello", "Hello!")
+    assert "not empty" in " ".join(
+        run("edit", model, str(data), "--remove", "exclaim", "-o", str(folder), code=1).output.split()
+    )
+
+
+def test_pressure_reads_scored_samples(tmp_path):
+    path = tmp_path / "samples.csv"
+    rows = [f"q{p},answer {'long ' * k},{k + 0.1 * p}" for p in range(8) for k in range(4)]
+    path.write_text("prompt,response,reward\n" + "\n".join(rows))
+    assert "Gold: no column" in run("pressure", str(path)).output
+    assert json.loads(run("pressure", str(path), "--json").stdout)["name"] == "optimisation_pressure"
+
+
+def test_benchmark_prints_a_row_a_set(model, pairs):
+    printed = run("benchmark", model, pairs, pairs).output
+    assert printed.count(": all") == 2 and printed.count(": balanced") == 2

@@ -46,6 +46,7 @@ PUBLIC = [
     "edge_effects",
     "edit_head",
     "edit_report",
+    "edited_pairs",
     "edits_of",
     "effects",
     "erase_concept",

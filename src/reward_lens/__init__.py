@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.data import load_pairs as load_pairs
     from reward_lens.data import load_style_items as load_style_items
     from reward_lens.edits import TextEdit as TextEdit
+    from reward_lens.edits import edited_pairs as edited_pairs
     from reward_lens.edits import edits_of as edits_of
     from reward_lens.edits import judged_edits as judged_edits
     from reward_lens.engine.activations import Activations as Activations
@@ -124,7 +125,7 @@ _HOME = {
     "methods.exploits": ("find_exploits",),
     "methods.head_editing": ("edit_head", "edit_report"),
     "methods.vocabulary_sweep": ("vocab_sweep",),
-    "edits": ("TextEdit", "edits_of", "judged_edits"),
+    "edits": ("TextEdit", "edited_pairs", "edits_of", "judged_edits"),
     "features": ("text_features",),
     "methods.screening": ("screen_then_verify",),
     "methods.steering": ("steer",),

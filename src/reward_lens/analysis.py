@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import reward_lens as rl
 
 FEW = 6  # pairs whose tokens are attributed one by one
+PROBES = ("pad", "hedge", "assert", "prepend_praise", "bulletise", "add_bold", "append_disclaimer")
 ENOUGH = 40  # prompts from which half of them can say what natural states are
 
 
@@ -40,6 +41,7 @@ def steps(rm: "rl.RewardModel", pairs: "rl.Pairs", few: int = FEW) -> Iterator[t
             f"L{layer}.{kind}" for layer in range(0, rm.n_layers, max(1, rm.n_layers // 6)) for kind in ("attn", "mlp")
         ]
         yield "divergence", rl.divergence(rm, changed, sites, natural, n_neighbours=20, min_evaluation=30)
+    yield "probes", rl.probe_hacking(rm, spread_over_subsets(pairs, few + 4), PROBES)
     yield "knockout", rl.attention_knockout(rm, some, "sentence")
     yield "vocabulary", rl.vocab_alignment(rm, top=15)
     yield "tokens_truncate", rl.token_attribution(rm, some, method="truncate")

@@ -17,10 +17,11 @@ from reward_lens.edits.edit import TextEdit
 from reward_lens.edits.form import append_token, form_edits
 from reward_lens.edits.judged import JUDGED, JudgedEdit, judged_edits
 from reward_lens.edits.length import length_edits
+from reward_lens.edits.pairs import edited_pairs
 from reward_lens.edits.stance import stance_edits
 from reward_lens.errors import DataError
 
-__all__ = ["EDITS", "JUDGED", "JudgedEdit", "TextEdit", "append_token", "edits_of", "judged_edits"]
+__all__ = ["EDITS", "JUDGED", "JudgedEdit", "TextEdit", "append_token", "edited_pairs", "edits_of", "judged_edits"]
 
 EDITS: Mapping[str, TextEdit] = types.MappingProxyType(
     {edit.name: edit for edit in (*length_edits(), *stance_edits(), *form_edits())}

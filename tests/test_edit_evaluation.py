@@ -1,0 +1,56 @@
+"""An edited model beside the one before: paired differences of probes and accuracies."""
+
+import numpy as np
+import pytest
+
+import reward_lens as rl
+from ruled import Ruled, noise, text_of
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return rl.load_pairs("demo")[:24]
+
+
+def bold(tokens) -> float:
+    return float("**" in text_of(tokens))
+
+
+def test_taking_a_bias_away_is_seen_where_it_was_and_where_it_goes(pairs):
+    before = Ruled(lambda t: 2 * bold(t) + noise(1)(t))
+    after = Ruled(lambda t: 2 * ("!" in text_of(t)) + noise(1)(t))
+    result = rl.evaluate_edit(before, after, pairs, {"demo": pairs}, ["add_bold", "exclaim", "hedge"])
+    change = result.sel(state="change")
+    assert float(change.high.sel(measure="probe: add_bold")) < 0
+    assert float(change.low.sel(measure="probe: exclaim")) > 0
+    np.testing.assert_allclose(
+        result.value.sel(state="after") - result.value.sel(state="before"), result.value.sel(state="change"), atol=1e-12
+    )
+    assert result.value["kind"].values.tolist() == ["probe"] * 3 + ["accuracy"]
+    row = result.value.sel(measure="accuracy: demo")
+    expected = rl.accuracy(before, pairs).value.sel(subset="all", rule="reward model")
+    assert float(row.sel(state="before")) == pytest.approx(float(expected))
+
+
+def test_a_model_beside_itself_changes_nothing(pairs):
+    rm = Ruled(noise(2))
+    result = rl.evaluate_edit(rm, rm, pairs, {"demo": pairs}, ["hedge", "pad_2"])
+    change = result.sel(state="change")
+    assert (change.value == 0).all() and (change.low == 0).all() and (change.high == 0).all()
+    assert (result.value["p"] == 1).all()
+
+
+def test_edited_pairs(pairs):
+    (edit,) = rl.edits_of(["hedge"])
+    some = rl.edited_pairs(pairs, edit)
+    assert all(p.chosen == edit.apply(p.messages[-1]["content"], p.rejected) != p.rejected for p in some)
+    assert len(some) <= 2 * len(pairs) and some[0].subset == "hedge"
+    never = rl.TextEdit("never", "nothing", lambda prompt, response: response)
+    with pytest.raises(rl.DataError, match="changes none"):
+        rl.edited_pairs(pairs, never)
+
+
+def test_few_prompts_give_no_interval(pairs):
+    rm = Ruled(noise(3))
+    result = rl.evaluate_edit(rm, rm, pairs[:4], {"demo": pairs[:4]}, ["hedge"])
+    assert np.isnan(result.low.sel(measure="probe: hedge")).all() and np.isnan(result.value["p"]).all()
