@@ -26,10 +26,7 @@ setup: .venv/.setup
 	$(PIP) -e '.[dev]'
 	@touch $@
 
-.venv/.bench-stats: .venv/.setup
-	$(BIN)/python benchmarks/probe_calibration.py
-
-docs: .venv/.setup
+.venv/.docs: .venv/.setup
 	$(PIP) -e '.[docs]'
 	@touch $@
 
@@ -52,6 +49,9 @@ bench: .venv/.setup
 PEERS ?=
 bench-effects: .venv/.setup
 	$(BIN)/python benchmarks/effects.py --work out/bench $(PEERS)
+
+bench-stats: .venv/.setup
+	$(BIN)/python benchmarks/probe_calibration.py
 
 docs: .venv/.docs
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html

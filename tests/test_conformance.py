@@ -226,7 +226,7 @@ METHODS = {
     "edges": lambda rm, pairs: rl.edge_effects(rm, pairs),
     "probes": lambda rm, pairs: rl.probe_hacking(rm, pairs, ["pad_1", "hedge", "bulletise"]),
     "margin features": lambda rm, pairs: rl.margin_features(rm, pairs),
-    "direction": lambda rm, pairs: rl.bias_direction(rm, rl.edited_pairs(NATURAL, rl.edits_of(["exclaim"])[0])),
+    "direction": lambda rm, pairs: rl.bias_direction(rm, rl.edited_pairs(NATURAL, rl.edits_of(["add_emoji"])[0])),
     "evaluation": lambda rm, pairs: rl.evaluate_edit(rm, rm, pairs, {"own": pairs}, ["hedge"]),
     "score": lambda rm, pairs: rm.score_pairs(pairs),
     "vocabulary": lambda rm, pairs: rl.vocab_alignment(rm),

@@ -209,7 +209,8 @@ def edit(
     output: Annotated[Path, typer.Option("-o", "--output", help="Empty folder for the edited checkpoint.")],
     remove: Annotated[str, typer.Option(help="The edit whose direction is taken out of the head.")],
     model: Model = "demo", pairs: PairsFile = "demo", alpha: float = 1.0, split: Split = None, limit: Limit = None,
-    objective: Objective = None, truncation: Truncation = None, save: Save = None,
+    objective: Objective = None, truncation: Truncation = None,
+    save: Annotated[Path | None, typer.Option("--save", help="Also save the table of before and after.")] = None,
 ):  # fmt: skip
     """Take the direction of an edit out of the reward head and write a checkpoint that transformers loads.
 

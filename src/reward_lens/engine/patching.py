@@ -4,8 +4,9 @@
 
 so the batch grows as the walk goes down: the clean row alone enters the first block, and at block k the rows whose
 first edit is there join from the clean residual. Every block's weights are read once for all rows, and a row runs
-only the blocks it changes. With a common prefix (`model.prefix`) only positions from the first edited one on are run:
-for an edit at the reward position, one token a row. What follows it is not run: the network is causal.
+only the blocks it changes: one that changes what a block adds last joins behind that block (`_joining_late`). With a
+common prefix (`model.prefix`) only positions from the first edited one on are run: for an edit at the reward position,
+one token a row. What follows it is not run: the network is causal.
 
 The clean row goes all the way in the same batch, and each row is compared with it. Blocks are called with the
 arguments they were called with in a recorded pass over the same positions (`forward.record`).
@@ -23,13 +24,14 @@ from torch import Tensor
 
 from reward_lens.engine import hooks
 from reward_lens.engine.attention_tap import AttentionTap
-from reward_lens.engine.editing import IN_ATTENTION, RESIDUALS, Edit, Placed, block_hooks, depth_of, edited
+from reward_lens.engine.editing import IN_ATTENTION, RESIDUALS, Edit, Placed, Source, block_hooks, depth_of, edited
 from reward_lens.engine.gradients import reward_at
 from reward_lens.engine.places import require_site
 from reward_lens.errors import CheckFailed, DataError
 from reward_lens.model.forward import TOKENS_PER_BATCH, Recording, record, suffix_batch
 from reward_lens.model.prefix import NO_PREFIX, KeyValues, PrefixCache, keys_and_values
 from reward_lens.model.reward_model import RewardModel
+from reward_lens.model.sites import Site
 from reward_lens.model.tokens import Tokens
 
 Row = tuple[Edit, ...]
@@ -39,7 +41,7 @@ SEEN_PER_BATCH = 16 * TOKENS_PER_BATCH
 """Positions attended to by the rows of one walk together: their keys and values are laid out once a row."""
 
 
-CACHED_TOKENS, CACHED_ROWS = 640, 16
+CACHED_TOKENS, CACHED_ROWS = 1024, 16
 """Positions of a walk on a CPU, whose caches hold no more, and the rows that one clean row is spread over at least."""
 GRADIENT_TOKENS = 1024
 """Positions of a walk with gradients: every block's activations are kept."""
@@ -112,7 +114,13 @@ def patch_rows(
     past = None
     if start:
         past = PrefixCache(keys_and_values(rm.trunk, base, start, known), rm.n_layers)
-    recording = record(rm.trunk, suffix_batch(base, start, rm.device, stop), past=past)
+    writes: dict[Site, Tensor] = {}
+    keeping = [
+        hooks.read_output(rm.trunk.writers[s.kind][s.block], lambda y, s=s: writes.__setitem__(s, y.clone()))
+        for s in dict.fromkeys(row[0].site for row in rows if _adds_last(rm, row))
+    ]
+    recording = record(rm.trunk, suffix_batch(base, start, rm.device, stop), *keeping, past=past)
+    rows = [_joining_late(rm, row, i, writes, start) if _adds_last(rm, row) else row for i, row in enumerate(rows)]
     at = base.reward_pos - start
     walk = _Walk(rm, recording, at, -start, sorted(set(depths)))
     out = _Collected(len(rows), rm, recording, at, walk.depths)
@@ -277,6 +285,27 @@ def grown(rm: RewardModel, args: tuple, kwargs: dict, rows: int) -> tuple[tuple,
 
     args = (args[0], *(grow(v, names[i + 1]) for i, v in enumerate(args[1:]))) if args else args
     return args, {k: v if v is hooks.first_input(args, kwargs) else grow(v, k) for k, v in kwargs.items()}
+
+
+def _adds_last(rm: RewardModel, row: Row) -> bool:
+    """Whether the row changes nothing but what a block adds to the residual stream after everything that it computes.
+
+    In 16 bits such a row runs its block, since adding the change to the rounded sum would round once more.
+    """
+    kinds = ("attn", "mlp") if rm.structure.parallel else ("mlp",)
+    return len(row) == 1 and row[0].site.kind in kinds and not rm.sixteen_bit
+
+
+def _joining_late(rm: RewardModel, row: Row, number: int, writes: dict[Site, Tensor], start: int) -> Row:
+    """The same change as one of the residual behind the block: + (new write - clean write), exactly 0 where equal."""
+    (edit,) = row
+    scale = rm.trunk.write_scale
+    clean = writes[edit.site]
+    clean = clean.reshape(1, -1, clean.shape[-1])
+    placed = Placed(edit, 0, number, -start)
+    moved = (edited(clean, [placed], scale=scale) - clean)[0, placed.where] * scale
+    source = Source(edit.source.name, lambda x, site, run, positions: x + moved.to(x))
+    return (Edit(Site("resid_post", edit.site.layer), edit.positions, source),)
 
 
 def _block(row: Row) -> int:
