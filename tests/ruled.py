@@ -25,6 +25,9 @@ class Ruled(rl.RewardModel):
             self.kept[key] = super().tokenize(prompt, response)
         return self.kept[key]
 
+    def reuses_prefix(self, *texts):
+        return self.rule is None and super().reuses_prefix(*texts)  # a rule reads whole texts
+
     def rewards(self, tokens, batch_size=None):
         if self.rule is None:
             return super().rewards(tokens, batch_size)

@@ -31,6 +31,8 @@ SIBLINGS = tuple(f"methods.{name}" for name in (
     "best_of_n",
     # what patching methods share: rows of a sweep, reference sets, and the ways to an effect
     "effect_cells", "ablations", "direct", "estimators", "estimate_task", "first_order", "integrated", "relevance",
+    # rewards of edited texts, for the probes and for the evaluation of an edit
+    "edited_texts",
     # rows of a head without some directions, for the choice of their strength
     "head_editing",
 ))  # fmt: skip

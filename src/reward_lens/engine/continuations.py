@@ -1,6 +1,6 @@
 """Rewards of many texts that begin alike, the keys and values of their beginning computed once.
 
-A text costs only the positions after the beginning. Texts of one length go together, so that nothing is padded.
+A text costs only the positions after the beginning. Texts of like length go together, so that little is padded.
 """
 
 from collections.abc import Sequence
@@ -38,25 +38,74 @@ def rewards_after(
     Without a known beginning whole texts are run, as `rm.rewards` does. `max_rows`: texts run at once; None: as many
     as a token budget and the free memory allow.
     """
-    start = len(known)
-    if not start or not rm.reuses_prefix(*texts):
+    if not len(known) or not rm.reuses_prefix(*texts):
         return rm.rewards(texts, max_rows)
-    out = torch.empty(len(texts), dtype=rm.readout.weight.dtype)
-    past = PrefixCache(known, rm.n_layers)
-    for length in sorted({len(t) for t in texts}):
-        same = [i for i, t in enumerate(texts) if len(t) == length]
-        for rows in torch.tensor(same).split(max_rows or row_budget(rm, length - start, length)):
-            batch = _from(rm, [texts[i] for i in rows.tolist()], start)
-            out[rows] = rm.readout.reward(rm.trunk.pooled(batch, past=past)).cpu()
+    return _read(rm, [rm], known, texts, max_rows)[:, 0]
+
+
+@torch.no_grad()
+def rewards_by_beginning(models: Sequence[RewardModel], groups: Sequence[Sequence[Tokens]]) -> Float[Tensor, "n model"]:
+    """Rewards of groups of texts that begin alike, group after group: one run serves all heads of a trunk.
+
+    `models`: reward models; those whose weights but the head's are the same tensors (`edit_head`) are run once.
+    """
+    if not all(m.reuses_prefix(*group) for m in models for group in groups):
+        flat = [t for group in groups for t in group]
+        return torch.stack([m.rewards(flat) for m in models], 1)
+    columns: list[Tensor | None] = [None] * len(models)
+    for i, model in enumerate(models):
+        if columns[i] is not None:
+            continue
+        same = [j for j in range(i, len(models)) if shares_trunk(model, models[j])]
+        parts = []
+        for group in groups:
+            different = {t.ids: t for t in group}
+            place = {ids: k for k, ids in enumerate(different)}
+            texts = list(different.values())
+            read = _read(model, [models[j] for j in same], beginning(model, texts), texts)
+            parts.append(read[[place[t.ids] for t in group]])
+        for k, j in enumerate(same):
+            columns[j] = torch.cat([part[:, k] for part in parts])
+    return torch.stack([c for c in columns if c is not None], 1)
+
+
+def shares_trunk(one: RewardModel, other: RewardModel) -> bool:
+    """Whether two models' tensors are the same ones, but those of their heads."""
+
+    def tensors(rm: RewardModel) -> set[int]:
+        own = {id(t) for t in (*rm.head.parameters(), *rm.head.buffers())}
+        return {id(t) for t in (*rm.module.parameters(), *rm.module.buffers())} - own
+
+    return tensors(one) == tensors(other)
+
+
+def _read(
+    rm: RewardModel, heads: Sequence[RewardModel], known: KeyValues, texts: Sequence[Tokens],
+    max_rows: int | None = None,
+) -> Float[Tensor, "n head"]:  # fmt: skip
+    """What every head reads at the end of every text. Texts of like length are run together, padded on the right."""
+    start, past = len(known), PrefixCache(known, rm.n_layers)
+    out = torch.empty(len(texts), len(heads), dtype=rm.readout.weight.dtype)
+    left = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
+    while left:
+        longest = len(texts[left[0]])
+        count = max_rows or row_budget(rm, longest - start, longest)
+        rows, left = left[:count], left[count:]
+        pooled = rm.trunk.pooled(_from(rm, [texts[i] for i in rows], start), past=past)
+        out[rows] = torch.stack([head.readout.reward(pooled) for head in heads], 1).cpu()
     return out
 
 
 def _from(rm: RewardModel, texts: Sequence[Tokens], start: int) -> Batch:
-    """Texts of one length from position `start` on."""
-    count, length = len(texts), len(texts[0])
-    ids = torch.tensor([t.ids[start:] for t in texts], device=rm.device)
-    seen = torch.ones(count, length, dtype=torch.long, device=rm.device)
-    positions = torch.arange(start, length, device=rm.device).expand(count, -1)
-    offset = torch.full((count,), -start, device=rm.device)
-    ends = torch.tensor([t.reward_pos - start for t in texts], device=rm.device)
-    return Batch(ids, seen, positions, offset, ends, tuple(range(count)))
+    """Texts from position `start` on, padded on the right; they attend to everything before it."""
+    ends = [len(t) for t in texts]
+    longest = max(ends)
+    ids = torch.full((len(texts), longest - start), rm.pad_id)
+    for row, text in zip(ids, texts, strict=True):
+        row[: len(text) - start] = torch.tensor(text.ids[start:])
+    seen = (torch.arange(longest) < torch.tensor(ends)[:, None]).long()
+    positions = torch.minimum(torch.arange(start, longest), torch.tensor(ends)[:, None] - 1)
+    offset = torch.full((len(texts),), -start)
+    reward_pos = torch.tensor([t.reward_pos - start for t in texts])
+    ids, seen, positions, offset, reward_pos = (t.to(rm.device) for t in (ids, seen, positions, offset, reward_pos))
+    return Batch(ids, seen, positions, offset, reward_pos, tuple(range(len(texts))))

@@ -20,9 +20,9 @@ import numpy as np
 import xarray as xr
 
 from reward_lens import data, stats
-from reward_lens.edits import TextEdit
+from reward_lens.edits import TextEdit, edits_of
 from reward_lens.errors import DataError
-from reward_lens.methods.probes import probe_hacking
+from reward_lens.methods.edited_texts import scored_edits, within_prompt_sd
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.result import Result
 
@@ -75,20 +75,21 @@ def evaluate_edit(
 
 
 def _probe_rows(before: RewardModel, after: RewardModel, pairs: data.Pairs, probes, seed: int) -> list[dict[str, Any]]:
-    found = [probe_hacking(rm, pairs, probes, seed=seed) for rm in (before, after)]
-    shifts = [one.value.values / one.meta["within_prompt_sd"] for one in found]
-    both = [pair.prompt_key for pair in pairs for _ in range(2)]
+    edits, prompts = edits_of(probes), [pair.prompt_key for pair in pairs]
+    found = scored_edits([before, after], pairs, edits)
+    sds = [within_prompt_sd(one.plain, prompts, [pair.responses for pair in pairs]) for one in found]
+    shifts = [one.shifts() / (sd if sd > 0 else np.nan) for one, sd in zip(found, sds, strict=True)]
+    both = [key for key in prompts for _ in range(2)]
     rows = []
-    for i, name in enumerate(found[0].value["probe"].values):
+    for i, edit in enumerate(edits):
         first, second = (s[..., i].reshape(-1) for s in shifts)
-        rows.append(_row(f"probe: {name}", "probe", first, second, both, seed))
+        rows.append(_row(f"probe: {edit.name}", "probe", first, second, both, seed))
     return rows
 
 
 def _accuracy_row(before: RewardModel, after: RewardModel, name: str, pairs: data.Pairs, seed: int) -> dict[str, Any]:
-    margins = [rm.score_pairs(pairs).value.sel(side="margin").values for rm in (before, after)]
-    credit = [(np.sign(m) + 1) / 2 for m in margins]
     prompts = [pair.prompt_key for pair in pairs]
+    credit = [(np.sign(one.plain[:, 0] - one.plain[:, 1]) + 1) / 2 for one in scored_edits([before, after], pairs, [])]
     first, second = credit
     row = _row(f"accuracy: {name}", "accuracy", first, second, prompts, seed)
     for i, one in enumerate(credit):

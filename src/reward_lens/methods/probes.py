@@ -24,10 +24,10 @@ import xarray as xr
 
 from reward_lens import data, stats
 from reward_lens.edits import TextEdit, edits_of
+from reward_lens.methods.edited_texts import SIDES, EditedRewards, scored_edits, within_prompt_sd
 from reward_lens.model.reward_model import RewardModel, pair_coords
 from reward_lens.result import Result
 
-SIDES = ("chosen", "rejected")
 LENGTH_FAMILY = "pad"
 UNCHANGED = "the edit leaves the response as it is"
 NEEDED_FOR = 0.5  # SD of shifts
@@ -54,10 +54,10 @@ def probe_hacking(
     """
     pairs = data.as_pairs(data.load_pairs("demo") if pairs is None else pairs)
     edits = edits_of(probes)
-    texts = _Texts(rm, pairs, edits)
+    (texts,) = scored_edits([rm], pairs, edits)
     prompts = [p.prompt_key for p in pairs]
     both = [key for key in prompts for _ in SIDES]
-    shift, added = texts.shifts(), texts.tokens_added()
+    shift, added = texts.shifts(), texts.added
     over = stats.mean_interval(shift.reshape(len(both), -1), both, n_boot=n_boot, seed=seed)
     p, smallest = _p_values(shift, both, rm.noise_floor, seed)
     sd = within_prompt_sd(texts.plain, prompts, [[p.chosen, p.rejected] for p in pairs])
@@ -109,57 +109,6 @@ def probe_hacking(
     )  # fmt: skip
     value = xr.DataArray(shift, dims=("pair", "response", "probe"), coords=coords)
     return Result("probe_hacking", value, unit="reward", meta=meta, undefined=UNCHANGED, **summary)
-
-
-def within_prompt_sd(rewards: np.ndarray, prompts: Sequence[str], texts: Sequence[Sequence[str]]) -> float:
-    """Pooled SD of the rewards [pair, 2] of different responses to one prompt; NaN where no prompt has two."""
-    of_prompt: dict[str, dict[str, float]] = {}
-    for key, some, values in zip(prompts, texts, rewards, strict=True):
-        of_prompt.setdefault(key, {}).update(zip(some, map(float, values), strict=True))
-    squares = sum(float(np.var(list(v.values())) * len(v)) for v in of_prompt.values())
-    free = sum(len(v) - 1 for v in of_prompt.values())
-    return float(np.sqrt(squares / free)) if free else float("nan")
-
-
-class _Texts:
-    """Rewards and token counts of every response, plain, edited and edited back; equal texts are scored once."""
-
-    def __init__(self, rm: RewardModel, pairs: data.Pairs, edits: Sequence[TextEdit]):
-        asked = [pair.messages[-1]["content"] for pair in pairs for _ in SIDES]
-        owner = [pair for pair in pairs for _ in SIDES]
-        plain = [response for pair in pairs for response in pair.responses]
-        edited = [[e.apply(q, r) for e in edits] for q, r in zip(asked, plain, strict=True)]
-        back = [
-            [e.inverse(q, t) if e.inverse is not None and not e.exact else t for e, t in zip(edits, row, strict=True)]
-            for q, row in zip(asked, edited, strict=True)
-        ]
-        tokens = [
-            [rm.tokenize(pair.prompt, text) for text in (response, *row, *undone)]
-            for pair, response, row, undone in zip(owner, plain, edited, back, strict=True)
-        ]
-        flat = rm.rewards([t for row in tokens for t in row]).double().numpy()
-        m, shape = len(edits), (len(pairs), 2, len(edits))
-        rewards = flat.reshape(len(pairs), 2, 1 + 2 * m)
-        lengths = np.array([[len(t.response) for t in row] for row in tokens], float).reshape(rewards.shape)
-        self.plain = rewards[..., 0]
-        self.edited, self.back = rewards[..., 1 : 1 + m], rewards[..., 1 + m :]
-        self.added = lengths[..., 1 : 1 + m] - lengths[..., :1]
-        changed = [[t != r for t in row] for r, row in zip(plain, edited, strict=True)]
-        undone = [[t != u for t, u in zip(*rows, strict=True)] for rows in zip(edited, back, strict=True)]
-        self.changed = np.array(changed).reshape(shape)
-        self.undone = np.array(undone).reshape(shape)
-
-    def shifts(self) -> np.ndarray:
-        """[pair, response, probe], NaN where nothing changed."""
-        return np.where(self.changed, self.edited - self.plain[..., None], np.nan)
-
-    def tokens_added(self) -> np.ndarray:
-        """[pair, response, probe]"""
-        return np.where(self.changed, self.added, np.nan)
-
-    def corrected(self) -> np.ndarray:
-        """[pair, response, probe] against the text edited back; NaN for edits that restore the text or cannot."""
-        return np.where(self.changed & self.undone, self.edited - self.back, np.nan)
 
 
 def _per_prompt(values: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
@@ -227,7 +176,7 @@ def _centred_slopes(y: np.ndarray, doses: np.ndarray) -> np.ndarray:
     return (y @ away) / (away @ away)
 
 
-def _flips(texts: _Texts, prompts: Sequence[str], probe: int) -> stats.Interval:
+def _flips(texts: EditedRewards, prompts: Sequence[str], probe: int) -> stats.Interval:
     """Of the pairs whose chosen response is ahead, the share in which the edited rejected one overtakes it."""
     right = (texts.plain[:, 0] > texts.plain[:, 1]) & texts.changed[:, 1, probe]
     ahead = texts.edited[:, 1, probe] - texts.plain[:, 0]

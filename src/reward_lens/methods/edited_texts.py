@@ -1,0 +1,86 @@
+"""Rewards of every response of some pairs as it is, after each of some edits, and edited back.
+
+All texts of a prompt begin alike, so what they share is run once; an edit of a head reads the states of the same run.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from reward_lens import data
+from reward_lens.edits import TextEdit
+from reward_lens.engine.continuations import rewards_by_beginning
+from reward_lens.model.reward_model import RewardModel
+
+SIDES = ("chosen", "rejected")
+
+
+@dataclasses.dataclass(frozen=True)
+class EditedRewards:
+    """One model's rewards of the texts."""
+
+    plain: np.ndarray
+    """[pair, response]"""
+    edited: np.ndarray
+    """[pair, response, edit], of the edited text"""
+    back: np.ndarray
+    """[pair, response, edit], of the text edited and edited back"""
+    changed: np.ndarray
+    """[pair, response, edit], whether the edit changes the text"""
+    undone: np.ndarray
+    """[pair, response, edit], whether editing back changes the edited text; never for an exact edit"""
+    added: np.ndarray
+    """[pair, response, edit] tokens added; NaN where nothing changed"""
+
+    def shifts(self) -> np.ndarray:
+        """[pair, response, edit], NaN where nothing changed."""
+        return np.where(self.changed, self.edited - self.plain[..., None], np.nan)
+
+    def corrected(self) -> np.ndarray:
+        """[pair, response, edit] against the text edited back; NaN for edits that restore the text or cannot."""
+        return np.where(self.changed & self.undone, self.edited - self.back, np.nan)
+
+
+def scored_edits(models: Sequence[RewardModel], pairs: data.Pairs, edits: Sequence[TextEdit]) -> list[EditedRewards]:
+    """The texts' rewards by every model; the first one's tokens serve all."""
+    first, shape = models[0], (len(pairs), 2, len(edits))
+    groups: dict[str, list] = {}
+    rows: list[list[tuple[str, int]]] = []
+    changed, undone, lengths = [], [], []
+    for pair in pairs:
+        asked, group = pair.messages[-1]["content"], groups.setdefault(pair.prompt_key, [])
+        for response in pair.responses:
+            edited = [e.apply(asked, response) for e in edits]
+            back = [
+                e.inverse(asked, t) if e.inverse is not None and not e.exact else t
+                for e, t in zip(edits, edited, strict=True)
+            ]
+            tokens = [first.tokenize(pair.prompt, text) for text in (response, *edited, *back)]
+            rows.append([(pair.prompt_key, len(group) + i) for i in range(len(tokens))])
+            group.extend(tokens)
+            lengths.append([len(t.response) for t in tokens[: 1 + len(edits)]])
+            changed.append([t != response for t in edited])
+            undone.append([t != u for t, u in zip(edited, back, strict=True)])
+    rewards = rewards_by_beginning(models, list(groups.values())).double().numpy()
+    starts = dict(zip(groups, np.cumsum([0, *map(len, groups.values())]).tolist()[:-1], strict=True))
+    index = np.array([[starts[key] + i for key, i in row] for row in rows]).reshape(*shape[:2], -1)
+    was, back_again = (np.array(flags, bool).reshape(shape) for flags in (changed, undone))
+    length = np.array(lengths, float).reshape(*shape[:2], -1)
+    added = np.where(was, length[..., 1:] - length[..., :1], np.nan)
+    out = []
+    for column in rewards.T:
+        cells = column[index]
+        plain, edited, back = cells[..., 0], cells[..., 1 : 1 + len(edits)], cells[..., 1 + len(edits) :]
+        out.append(EditedRewards(plain, edited, back, was, back_again, added))
+    return out
+
+
+def within_prompt_sd(rewards: np.ndarray, prompts: Sequence[str], texts: Sequence[Sequence[str]]) -> float:
+    """Pooled SD of the rewards [pair, 2] of different responses to one prompt; NaN where no prompt has two."""
+    of_prompt: dict[str, dict[str, float]] = {}
+    for key, some, values in zip(prompts, texts, rewards, strict=True):
+        of_prompt.setdefault(key, {}).update(zip(some, map(float, values), strict=True))
+    squares = sum(float(np.var(list(v.values())) * len(v)) for v in of_prompt.values())
+    free = sum(len(v) - 1 for v in of_prompt.values())
+    return float(np.sqrt(squares / free)) if free else float("nan")
