@@ -149,7 +149,7 @@ def test_neutral_components_are_the_fewest_that_hold_the_share():
         basis = neutral_basis(states, share)
         assert held[len(basis) - 1] >= share and (len(basis) == 1 or held[len(basis) - 2] < share)
         np.testing.assert_allclose(basis @ basis.T, np.eye(len(basis)), atol=1e-12)
-    assert len(neutral_basis(states, 0)) == 0
+    assert len(neutral_basis(states, 0.0)) == 0
 
 
 # --- vectors ------------------------------------------------------------------------------------------------

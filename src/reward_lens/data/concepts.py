@@ -77,7 +77,7 @@ class ConceptTexts(Sequence):
     two topics.
     """
 
-    def __init__(self, texts: Iterable[ConceptText], source: str = "memory"):
+    def __init__(self, texts: Iterable, source: str = "memory"):
         self._texts = tuple(texts)
         self.source = source
         seen: dict[tuple, str] = {}

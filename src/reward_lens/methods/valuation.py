@@ -34,13 +34,8 @@ from reward_lens.data.concepts import ConceptTexts, as_concept_texts
 from reward_lens.engine.activations import capture
 from reward_lens.errors import DataError
 from reward_lens.methods import concept_statistics as over_topics
-from reward_lens.methods.concept_states import (
-    POSITIONS,
-    STEERED_AT,
-    reward_direction,
-    site_at,
-)
 from reward_lens.methods.concept_signs import sign_tests
+from reward_lens.methods.concept_states import POSITIONS, STEERED_AT, reward_direction, site_at
 from reward_lens.methods.split_half import left_out_interval
 from reward_lens.methods.steering import checked_doses, line_slopes, natural_directions, responses
 from reward_lens.model.head import trunk_name
@@ -192,7 +187,7 @@ def _steered(rm: RewardModel, on, own: bool, n_texts: int, seed: int) -> tuple[l
 
 
 def _slopes(rm: RewardModel, tokens, depth: int, pos: str, moved: np.ndarray, doses: np.ndarray, max_rows):
-    """Slope of every text along every direction [text, direction], the texts' norms, and the clean rows' largest gap."""
+    """Slope of every text along every direction [text, direction], norms, and the clean rows' largest gap."""
     site = site_at(rm, depth)
     states = capture(rm, tokens, [site], STEERED_AT[pos])[site]
     norms = np.array([float(h.double().reshape(-1, rm.d_model).norm(dim=1).mean()) for h in states])
@@ -213,8 +208,10 @@ def _intervals(x: np.ndarray, u: np.ndarray, n_boot: int, seed: int) -> dict[str
     direct, left_out = over_topics.unit(sums[:, 0]) @ u, over_topics.unit(sums - x) @ u  # [concept], [concept, topic]
     out: dict[str, list] = {}
     for c in range(len(x)):
-        fits = {"direct": left_out_interval(float(direct[c]), left_out[c], np.arctanh, np.tanh, n_boot, seed),
-                "auc": left_out_interval(float(auc[0][c]), auc[1][c], np.asarray, np.asarray, n_boot, seed)}  # fmt: skip
+        fits = {
+            "direct": left_out_interval(float(direct[c]), left_out[c], np.arctanh, np.tanh, n_boot, seed),
+            "auc": left_out_interval(float(auc[0][c]), auc[1][c], np.asarray, np.asarray, n_boot, seed),
+        }
         for name, fit in fits.items():
             for key, ending in (("value", ""), ("low", "_low"), ("high", "_high")):
                 out.setdefault(name + ending, []).append(fit[key])
@@ -263,7 +260,8 @@ def _result(rm, vectors, slopes, cells, agreement, reasons, ids, units, gaps, se
         "agreement is about the network's linearity, not about the concepts. A sign that is wrong in the vectors' "
         "texts and in the tested ones alike is not found.",
     )  # fmt: skip
-    lost = bool(np.isnan(cells["direct_partial"]).any())
-    return Result("valuation", value, unit="reward per strength", meta=meta, **summary,
-                  checks=[Check("clean row", max(gaps), 2e-2 if rm.sixteen_bit else 1e-4),
-                          *([Check("no partial valuation", 1.0, float("inf"), _UNDEFINED)] if lost else [])])  # fmt: skip
+    checks = [Check("clean row", max(gaps), 2e-2 if rm.sixteen_bit else 1e-4)]
+    lost = int(np.isnan(cells["direct_partial"]).sum())
+    if lost:
+        checks.append(Check("no partial valuation", float(lost), float("inf"), _UNDEFINED))
+    return Result("valuation", value, unit="reward per strength", meta=meta, checks=checks, **summary)
