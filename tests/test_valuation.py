@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 
 import numpy as np
 import pytest
@@ -17,6 +18,16 @@ from reward_lens.methods import concept_statistics as over_topics
 from reward_lens.methods.concept_signs import sign_test
 from reward_lens.methods.concept_vectors import concept_vectors
 from reward_lens.methods.valuation import valuation
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_adjustments():
+    """statsmodels collects garbage at every adjustment, torch's objects included."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
 
 WORDS = {"calm": "sea", "angry": "fire", "proud": "oak", "shy": "mouse", "kind": "bread", "sly": "fox"}
 TOPICS = [f"{a}{b}" for a in ("rain", "soup", "tax", "chess") for b in ("", " now", " here", " soon")]
@@ -219,16 +230,16 @@ def test_held_out_auc_by_a_loop():
 
 
 def test_shuffles_are_permutations_within_topics():
-    """Labels that are all alike in a topic leave nothing to shuffle; otherwise AUCs are those of the loop's arrays."""
+    """Against arrays that are permuted one topic at a time, and the AUC of each."""
     rng = np.random.default_rng(3)
     x, _, _ = drawn(rng, n_concepts=3, n_topics=6, d=40, effect=1.0)
     u = over_topics.unit(rng.standard_normal(40))
-    cosines, aucs = over_topics.shuffle_nulls(x, u, 5, np.random.default_rng(8))
+    projections, aucs = over_topics.shuffle_nulls(x, u, 5, np.random.default_rng(8))
     again = np.random.default_rng(8)
     for i in range(5):
         order = np.argsort(again.random((3, 6)), axis=0)
         y = np.array([[x[order[c, t], t] for t in range(6)] for c in range(3)])
-        np.testing.assert_allclose(cosines[i], over_topics.unit(y.mean(1)) @ u, atol=1e-12)
+        np.testing.assert_allclose(projections[i], y.mean(1) @ u, atol=1e-12)
         np.testing.assert_allclose(aucs[i], over_topics.held_out_auc(y)[0])
 
 
@@ -292,9 +303,8 @@ def test_every_test_keeps_its_level_where_labels_say_nothing():
 
 def test_power_at_forty_topics():
     found = [p_values(np.random.default_rng(s), n_topics=40, effect=0.7) for s in range(5)]
-    for name in ("shuffled labels", "held-out AUC", "sign"):
-        limit = 0.05 if name != "shuffled labels" else 1.0
-        assert np.mean([np.mean(f[name] <= limit) for f in found]) > 0.9, name
+    for name, power in {"shuffled labels": 0.4, "held-out AUC": 0.9, "sign": 0.9}.items():
+        assert np.mean([np.mean(f[name] <= 0.05) for f in found]) >= power, name
 
 
 def test_clones_of_topics_are_refused_or_add_no_evidence():

@@ -61,21 +61,24 @@ def _within_topic(scores: np.ndarray, c: int) -> np.ndarray:
 def shuffle_nulls(
     x: Float[np.ndarray, "c t d"], u: Float[np.ndarray, " d"], count: int, rng
 ) -> tuple[Float[np.ndarray, "n c"], Float[np.ndarray, "n c"]]:
-    """Cosines with the unit vector `u`, and held-out AUCs, with the concepts of every topic permuted."""
+    """Projections of the vectors on the unit vector `u`, and held-out AUCs, with the concepts of every topic permuted.
+
+    The projection, not the cosine: a vector of noise is short, but its direction may be any.
+    """
     x, u = compact(x, u)
     n_concepts, n_topics = x.shape[:2]
-    cosines, aucs = np.empty((count, n_concepts)), np.empty((count, n_concepts))
+    projections, aucs = np.empty((count, n_concepts)), np.empty((count, n_concepts))
     for i in range(count):
         order = np.argsort(rng.random((n_concepts, n_topics)), axis=0)
         y = np.take_along_axis(x, order[:, :, None], axis=0)
         sums = y.sum(1)
-        cosines[i] = unit(sums) @ u
+        projections[i] = sums @ u / n_topics
         # [which vector, whose state, topic]: products with the sums, less those of the topic with itself
         held = np.einsum("ktd,cd->ckt", y, sums, optimize=True) - np.einsum("ktd,ctd->ckt", y, y, optimize=True)
         own = np.einsum("cct->ct", held)[:, None]
         lower = (held < own).sum(1) + 0.5 * ((held == own).sum(1) - 1)
         aucs[i] = (lower / (n_concepts - 1)).mean(1)
-    return cosines, aucs
+    return projections, aucs
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -86,12 +89,11 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 def good_minus_bad(x: Float[np.ndarray, "c t d"], rewards: Float[np.ndarray, "c t"]) -> Float[np.ndarray, "c d"]:
     """For every concept the common direction of reward among the others: unit vector of the mean over topics of (states
-    with a reward over the topic's median) - (those under it). Zeros where the others do not differ in reward."""
+    with a reward over the topic's mean) - (those under it). Zeros where the others do not differ in reward."""
     out = []
     for c in range(len(x)):
         others, r = np.delete(x, c, axis=0), np.delete(rewards, c, axis=0)
-        middle = np.median(r, axis=0)
-        good, bad = r > middle, r < middle
+        good, bad = r > r.mean(0), r < r.mean(0)
         there = good.any(0) & bad.any(0)
         sides = [
             np.einsum("ktd,kt->td", others[:, there], side[:, there] / side[:, there].sum(0)) for side in (good, bad)

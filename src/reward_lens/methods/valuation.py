@@ -12,7 +12,8 @@ measures of one response, at strength 0 and over a range, and read is the only o
 
 Nulls. Random directions with the covariance of the concepts' states around their topics' means, neutral components
 projected out as in the vectors: what any natural direction would get; agreement against sets of as many of them.
-Shuffled labels, within topics: what vectors of meaningless concepts would get. Sign: on topics the vector has no part
+Shuffled labels, within topics: how far meaningless concepts would lie along u (the projection of v_c, not its cosine),
+and how well they would be told apart. Sign: on topics the vector has no part
 in, how often a positive text projects higher than the negative one (`concept_signs`).
 
 What this cannot show: that the network uses a direction by itself; that g is goodness and not what else raises the
@@ -44,6 +45,7 @@ from reward_lens.model.tokens import Tokens
 from reward_lens.result import Check, Result
 
 FEWEST_CONCEPTS = 3
+HELD_BACK = 0.5  # reliability under which a cosine is not corrected for it
 _UNDEFINED = "the vector lies along the common direction of reward"
 
 
@@ -77,10 +79,10 @@ def valuation(
     at the reward position. Cost: (2 concepts + n_null) (strengths but 0) changed runs a text and position.
 
     Returns value (text, concept, pos), the causal slope in reward per unit of strength; mean, low, high over topics.
-    Coordinates (concept, pos): `direct` with `direct_low`, `direct_high` (topics left out of the vector; u is fixed),
-    `read`, `direct_partial`, `causal_partial`, `common` (cosine with g);
+    Coordinates (concept, pos): `direct` with `direct_low`, `direct_high` (topics left out of the vector; u is fixed) and
+    `direct_disattenuated`, divided by the root of the vector's reliability (NaN where that is under .5); `read`, `direct_partial`, `causal_partial`, `common` (cosine with g);
     of the null of random directions `direct_quantile`, `direct_p`, `causal_quantile`, `causal_p`; of shuffled labels
-    `shuffle_quantile`, `shuffle_p` (of direct); `auc` (leave one topic out), `auc_low`, `auc_high`, `auc_p` (shuffled
+    `shuffle_quantile`, `shuffle_p` (of the projection on u); `auc` (leave one topic out), `auc_low`, `auc_high`, `auc_p` (shuffled
     labels, one-sided); `sign_share` with `sign_low`, `sign_high`, `sign_n`, `sign_p`, `sign_p_holm`, and `sign`: "as
     named", "sign error" (Holm-adjusted p under .05, the negative texts higher) or "undetermined". p with `_holm` are
     adjusted over concepts and positions. In `meta`: `agreement` by position, of "direct", "read" and "partial", each
@@ -132,6 +134,9 @@ def valuation(
             agreement[pos][name] = fit | {"null": over_topics.against_sets(fit["r"], *sets)}
     signs, reasons = sign_tests(rm, vectors, texts, seed)
     cells = {name: np.stack(values, 1) for name, values in here.items()} | signs
+    reliability = vectors.value["reliability"].values
+    kept = np.where(reliability >= HELD_BACK, reliability, np.nan)
+    cells["direct_disattenuated"] = np.clip(cells["direct"] / np.sqrt(kept), -1.0, 1.0)
     settings = {
         "depth": depth, "strengths": doses.tolist(), "n_null": n_null, "n_texts": len(tokens), "n_shuffle": n_shuffle,
         "n_boot": n_boot,
@@ -178,10 +183,10 @@ def _steered(rm: RewardModel, on, own: bool, n_texts: int, seed: int) -> tuple[l
         some = ConceptTexts(given)
         chosen = (some.neutral or some.of("positive")) if own else list(some)
         rows = [(t.id or f"{t.concept}: {t.topic}", t.topic, t.messages, t.text) for t in chosen]
-    rng = np.random.default_rng(seed)
-    first = {rows[i][1]: rows[i] for i in rng.permutation(len(rows))}
-    picked = [first[unit] for unit in sorted(first)]
-    picked = [picked[i] for i in sorted(rng.permutation(len(picked))[:n_texts])]
+    one_each = {rows[i][1]: rows[i] for i in np.random.default_rng([seed, 1]).permutation(len(rows))}
+    names = sorted(one_each)
+    kept = sorted(np.random.default_rng(seed).permutation(len(names))[:n_texts])
+    picked = [one_each[names[i]] for i in kept]
     ids, units, prompts, said = zip(*picked, strict=True)
     return list(ids), list(units), [rm.tokenize(p, t) for p, t in zip(prompts, said, strict=True)]
 
@@ -220,8 +225,8 @@ def _intervals(x: np.ndarray, u: np.ndarray, n_boot: int, seed: int) -> dict[str
 
 
 def _shuffles(x: np.ndarray, u: np.ndarray, of: dict[str, np.ndarray], n_shuffle: int, rng) -> dict[str, np.ndarray]:
-    cosines, aucs = over_topics.shuffle_nulls(x, u, n_shuffle, rng)
-    quantile, p = over_topics.against(of["direct"], cosines)
+    projections, aucs = over_topics.shuffle_nulls(x, u, n_shuffle, rng)
+    quantile, p = over_topics.against(x.mean(1) @ u, projections)
     return {"shuffle_quantile": quantile, "shuffle_p": p,
             "auc_p": (1 + (aucs >= of["auc"] - 1e-12).sum(0)) / (1 + n_shuffle)}  # fmt: skip
 
