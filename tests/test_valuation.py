@@ -163,6 +163,8 @@ def test_saved_with_everything(tmp_path):
     result = valued()
     back = rl.load_result(result.save(tmp_path / "v.nc"))
     assert back.value.equals(result.value) and back.meta == result.meta and repr(result)
+    for one in (result, vectors()):
+        assert rl.save_chart(one, tmp_path / "chart.svg").stat().st_size > 5000
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model().module.modules())
     again = valuation(model(), vectors(), texts_of(), **FEW)
     assert again.value.identical(result.value) and again.meta == result.meta
@@ -303,7 +305,7 @@ def test_every_test_keeps_its_level_where_labels_say_nothing():
 
 def test_power_at_forty_topics():
     found = [p_values(np.random.default_rng(s), n_topics=40, effect=0.7) for s in range(5)]
-    for name, power in {"shuffled labels": 0.4, "held-out AUC": 0.9, "sign": 0.9}.items():
+    for name, power in {"shuffled labels": 0.2, "held-out AUC": 0.9, "sign": 0.9}.items():
         assert np.mean([np.mean(f[name] <= 0.05) for f in found]) >= power, name
 
 

@@ -124,7 +124,7 @@ def correlation(read: np.ndarray, write: np.ndarray) -> dict[str, Any]:
     out: dict[str, Any] = {"r": None, "low": None, "high": None, "n": n, "spearman": None, "reason": ""}
     if n < 3 or np.ptp(read) == 0 or np.ptp(write) == 0:
         return out | {"reason": f"{n} concepts" if n < 3 else "one of the two is constant"}
-    fit = pearsonr(read, write)
+    fit: Any = pearsonr(read, write)
     rho = stats.spearman(read, write)
     out |= {"r": float(fit.statistic), "spearman": rho.value}
     if n < stats.FEWEST:

@@ -79,15 +79,16 @@ def valuation(
     at the reward position. Cost: (2 concepts + n_null) (strengths but 0) changed runs a text and position.
 
     Returns value (text, concept, pos), the causal slope in reward per unit of strength; mean, low, high over topics.
-    Coordinates (concept, pos): `direct` with `direct_low`, `direct_high` (topics left out of the vector; u is fixed) and
-    `direct_disattenuated`, divided by the root of the vector's reliability (NaN where that is under .5); `read`, `direct_partial`, `causal_partial`, `common` (cosine with g);
-    of the null of random directions `direct_quantile`, `direct_p`, `causal_quantile`, `causal_p`; of shuffled labels
-    `shuffle_quantile`, `shuffle_p` (of the projection on u); `auc` (leave one topic out), `auc_low`, `auc_high`, `auc_p` (shuffled
-    labels, one-sided); `sign_share` with `sign_low`, `sign_high`, `sign_n`, `sign_p`, `sign_p_holm`, and `sign`: "as
-    named", "sign error" (Holm-adjusted p under .05, the negative texts higher) or "undetermined". p with `_holm` are
-    adjusted over concepts and positions. In `meta`: `agreement` by position, of "direct", "read" and "partial", each
-    with r, low, high, n, spearman, and for direct and partial its null; `smallest_p` and `n_null_needed` for p_holm
-    under .05; `sign_reasons`.
+    Coordinates (concept, pos): `direct` with `direct_low`, `direct_high` (topics left out of the vector; u is fixed)
+    and `direct_disattenuated`, divided by the root of the vector's reliability (NaN where that is under .5); `read`,
+    `direct_partial`, `causal_partial`, `common` (cosine with g); of the null of random directions `direct_quantile`,
+    `direct_p`, `causal_quantile`, `causal_p`; of shuffled labels `shuffle_quantile`, `shuffle_p` (of the projection on
+    u); `auc` (leave one topic out), `auc_low`, `auc_high`, `auc_p` (shuffled labels, one-sided); `sign_share` with
+    `sign_low`, `sign_high`, `sign_n`, `sign_p`, and `sign`: "as named", "sign error" (the negative texts are higher) or
+    "undetermined", by `sign_p_holm` under .05. p with `_holm` are adjusted over concepts and positions.
+    In `meta`: `agreement` by position, of "direct", "read" and "partial", each with r, low, high, n, spearman, and for
+    direct and partial its null; `sign_errors`, `sign_reasons`; `smallest_p`, and the numbers with which a p_holm under
+    .05 can be had: `n_null_needed`, `sign_topics_needed` (topics of the vectors and of the tested texts).
     Raises `DataError` for vectors of another model, under 3 concepts and where the settings are not understood.
     """
     texts = as_concept_texts(texts)
@@ -236,6 +237,7 @@ def _result(rm, vectors, slopes, cells, agreement, reasons, ids, units, gaps, se
         if name in cells:
             cells[f"{name}_holm"] = stats.adjust(cells[name])
     n_cells = cells["direct"].size
+    n_signs = int(np.ceil(1 - np.log2(0.05 / n_cells)))  # tested ones; a third of all make the first vector
     coords = {
         "text": np.array(ids, dtype=object),
         "unit": ("text", np.array(units, dtype=object)),
@@ -246,7 +248,7 @@ def _result(rm, vectors, slopes, cells, agreement, reasons, ids, units, gaps, se
     value = xr.DataArray(slopes, dims=("text", "concept", "pos"), coords=coords)
     over = stats.mean_interval(slopes, units, n_boot=n_boot, seed=seed)
     rest = value.drop_vars(["text", "unit"]).isel(text=0, drop=True)
-    summary = {key: rest.copy(data=np.asarray(getattr(over, key))) for key in ("mean", "low", "high")}
+    mean, low, high = (rest.copy(data=np.asarray(getattr(over, key))) for key in ("mean", "low", "high"))
     n_null, depth = settings["n_null"], settings["depth"]
     wrong = [f"{coords['concept'][c]} ({POSITIONS[p]})" for c, p in np.argwhere(cells["sign"] == "sign error")]
     r = agreement[POSITIONS[0]]["direct"]
@@ -258,7 +260,7 @@ def _result(rm, vectors, slopes, cells, agreement, reasons, ids, units, gaps, se
         vectors=vectors.meta["inputs_hash"], agreement=agreement, sign_errors=wrong, sign_reasons=reasons,
         u="effective direction, the same at every input" if depth == rm.n_layers else "gradient, averaged over texts",
         smallest_p={"direct and shuffled": 1 / (1 + settings["n_shuffle"]), "causal": 1 / (1 + n_null)},
-        n_null_needed=20 * n_cells, sign_topics_needed=int(np.ceil(1 - np.log2(0.05 / n_cells))) + 1,
+        n_null_needed=20 * n_cells, sign_topics_needed=n_signs + max(stats.FEWEST, -(-n_signs // 2)),
         shows=f"How the reward answers to each concept. Direct and causal valuation agree over {r['n']} concepts with "
         f"r = {said}{ends} (pos response).",
         cannot_show="That the network uses a direction by itself. Where sets of random directions agree as well, the "
@@ -269,4 +271,6 @@ def _result(rm, vectors, slopes, cells, agreement, reasons, ids, units, gaps, se
     lost = int(np.isnan(cells["direct_partial"]).sum())
     if lost:
         checks.append(Check("no partial valuation", float(lost), float("inf"), _UNDEFINED))
-    return Result("valuation", value, unit="reward per strength", meta=meta, checks=checks, **summary)
+    return Result(
+        "valuation", value, unit="reward per strength", meta=meta, checks=checks, mean=mean, low=low, high=high
+    )
