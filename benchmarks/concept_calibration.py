@@ -28,8 +28,8 @@ def main() -> None:
     runs = parser.parse_args().runs
     lines = [
         "# Calibration of the statistics of concept vectors", "",
-        f"`python benchmarks/concept_calibration.py --runs {runs}`: shares of p <= .05, uncorrected; in brackets half of "
-        f"a 95% interval over runs. Width {WIDTH}.", "",
+        f"`python benchmarks/concept_calibration.py --runs {runs}`: shares of p <= .05, uncorrected; in brackets half "
+        f"of a 95% interval over runs. Width {WIDTH}.", "",
     ]  # fmt: skip
     header = None
     for effect in EFFECTS:

@@ -317,3 +317,9 @@ def test_clones_of_topics_are_refused_or_add_no_evidence():
     twice = valuation(model(), concept_vectors(model(), [*texts, *texts], depth=2), [*texts, *texts], **FEW)
     for name in ("sign_p", "sign_n", "auc", "auc_low", "direct_low", "shuffle_p"):
         np.testing.assert_allclose(twice.value[name], valued().value[name], atol=1e-6)
+
+
+def test_texts_that_show_nothing_of_the_concepts_are_not_tested():
+    neutral = ConceptTexts(texts_of().neutral)
+    bare = valuation(model(), vectors(), neutral, **FEW | {"n_null": 0})
+    assert np.isnan(bare.value["sign_p"]).all() and len(bare.meta["sign_reasons"]) == 12

@@ -87,17 +87,18 @@ def sign_tests(
     concepts, topics = ([str(v) for v in vectors.value[name].values] for name in ("concept", "topic"))
     some = [t for polarity in POLARITIES for t in texts.of(polarity) if t.concept in set(concepts)]
     names = sorted({t.topic for t in some})
-    states = text_states(rm, some, vectors.meta["settings"]["depth"]).states if some else None
+    depth = vectors.meta["settings"]["depth"]
+    states = text_states(rm, some, depth).states if some else np.zeros((0, *x.shape[2:]))
     sides = []
-    for polarity in POLARITIES if states is not None else ():
+    for polarity in POLARITIES:
         mine = [i for i, t in enumerate(some) if t.polarity == polarity]
         sides.append(cell_means(states[mine], [some[i] for i in mine], concepts, names))
     shape = len(concepts), len(POSITIONS)
-    both = sides[0] - sides[1] if sides else np.full((shape[0], 0, *x.shape[2:]), np.nan)
+    both = sides[0] - sides[1]
     out = {name: np.full(shape, np.nan) for name in _FIELDS.values()}
     reasons = {}
     for c, concept in enumerate(concepts):
-        there = np.flatnonzero(np.isfinite(both[c, :, 0, 0]))
+        there = np.flatnonzero(np.isfinite(both[c]).all((1, 2)))
         tested = [names[i] for i in there]
         for p, pos in enumerate(POSITIONS):
             test = sign_test(both[c, there, p], tested, x[c, :, p], topics, np.random.default_rng(seed))
