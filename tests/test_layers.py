@@ -33,6 +33,8 @@ SIBLINGS = tuple(f"methods.{name}" for name in (
     "effect_cells", "ablations", "direct", "estimators", "estimate_task", "first_order", "integrated", "relevance",
     # rewards of edited texts, for the probes and for the evaluation of an edit
     "edited_texts",
+    # reliability of directions; what a steered text answers; concepts: states, and statistics over topics
+    "split_half", "steering", "concept_states", "concept_statistics", "concept_signs",
     # rows of a head without some directions, for the choice of their strength
     "head_editing",
 ))  # fmt: skip

@@ -210,7 +210,7 @@ def as_pairs(pairs: Any) -> Pairs:
     return pairs
 
 
-def inputs_hash(items: Iterable[Pair | Group | StyleItem]) -> str:
+def inputs_hash(items: Iterable) -> str:
     """Sixteen hex digits of the SHA-256 of all prompts and responses in order, without ids and subsets."""
     return _digest([[item.messages, list(item.responses)] for item in items], 16)
 

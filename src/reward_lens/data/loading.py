@@ -29,7 +29,7 @@ def load_pairs(source: Source, split: str | None = None, limit: int | None = Non
     """
     name, rows = open_rows(source, split, limit)
     ties: list[str] = []
-    pairs = _parse(name, joined_ratings(rows), _pair, ties)
+    pairs = parse_rows(name, joined_ratings(rows), _pair, ties)
     return Pairs(pairs, name, [f"{len(ties)} rows without a preference left out: {_some(ties)}"] if ties else ())
 
 
@@ -40,7 +40,7 @@ def load_groups(source: Source, split: str | None = None, limit: int | None = No
     the lists `chosen` and `rejected`, which become labels 1 and 0. Returns a list of `Group`, their ids made
     unique as in `Pairs`; raises `DataError` as `load_pairs` does.
     """
-    return list(with_unique_ids(_parse(*open_rows(source, split, limit), _group))[0])
+    return list(with_unique_ids(parse_rows(*open_rows(source, split, limit), _group))[0])
 
 
 def load_style_items(source: Source, split: str | None = None, limit: int | None = None) -> list[StyleItem]:
@@ -48,14 +48,14 @@ def load_style_items(source: Source, split: str | None = None, limit: int | None
 
     Returns a list of `StyleItem`, their ids made unique; raises `DataError` as `load_pairs` does.
     """
-    return list(with_unique_ids(_parse(*open_rows(source, split, limit), _style_item))[0])
+    return list(with_unique_ids(parse_rows(*open_rows(source, split, limit), _style_item))[0])
 
 
 def _some(places: list[str]) -> str:
     return ", ".join(places[:3]) + (", ..." if len(places) > 3 else "")
 
 
-def _parse(name: str, rows: Rows, build: Callable, ties: list[str] | None = None) -> list:
+def parse_rows(name: str, rows: Rows, build: Callable, ties: list[str] | None = None) -> list:
     """Items of all rows; where a row holds no preference, its place goes to `ties`."""
     items = []
     for where, row in rows:

@@ -72,7 +72,7 @@ def steer(
     pairs = data.as_pairs(pairs)
     depth = round(2 * rm.n_layers / 3) if depth is None else depth
     direction = _direction(vector, rm.d_model)
-    doses = _doses(rm, strengths, depth, unit, at, nulls)
+    doses = checked_doses(rm, strengths, depth, unit, at, nulls)
     site = Site("resid_post", rm.n_layers - 1) if depth == rm.n_layers else Site("resid_pre", depth)
     tokens = [t for both in rm.tokenize_pairs(pairs) for t in both]
     acts = capture(rm, pairs, [site], at)[site]
@@ -83,11 +83,11 @@ def steer(
     rewards = np.empty((len(tokens), len(directions), len(doses)))
     gaps = []
     for i, text in enumerate(tokens):
-        changes, gap = _responses(rm, text, site, norms[i] * directions, doses, at, clean[i], max_rows)
+        changes, gap = responses(rm, text, site, norms[i] * directions, doses, at, clean[i], max_rows)
         rewards[i] = clean[i] + changes
         gaps.append(gap)
     sided = margin_of(rewards[::2], rewards[1::2])  # [pair, side, direction, strength]
-    slopes = _slopes(sided, doses)
+    slopes = line_slopes(sided, doses)
     of_pair = np.stack([norms[::2], norms[1::2], np.full(len(pairs), np.nan)], 1)
     coords = {"strength": doses, "slope": (("pair", "side"), slopes[..., 0]), "norm": (("pair", "side"), of_pair)}
     over = stats.mean_interval(slopes[..., 0], [p.prompt_key for p in pairs], seed=seed)
@@ -121,7 +121,7 @@ def natural_directions(states: Float[Tensor, "n d"], count: int, seed: int) -> F
     return drawn / drawn.norm(dim=1, keepdim=True)
 
 
-def _responses(
+def responses(
     rm: RewardModel, text: Tokens, site: Site, moves: Tensor, doses: np.ndarray, at, clean: float, max_rows
 ) -> tuple[Float[np.ndarray, "direction strength"], float]:
     """Change of the reward by direction and strength, and the clean row's gap; a strength of 0 is not run."""
@@ -135,7 +135,7 @@ def _responses(
     return changes, float((out.clean - clean).abs().max()) / size
 
 
-def _slopes(rewards: Float[np.ndarray, "*some strength"], doses: Float[np.ndarray, " strength"]) -> np.ndarray:
+def line_slopes(rewards: Float[np.ndarray, "*some strength"], doses: Float[np.ndarray, " strength"]) -> np.ndarray:
     away = doses - doses.mean()
     return (rewards - rewards.mean(-1, keepdims=True)) @ away / (away @ away)
 
@@ -177,7 +177,9 @@ def _direction(vector, width: int) -> Float[Tensor, " d"]:
     return given / given.norm()
 
 
-def _doses(rm: RewardModel, strengths, depth: int, unit: str, at: str, nulls: int) -> Float[np.ndarray, " strength"]:
+def checked_doses(
+    rm: RewardModel, strengths, depth: int, unit: str, at: str, nulls: int
+) -> Float[np.ndarray, " strength"]:
     doses = np.asarray(strengths, dtype=float)
     fit = doses.ndim == 1 and len(set(doses.tolist())) == doses.size >= 2 and np.isfinite(doses).all()
     if not fit or unit not in UNITS or at not in ("final", "response", "all") or nulls < 0:
