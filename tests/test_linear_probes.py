@@ -269,6 +269,16 @@ def test_the_reward_between_classes_is_at_equal_length():
     assert _used(rewards, constant, length)["within"] is None
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gpt_neox", "gpt2", "bloom", "mixtral"])
+def test_every_structure_gives_values_and_the_effective_direction(family):
+    rm = rl.RewardModel(*tiny_model(family, seed=1), name=family)
+    rows, labels = texts()
+    result = linear_probes(rm, rows[:20], labels[:20], depths=[0, 3], n_control=5)
+    assert np.isfinite(result.value).all() and result.checks[0].gap < 1e-4
+    assert np.isfinite(float(result.value["cosine"].sel(depth=3, at="reward")))
+    assert type(result.plot()).__name__ == "LayerChart"
+
+
 def test_a_number_and_a_named_feature():
     rm, (rows, _) = model(), texts()
     result = linear_probes(rm, rows, "characters", depths=[1, 3], at="response", n_control=5)

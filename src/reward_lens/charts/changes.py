@@ -2,11 +2,24 @@
 
 import altair as alt
 import numpy as np
+import pandas as pd
 import xarray as xr
 
-from reward_lens.charts import forms
 from reward_lens.charts.forms import Panel
-from reward_lens.charts.rows import dims_of, frame, in_order, layered, rows, span, text_of, tooltip, words, zero
+from reward_lens.charts.rows import (
+    Drawing,
+    dims_of,
+    frame,
+    in_order,
+    layered,
+    rows,
+    span,
+    text_of,
+    tooltip,
+    unit_of,
+    words,
+    zero,
+)
 from reward_lens.result import Result
 
 STATES = ("before", "after")
@@ -54,16 +67,28 @@ def dosed(result: Result, data: xr.Dataset) -> list[Panel]:
     members = {family: inside for family, inside in members.items() if len(set(doses[inside].tolist())) > 1}
     if not members:
         return []
-    columns = {key: data[key].values for key in ("value", "low", "high") if key in data}
-    graded = {}
+    limits = span(data.isel({value.dims[0]: np.concatenate(list(members.values()))}))
+    out = []
     for family, inside in members.items():
         order = inside[np.argsort(doses[inside], kind="stable")]
-        curve = {key: ("dose", column[order]) for key, column in columns.items()}
-        graded[family] = xr.Dataset(curve, coords={"dose": doses[order]})
-    whole = xr.concat(list(graded.values()), "dose")
-    drawn = [(family, forms.lines(result, curve, ["dose"], whole)) for family, curve in graded.items()
-             if np.isfinite(curve["value"]).any()]  # fmt: skip
-    return [Panel(f"Dose: {words(family)}", panel.chart, panel.note) for family, some in drawn for panel in some]
+        table = frame(data.isel({value.dims[0]: order}), x="dose", label=str(value.dims[0]))
+        if len(table):
+            out.append(Panel(f"Dose: {words(family)}", _curve(table, unit_of(result), limits)))
+    return out
+
+
+def _curve(table: pd.DataFrame, unit: str, limits: tuple[float, float]) -> Drawing:
+    """A line with its band, and a dot at each dose that was measured."""
+    axis = alt.Axis(grid=False, values=sorted(set(table["x"].tolist())), format="~g")
+    base = alt.Chart(rows(table)).encode(
+        x=alt.X("x:Q", title="dose", scale=alt.Scale(nice=False, padding=8), axis=axis),
+        y=alt.Y("value:Q", title=unit, scale=alt.Scale(domain=limits, zero=False)),
+        tooltip=tooltip(table, {"label": "label", "x": "dose", "value": unit}),
+    )
+    layers = [base.mark_line(), base.mark_point(style="dot", filled=True)]
+    if "low" in table:
+        layers.insert(0, base.mark_area(style="band").encode(y=alt.Y("low:Q", title=unit), y2="high:Q"))
+    return layered([zero("y"), *layers] if limits[0] <= 0 <= limits[1] else layers, 200)
 
 
 def _pairs_of_points(result: Result, data: xr.Dataset, label: str, title: str) -> list[Panel]:

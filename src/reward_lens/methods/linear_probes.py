@@ -267,7 +267,7 @@ def _cell(task: Task, targets, states, read: Float[np.ndarray, " d"], seed: int)
     drawn = np.array([probe_fits.cosine_interval(one, read)[0] for one in directions[1:]])
     known = drawn[np.isfinite(drawn)]
     return {
-        **found, **probe_fits.against_controls(*found.values(), controls),
+        **found, **probe_fits.against_controls(found["value"], found["low"], found["high"], controls),
         "cosine": cosine, "cosine_low": low, "cosine_high": high,
         "cosine_control_sd": float(known.std(ddof=1)) if len(known) > 1 else float("nan"),
     }  # fmt: skip
