@@ -260,13 +260,14 @@ def test_the_reward_between_classes_is_at_equal_length():
     labels = np.tile([0.0, 1.0], 40)
     length = rng.integers(5, 50, 80).astype(float) + 20 * labels
     task = make_task(labels, groups)
+    keys = [str(g) for g in groups]
     rewards = 2.0 * labels + 0.1 * length + 1e-3 * rng.standard_normal(80)
     shifted = rewards + 5 * rng.standard_normal(40)[groups]
-    assert _used(rewards, task, length)["across"]["value"] == pytest.approx(2, abs=0.01)
-    within = _used(shifted, task, length)["within"]
+    assert _used(rewards, task, length, keys)["across"]["value"] == pytest.approx(2, abs=0.01)
+    within = _used(shifted, task, length, keys)["within"]
     assert within["value"] == pytest.approx(2, abs=0.01) and within["low"] < 2 < within["high"]
     constant = make_task((np.arange(80) // 2 % 2).astype(float), groups)
-    assert _used(rewards, constant, length)["within"] is None
+    assert _used(rewards, constant, length, keys)["within"] is None
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt_neox", "gpt2", "bloom", "mixtral"])

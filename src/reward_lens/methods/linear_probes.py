@@ -112,7 +112,8 @@ def linear_probes(
                   "penalty": probe_fits.PENALTY if task.classes else probe_fits.RIDGE},
         interval={"level": 0.95, "unit": "prompt", "method": "jackknife over prompts, widened for shared training"},
         prompts_per_class=[task.prompts_with(k) for k in (0.0, 1.0)] if task.classes else None,
-        reward=_used(rewards, task, length), length_alone={k: _plain(alone[k]) for k in ("value", "low", "high")},
+        reward=_used(rewards, task, length, [item.prompt_key for item in items]),
+        length_alone={k: _plain(alone[k]) for k in ("value", "low", "high")},
         shows=f"At which depths a linear probe reads {named} on held-out prompts, against labels dealt anew, and how "
         "far the probe's direction is the one the reward reads there.",
         cannot_show="That the network uses what the probe finds: decodable is not used. Nor that it is this property "
@@ -273,11 +274,12 @@ def _cell(task: Task, targets, states, read: Float[np.ndarray, " d"], seed: int)
     }  # fmt: skip
 
 
-def _used(rewards: np.ndarray, task: Task, length: np.ndarray) -> dict[str, Any]:
-    """The reward per unit of the label, tokens held fixed, across prompts and within them."""
+def _used(rewards: np.ndarray, task: Task, length: np.ndarray, keys: Sequence[str]) -> dict[str, Any]:
+    """The reward per unit of the label, tokens held fixed, across prompts and within them (means of each taken off)."""
     columns = np.stack([rewards, task.labels, length])
-    sums = np.stack([np.bincount(task.prompts, column) for column in columns])
-    inside = columns - (sums / np.bincount(task.prompts))[:, task.prompts]
+    _, prompts = np.unique(keys, return_inverse=True)
+    sums = np.stack([np.bincount(prompts, column) for column in columns])
+    inside = columns - (sums / np.bincount(prompts))[:, prompts]
     differ = len(set(task.prompts[np.abs(inside[1]) > 1e-12].tolist()))
     out: dict[str, Any] = {"unit": "reward between classes" if task.classes else "reward per unit of the label"}
     for name, (y, x, control) in (("across", columns), ("within", inside)):
