@@ -12,6 +12,7 @@ than rows the same fit is found among the training rows' principal components.
 
 The interval is of the jackknife over prompts with the fits held, its spread times sqrt(1 + k / (k - 1)) for k folds,
 because fits of different folds share training prompts (Nadeau and Bengio 2003, Machine Learning 52, eq. 8).
+In simulations with 18 to 100 prompts it holds the expected AUC in .94 to 1.00 of runs; near an AUC of 1 it is too wide.
 
 A control is the same pipeline on labels dealt anew: every prompt gets those of another one, in random order (Hewitt and
 Liang 2019). p says where the probe stands among the controls, taken as normal: t = (value - mean) / (sd sqrt(1 + 1/m))
@@ -148,15 +149,20 @@ def interval(task: Task, value: float, left_out: Float[np.ndarray, " prompt"], s
     """95% interval over prompts, within [0, 1] for an AUC and up to 1 for an R^2.
 
     An AUC that no prompt changes (all pairs in order, or all tied) gets Wilson's of as many prompts as the rarer class
-    has: a spread of zero would be an interval of no width.
+    has: a spread of zero would be an interval of no width. Up to 20 prompts the interval holds Wilson's too, because an
+    AUC that is high by chance has a small spread: without it, .89 of 150 simulated intervals held an expected .72.
     """
-    if task.classes and np.ptp(left_out) < 1e-12:
-        fewer = min(task.prompts_with(0.0), task.prompts_with(1.0))
-        return stats.wilson(value * fewer, fewer)
     n, k = len(left_out), task.folds
     moves = np.sqrt(1 + k / (k - 1)) * (n - 1) * (left_out.mean() - left_out)
     over = stats.mean_interval(value + moves, np.arange(n), seed=seed)
-    return max(float(over.low), 0.0 if task.classes else -np.inf), min(float(over.high), 1.0)
+    if not task.classes:
+        return float(over.low), min(float(over.high), 1.0)
+    fewer = min(task.prompts_with(0), task.prompts_with(1))
+    least, most = stats.wilson(value * fewer, fewer)
+    low, high = max(float(over.low), 0.0), min(float(over.high), 1.0)
+    if n < stats.FEWEST_BOOTSTRAP or np.ptp(left_out) < 1e-12:
+        return min(low, least), max(high, most)
+    return low, high
 
 
 def against_controls(
