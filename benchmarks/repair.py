@@ -23,8 +23,9 @@ from reward_lens import stats
 from reward_lens.engine import continuations
 from reward_lens.methods import edited_texts
 
-REMOVED = ("lengthen", "restate", "bulletise", "add_headings", "add_bold")
-N_FIT, N_DEV, N_GUARD = 60, 30, 250
+REMOVED = ("add_emoji", "append_thanks", "append_great", "add_citations")  # the largest shifts upwards
+N_FIT, N_DEV, N_GUARD = 40, 20, 200
+LONGEST = 120  # words of a response that directions, strength and guard are taken from
 HH_TRAINING_ROWS = 2000
 STYLES = ("concise", "detailed", "markdown")
 DOCS = Path(__file__).parents[1] / "docs"
@@ -56,8 +57,9 @@ def _batched(items, n):
     return (items[i : i + n] for i in range(0, len(items), n))
 
 
-def one_a_prompt(pairs: rl.Pairs) -> rl.Pairs:
-    return rl.Pairs(list({p.prompt_key: p for p in pairs}.values()))
+def short_pair_a_prompt(pairs: rl.Pairs) -> rl.Pairs:
+    short = [p for p in pairs if max(len(r.split()) for r in p.responses) <= LONGEST]
+    return rl.Pairs(list({p.prompt_key: p for p in short}.values()))
 
 
 def test_sets(data: Path) -> dict[str, rl.Pairs]:
@@ -175,7 +177,8 @@ def repair_page(chosen: rl.Result, directions: list[rl.Result], outcome: rl.Resu
     lines = [
         "# A repair of the demo model, from the bias to the checkpoint", "",
         f"`{command}`. Nothing below was measured on prompts that chose anything: directions on {N_FIT} prompts of "
-        f"alpaca_eval_train, strength on {N_DEV} others, the guard {N_GUARD} others again.", "",
+        f"alpaca_eval_train (responses of at most {LONGEST} words), strength on {N_DEV} others, the guard {N_GUARD} "
+        "others again. The edits are those with the largest shifts upwards in [all probes](probes.md).", "",
         "```python", "edits = rl.edits_of([" + ", ".join(f'"{name}"' for name in REMOVED) + "])",
         "directions = [rl.bias_direction(rm, rl.edited_pairs(fit, edit)) for edit in edits]",
         "dev_edits = [pair for edit in edits for pair in rl.edited_pairs(dev, edit)]",
@@ -227,7 +230,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     rm = rl.load("demo", truncation="left")
-    train = one_a_prompt(rl.load_pairs(args.data / "alpaca_eval_train.jsonl"))
+    train = short_pair_a_prompt(rl.load_pairs(args.data / "alpaca_eval_train.jsonl"))
     order = np.random.default_rng(0).permutation(len(train)).tolist()
     fit, dev, guard = (rl.Pairs([train[i] for i in order[a : a + n]])
                        for a, n in ((0, N_FIT), (N_FIT, N_DEV), (N_FIT + N_DEV, N_GUARD)))  # fmt: skip

@@ -26,10 +26,23 @@ def test_taking_a_bias_away_is_seen_where_it_was_and_where_it_goes(pairs):
     np.testing.assert_allclose(
         result.value.sel(state="after") - result.value.sel(state="before"), result.value.sel(state="change"), atol=1e-12
     )
-    assert result.value["kind"].values.tolist() == ["probe"] * 3 + ["accuracy"]
+    n_subsets = len({p.subset for p in pairs})
+    assert result.value["kind"].values.tolist() == ["probe"] * 3 + ["accuracy"] * (1 + n_subsets)
     row = result.value.sel(measure="accuracy: demo")
     expected = rl.accuracy(before, pairs).value.sel(subset="all", rule="reward model")
     assert float(row.sel(state="before")) == pytest.approx(float(expected))
+
+
+def test_accuracy_by_subset(pairs):
+    some = [rl.Pair(p.prompt, p.chosen, p.rejected, subset="odd" if i % 2 else "even") for i, p in enumerate(pairs)]
+    before, after = Ruled(noise(1)), Ruled(noise(2))
+    result = rl.evaluate_edit(before, after, pairs, {"demo": some}, ["hedge"])
+    names = [m for m in result.value["measure"].values if m.startswith("accuracy")]
+    assert names == ["accuracy: demo", "accuracy: demo, even", "accuracy: demo, odd"]
+    for name, part in zip(names, (some, some[::2], some[1::2]), strict=True):
+        for state, rm in (("before", before), ("after", after)):
+            expected = float(rl.accuracy(rm, part).value.sel(subset="all", rule="reward model"))
+            assert float(result.value.sel(measure=name, state=state)) == pytest.approx(expected)
 
 
 def test_a_model_beside_itself_changes_nothing(pairs):

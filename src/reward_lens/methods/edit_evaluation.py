@@ -41,9 +41,9 @@ def evaluate_edit(
     """Every probe on `pairs`, and accuracy on every one of `sets` {name: pairs}, of a model before and after an edit.
 
     Returns value (measure, state), state = before, after, change (after - before), with low and high over prompts;
-    `kind` = probe or accuracy and `unit_of` = within-prompt SD or fraction; coordinates `p` and `p_holm` of the change,
-    `n_prompts`. Rows of probes that change no text are NaN. Raises `DataError` for sets without pairs or models with
-    different tokenizers.
+    `kind` = probe or accuracy (of a set, and of its subsets where it has several), `unit_of` = within-prompt SD or
+    fraction; coordinates `p` and `p_holm` of the change, `n_prompts`. Rows of probes that change no text are NaN.
+    Raises `DataError` for sets without pairs or models with different tokenizers.
     """
     pairs = data.as_pairs(pairs)
     if before.tokenize(pairs[0].prompt, pairs[0].chosen).ids != after.tokenize(pairs[0].prompt, pairs[0].chosen).ids:
@@ -51,7 +51,7 @@ def evaluate_edit(
                         expected="a model and an edit of it", do="pass the model that edit_head was given")  # fmt: skip
     rows = _probe_rows(before, after, pairs, probes, seed)
     for name, some in sets.items():
-        rows.append(_accuracy_row(before, after, name, data.as_pairs(some), seed))
+        rows += _accuracy_rows(before, after, name, data.as_pairs(some), seed)
     p = np.array([row["p"] for row in rows])
     coords = {
         "measure": np.array([row["name"] for row in rows], dtype=object),
@@ -89,15 +89,25 @@ def _probe_rows(before: RewardModel, after: RewardModel, pairs: data.Pairs, prob
     return rows
 
 
-def _accuracy_row(before: RewardModel, after: RewardModel, name: str, pairs: data.Pairs, seed: int) -> dict[str, Any]:
-    prompts = [pair.prompt_key for pair in pairs]
-    credit = [(np.sign(one.plain[:, 0] - one.plain[:, 1]) + 1) / 2 for one in scored_edits([before, after], pairs, [])]
-    first, second = credit
-    row = _row(f"accuracy: {name}", "accuracy", first, second, prompts, seed)
-    for i, one in enumerate(credit):
-        share = stats.proportion_interval(one, prompts)
-        row["cells"][i] = [share.mean, share.low, share.high]
-    return row
+def _accuracy_rows(
+    before: RewardModel, after: RewardModel, name: str, pairs: data.Pairs, seed: int
+) -> list[dict[str, Any]]:
+    """A row for all pairs of a set and, where it has several subsets, one for each."""
+    prompts = np.array([pair.prompt_key for pair in pairs])
+    scored = scored_edits([before, after], pairs, [])
+    first, second = ((np.sign(one.plain[:, 0] - one.plain[:, 1]) + 1) / 2 for one in scored)
+    subset = np.array([pair.subset or "" for pair in pairs])
+    named = list(dict.fromkeys(subset.tolist()))
+    parts = {f"accuracy: {name}": np.ones(len(pairs), bool)}
+    if len(named) > 1:
+        parts |= {f"accuracy: {name}, {one or 'no subset'}": subset == one for one in named}
+    rows = []
+    for label, keep in parts.items():
+        rows.append(_row(label, "accuracy", first[keep], second[keep], prompts[keep], seed))
+        for i, credit in enumerate((first, second)):
+            share = stats.proportion_interval(credit[keep], prompts[keep])
+            rows[-1]["cells"][i] = [share.mean, share.low, share.high]
+    return rows
 
 
 def _row(name: str, kind: str, first: np.ndarray, second: np.ndarray, clusters, seed: int) -> dict[str, Any]:
