@@ -122,6 +122,34 @@ def rules() -> Result:
     return Result("rules", value, unit="fraction", low=value - 0.1, high=value + 0.1, meta=meta("Rules"))
 
 
+def graded() -> Result:
+    """Labels of which some differ in dose alone, with intervals."""
+    names = ["hedge", "pad_4", "pad_1", "pad_2", "cut_1", "cut_3", "once_1"]
+    coords = {
+        "probe": names,
+        "family": ("probe", ["", "pad", "pad", "pad", "cut", "cut", "once"]),
+        "dose": ("probe", [np.nan, 4.0, 1.0, 2.0, 1.0, 3.0, 1.0]),
+    }
+    value = xr.DataArray(numbers(PAIRS, len(names)), dims=("pair", "probe"), coords={**of_pairs(), **coords})
+    return Result("graded", value, unit="reward", meta=meta("Graded"), **summary(value))
+
+
+def before_after() -> Result:
+    """Labels of two kinds and units, before, after and the change; one row is undefined."""
+    names = [HOSTILE, "probe: b", "probe: c", "accuracy: one", "accuracy: two"]
+    first = np.array([0.5, -0.2, np.nan, 0.8, 0.7])
+    second = np.array([0.1, 0.3, np.nan, 0.6, 0.9])
+    coords = {
+        "measure": names,
+        "state": ["before", "after", "change"],
+        "kind": ("measure", ["probe"] * 3 + ["accuracy"] * 2),
+        "unit_of": ("measure", ["within-prompt SD"] * 3 + ["fraction"] * 2),
+    }
+    value = xr.DataArray(np.stack([first, second, second - first], 1), dims=("measure", "state"), coords=coords)
+    return Result("before_after", value, unit="SD or fraction", low=value - 0.1, high=value + 0.1,
+                  undefined="the probe changes no text here", meta=meta("Before and after"))  # fmt: skip
+
+
 def listing(count: int = 70) -> Result:
     value = xr.DataArray(np.linspace(-1, 1, count), dims="token", coords={"token": [f"t{i}" for i in range(count)]})
     return Result("vocabulary", value, unit="cosine", meta=meta("Vocabulary"))
@@ -199,6 +227,8 @@ def all_shapes() -> list[Result]:
         strips(),
         grid(),
         rules(),
+        graded(),
+        before_after(),
         listing(),
         scalar(),
     ]

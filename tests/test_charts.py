@@ -27,6 +27,8 @@ FORMS = {
     "strips": "tokens",
     "grid": "grid",
     "rules": "list",
+    "graded": "list",
+    "before_after": "before_after",
     "listing": "list",
     "scalar": "table",
     "load_report": "table",
@@ -216,6 +218,53 @@ def test_many_labels_are_a_table():
         coords={"word": [f"w{i}" for i in range(200)], "model": list("abc")},
     )
     assert panels(Result("words", value, unit="reward")) == []
+
+
+# --- doses, and before and after
+
+
+def test_labels_that_differ_in_dose_get_a_line_a_family_beside_the_list():
+    _, *doses = panels(shapes.graded())
+    assert [panel.title for panel in doses] == ["Dose: pad", "Dose: cut"]  # one dose is no curve
+    mean = shapes.graded().mean
+    shown = [row for row in values(doses[0]) if "x" in row]
+    assert [row["x"] for row in shown] == [1, 2, 4]
+    for row, name in zip(shown, ["pad_1", "pad_2", "pad_4"], strict=True):
+        assert row["value"] == pytest.approx(float(mean.sel(probe=name)), rel=1e-5)
+        assert row["low"] == pytest.approx(row["value"] - 0.2, abs=1e-5)
+        assert row["high"] == pytest.approx(row["value"] + 0.2, abs=1e-5)
+    assert "area" in [m["type"] for m in find(spec(doses[0]), "mark") if isinstance(m, dict)]
+    scales = [[y["scale"]["domain"] for y in find(spec(panel), "y") if "scale" in y] for panel in doses]
+    assert scales[0] == scales[1] and scales[0]
+
+
+def test_doses_without_values_or_intervals():
+    graded = shapes.graded()
+    value = graded.value.where(graded.value["family"] != "cut")
+    assert [p.title for p in panels(Result("graded", value, unit="reward", undefined="none"))][1:] == ["Dose: pad"]
+    single = graded.sel(probe=["hedge", "pad_1"])
+    assert len(panels(single)) == 1
+
+
+def test_before_and_after_are_points_with_intervals_sorted_by_the_change():
+    probes, accuracies = panels(shapes.before_after())
+    assert (probes.title, accuracies.title) == ("Probe", "Accuracy")
+    shown = [row for row in values(probes) if "low" in row]
+    assert [(row["y"], row["series"]) for row in shown] == [
+        (str(text_of([shapes.HOSTILE])[0]), "before"), (str(text_of([shapes.HOSTILE])[0]), "after"),
+        ("probe: b", "before"), ("probe: b", "after"),
+    ]  # fmt: skip
+    assert [row["value"] for row in shown] == [0.5, 0.1, -0.2, 0.3]
+    assert [row["change"] for row in shown] == pytest.approx([-0.4, -0.4, 0.5, 0.5])
+    assert all(row["low"] == pytest.approx(row["value"] - 0.1) for row in shown)
+    assert "within-prompt SD" in find(spec(probes), "title") and "fraction" in find(spec(accuracies), "title")
+    assert "Sorted by the change" in probes.note
+
+
+def test_states_without_intervals_or_of_more_dims_are_no_pairs_of_points():
+    bare = shapes.before_after()
+    assert kind(Result("x", bare.value, unit="x", undefined="none")) == "table"
+    assert kind(bare.sel(state=["before", "change"])) == "table"
 
 
 # --- distributions and calibration

@@ -35,6 +35,8 @@ SIBLINGS = tuple(f"methods.{name}" for name in (
     "edited_texts",
     # reliability of directions; what a steered text answers; concepts: states, and statistics over topics
     "split_half", "steering", "concept_states", "concept_statistics", "concept_signs",
+    # cross-validated linear readers, for the probes of properties
+    "probe_fits",
     # rows of a head without some directions, for the choice of their strength
     "head_editing",
 ))  # fmt: skip

@@ -73,6 +73,19 @@ def test_noise_is_flagged_no_more_often_than_its_level(pairs, skewed):
     assert np.mean(family) <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / runs)
 
 
+def test_doses_have_an_interval_of_the_mean_shift_at_each(pairs):
+    result = rl.probe_hacking(Ruled(lambda t: K * len(t.response)), pairs, ["pad", "hedge"])
+    pad = result.meta["doses"]["pad"]
+    tokens = result.value["tokens"].values[:4]
+    assert pad["doses"] == [1, 2, 4, 8] and "hedge" not in result.meta["doses"]
+    np.testing.assert_allclose(pad["mean_shift"], K * tokens, atol=1e-4)
+    # Every edit changes both responses of every prompt: the intervals are those of the probes.
+    np.testing.assert_allclose(pad["shift_low"], result.low.values[:4], atol=1e-9)
+    np.testing.assert_allclose(pad["shift_high"], result.high.values[:4], atol=1e-9)
+    few = rl.probe_hacking(Ruled(noise(3)), pairs[:4], ["pad"]).meta["doses"]["pad"]
+    assert few["shift_low"] == [None] * 4 and all(np.isfinite(few["mean_shift"]))
+
+
 def test_flips_and_correction():
     pairs = [rl.Pair(f"q {i}", "good words here", f"bad words {i}", id=str(i)) for i in range(8)]
     add = TextEdit("add", "a suffix", lambda p, r: r + " plus", lambda p, r: r.removesuffix(" plus"), exact=True)

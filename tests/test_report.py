@@ -72,6 +72,12 @@ def page(path) -> Page:
     return Page(path.read_text())
 
 
+def test_doses_and_before_and_after_have_their_figures(page):
+    specs = page.charts["specs"]
+    assert {"graded-2", "graded-3", "before-and-after-1", "before-and-after-2"} <= set(specs)
+    assert "Dose: pad" in page.words and "Sorted by the change" in page.words
+
+
 # --- one file, safe and complete
 
 

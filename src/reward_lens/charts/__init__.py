@@ -4,6 +4,7 @@
     a number line (depth)      -> lines with bands    two sets of labels           -> heat map
     pair (and side) alone      -> distribution        one set of labels, interval  -> points with intervals
     bin, predicted, observed   -> calibration         one set of labels            -> bars; else -> table
+    labels x before, after     -> pairs of points     labels with family and dose  -> lines by dose as well
 
 Specifications name no colours: they refer to the ranges and styles of `theme`, so that one specification is
 drawn in light and in dark. What a chart leaves out for space, it says in its note.

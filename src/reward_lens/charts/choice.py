@@ -8,7 +8,7 @@ import numpy as np
 import vl_convert
 import xarray as xr
 
-from reward_lens.charts import forms
+from reward_lens.charts import changes, forms
 from reward_lens.charts.forms import Panel
 from reward_lens.charts.rows import (
     Drawing,
@@ -81,9 +81,13 @@ def schema_version() -> str:
 
 
 def kind(result: Result) -> str:
-    """The form of a result: tokens, calibration, scores, lines, components, grid, list or table."""
+    """The form of a result: before_after, tokens, calibration, scores, lines, components, grid, list or table."""
     dims, coords = set(result.value.dims), result.dataset.coords
-    if result.value.dtype.kind not in "fiu" or dims & {"check", "measure"}:  # measures differ in unit
+    if result.value.dtype.kind not in "fiu":
+        return "table"
+    if changes.is_before_after(result):
+        return "before_after"
+    if dims & {"check", "measure"}:  # measures differ in unit
         return "table"
     if "position" in dims and "piece" in coords:
         return "tokens"
@@ -116,6 +120,8 @@ def panels(result: Result) -> list[Panel]:
         return []
     if form in ("tokens", "calibration", "scores"):
         return getattr(forms, form)(result)
+    if form == "before_after":
+        return changes.before_after(result)
     data = _summary(result)
     if form == "lines":
         axis = next(d for d in dims_of(data["value"]) if is_numeric(data["value"], d))
@@ -130,7 +136,7 @@ def panels(result: Result) -> list[Panel]:
         "list": (sorted(dims, key=lambda d: -data.sizes[d])[:2], forms.listing),
     }[form]
     across = forms.scatter(result, data) if {"part", "component"} <= set(data["value"].dims) else []
-    return across + _split(result, data, main, build)
+    return across + _split(result, data, main, build) + changes.dosed(result, data)
 
 
 def _summary(result: Result) -> xr.Dataset:

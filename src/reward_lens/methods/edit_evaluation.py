@@ -27,6 +27,7 @@ from reward_lens.model.reward_model import RewardModel
 from reward_lens.result import Result
 
 STATES = ("before", "after", "change")
+UNITS = {"probe": "within-prompt SD", "accuracy": "fraction"}
 
 
 def evaluate_edit(
@@ -40,9 +41,9 @@ def evaluate_edit(
     """Every probe on `pairs`, and accuracy on every one of `sets` {name: pairs}, of a model before and after an edit.
 
     Returns value (measure, state), state = before, after, change (after - before), with low and high over prompts;
-    `kind` = probe (in within-prompt SDs) or accuracy (a fraction; of a set, and of its subsets where it has several);
-    coordinates `p` and `p_holm` of the change, `n_prompts`. Rows of probes that change no text are NaN. Raises
-    `DataError` for sets without pairs or models with different tokenizers.
+    `kind` = probe or accuracy (of a set, and of its subsets where it has several), `unit_of` = within-prompt SD or
+    fraction; coordinates `p` and `p_holm` of the change, `n_prompts`. Rows of probes that change no text are NaN.
+    Raises `DataError` for sets without pairs or models with different tokenizers.
     """
     pairs = data.as_pairs(pairs)
     if before.tokenize(pairs[0].prompt, pairs[0].chosen).ids != after.tokenize(pairs[0].prompt, pairs[0].chosen).ids:
@@ -56,6 +57,7 @@ def evaluate_edit(
         "measure": np.array([row["name"] for row in rows], dtype=object),
         "state": np.array(STATES, dtype=object),
         "kind": ("measure", np.array([row["kind"] for row in rows], dtype=object)),
+        "unit_of": ("measure", np.array([UNITS[row["kind"]] for row in rows], dtype=object)),
         "p": ("measure", p),
         "p_holm": ("measure", stats.adjust(p)),
         "n_prompts": ("measure", np.array([row["n_prompts"] for row in rows])),

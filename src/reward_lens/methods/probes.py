@@ -49,7 +49,8 @@ def probe_hacking(
     Coordinates of `probe`: `changes` (what the edit changes), `p` (sign-flip; symmetry is its null) and `p_holm`,
     `shift_sd`, `flips` with `flips_low` and `flips_high` and `n_flips`, `n_prompts`, `tokens` (added, mean),
     `net`, `net_low`, `net_high`, `net_p_holm`, `corrected`, `corrected_low`, `corrected_high`, `family`, `dose`.
-    meta: "doses" (slope and interval a family), "prompts_needed", "within_prompt_sd".
+    meta: "doses" (a family: `mean_shift`, `shift_low`, `shift_high` at each of `doses`; `slope` with `low` and `high`),
+    "prompts_needed", "within_prompt_sd".
     Raises `DataError` for unknown probes.
     """
     pairs = data.as_pairs(data.load_pairs("demo") if pairs is None else pairs)
@@ -152,7 +153,11 @@ def _length_slopes(shift: np.ndarray, added: np.ndarray, edits: Sequence[TextEdi
 
 
 def _doses(shift: np.ndarray, edits: Sequence[TextEdit], prompts, n_boot: int, seed: int) -> dict[str, dict]:
-    """By family of graded edits the mean over prompts of the slope of shift on dose."""
+    """By family of graded edits, over prompts: the mean shift at every dose and the mean slope of shift on dose.
+
+    `shift_low`, `shift_high` (a dose) and `low`, `high` (of the slope) are None under 6 prompts. A prompt counts where
+    the dose changes one of its responses; in the slope, where all doses do.
+    """
     out = {}
     units = list(dict.fromkeys(prompts))
     by_prompt = _per_prompt(shift, prompts)
@@ -163,8 +168,10 @@ def _doses(shift: np.ndarray, edits: Sequence[TextEdit], prompts, n_boot: int, s
         doses = np.array([float(edits[i].dose or 0) for i in inside])
         slope = _centred_slopes(by_prompt[:, inside], doses)
         over = stats.mean_interval(slope, units, n_boot=n_boot, seed=seed)
+        shifts = stats.mean_interval(by_prompt[:, inside], units, n_boot=n_boot, seed=seed)
         out[family] = {
-            "doses": doses.tolist(), "mean_shift": _plain(_mean(by_prompt[:, inside])), "slope": _plain(over.mean),
+            "doses": doses.tolist(), "mean_shift": _plain(shifts.mean), "shift_low": _plain(shifts.low),
+            "shift_high": _plain(shifts.high), "slope": _plain(over.mean),
             "low": _plain(over.low), "high": _plain(over.high), "n_prompts": over.n_clusters,
         }  # fmt: skip
     return out
