@@ -17,6 +17,7 @@ Reference: Kunsch 1989 (moving blocks); Meketon and Schmeiser 1984 (overlapping 
 """
 
 import dataclasses
+import warnings
 
 import numpy as np
 
@@ -107,13 +108,16 @@ def carried_forward(steps: np.ndarray, rates: np.ndarray, n: np.ndarray, later: 
     import statsmodels.api as sm
     from scipy.special import expit
     from scipy.stats import t
+    from statsmodels.tools.sm_exceptions import PerfectSeparationWarning
 
     if len(steps) < FEWEST_SIDE:
         raise DataError("No trend from so few steps", found=f"{len(steps)} steps", expected=f"at least {FEWEST_SIDE}",
                         do="evaluate more checkpoints before the onset")  # fmt: skip
     centre, scale = steps.mean(), steps.std()
     design, ahead = (np.column_stack([np.ones(len(s)), (s - centre) / scale]) for s in (steps, later))
-    fit = sm.GLM((rates * n + 0.5) / (n + 1), design, family=sm.families.Binomial(), var_weights=n + 1).fit()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PerfectSeparationWarning)  # rates right on the line; none is 0 or 1
+        fit = sm.GLM((rates * n + 0.5) / (n + 1), design, family=sm.families.Binomial(), var_weights=n + 1).fit()
     dispersion = max(1.0, float(fit.pearson_chi2) / (len(steps) - 2))
     covariance = np.asarray(fit.normalized_cov_params) * dispersion
     line = ahead @ fit.params
