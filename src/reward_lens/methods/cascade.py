@@ -105,7 +105,9 @@ def detect_cascade(
     trend = _trend(run, onset, settled, alpha)
     control_onset = None if other is None else find_onset(other.hacks, other.episodes, onset_rate, alpha, rule)
     broad = _broad(p[:-1])
-    label, reason = _label(run, onset, control_onset, compared, table["after"][-1], broad, joint, trend, alpha, smallest_rise)
+    label, reason = _label(
+        run, onset, control_onset, compared, table["after"][-1], broad, joint, trend, alpha, smallest_rise
+    )
     cells = np.array([[(s.value, *s.interval(alpha)) for s in table[name]] for name in MEASURES]).swapaxes(0, 1)
     cells[:, :2, 1:] = np.clip(cells[:, :2, 1:], 0, 1)
     cells[0, :, 1:] = np.nan

@@ -145,5 +145,3 @@ def steps_and_episodes_needed(shift: Shift, n_steps: int, episodes: float, rise:
     allowed = (rise / float(norm.ppf(1 - alpha / 2) + norm.ppf(0.8))) ** 2
     steps = int(np.ceil(n_steps * max(1.0, shift.variance / allowed)))
     return {"steps": steps, "episodes_per_step": int(np.ceil(episodes * shift.counting / allowed))}
-
-
