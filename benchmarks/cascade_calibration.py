@@ -4,7 +4,7 @@
 
 Six dimensions, logits with AR(1) noise (phi; its SD, half of the variance shared by the dimensions). Hacking is flat at
 .3%, at the edge of 2%, or rises to 80% in the middle of the run. Dimensions are flat (.3% to 3.5%), rise with hacking
-(five of six, to between 5% and 37%), or follow a logit-linear trend over the whole run whatever hacking does. Reported, over runs:
+(five of six, to between 5% and 37%), or follow a logit-linear trend over the whole run whatever hacking does. Reported:
 the share with an onset, with each label, with p <= .05 of the joint change point, and of 95% intervals of the score's
 change that hold the true one (runs with an onset where it was planted). Writes benchmarks/cascade_calibration.md.
 """
@@ -72,10 +72,10 @@ def main() -> None:
     gc.freeze()  # statsmodels collects garbage at every adjustment of p
     lines = [
         "# Calibration of the cascade", "",
-        f"`python benchmarks/cascade_calibration.py --runs {args.runs}`: {args.runs} simulated runs a row; half of a 95% "
-        f"interval of a share of .05 is {1.96 * np.sqrt(0.05 * 0.95 / args.runs):.3f}. Share of runs with an onset, with "
-        "each label (none without an onset), with p <= .05 of the joint change point, and of intervals that hold the true "
-        "change of 0.", "",
+        f"`python benchmarks/cascade_calibration.py --runs {args.runs}`: {args.runs} simulated runs a row; half of a "
+        f"95% interval of a share of .05 is {1.96 * np.sqrt(0.05 * 0.95 / args.runs):.3f}. Share of runs with an onset, "
+        "with each label (none without an onset), with p <= .05 of the joint change point, and of intervals that hold "
+        "the true change of 0.", "",
         "| " + " | ".join(HEADS) + " |", "| --- " * len(HEADS) + "|",
     ]  # fmt: skip
     for scene in SCENES:

@@ -24,7 +24,7 @@ def run(
 ) -> dict:  # fmt: skip
     """Arguments of `detect_cascade`. hacking: "flat" (.003), "edge" (.02) or "rises" (to .8 in the middle of the run).
 
-    dims: "flat", "rise" (with hacking, five of six) or "trend" (logit-linear over the whole run, whatever hacking does).
+    dims: "flat", "rise" (with hacking, five of six) or "trend" (logit-linear over the run, whatever hacking does).
     phi, sd: of noise in the logits, half of its variance shared by all dimensions.
     """
     rng = np.random.default_rng(seed)

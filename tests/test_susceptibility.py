@@ -107,7 +107,8 @@ def test_invariances():
     turned = susceptibility_correlation(table(values * [-1, 1, 1]), n_permutations=199)
     np.testing.assert_allclose(turned.value, first.value * [-1, -1, 1], atol=1e-12)
     mixed = susceptibility_correlation(frame.sample(frac=1, random_state=0), n_permutations=199)
-    by_names = {frozenset(str(b).split(" ~ ")): float(v) for b, v in zip(mixed.value["between"].values, mixed.value)}
+    found = zip(mixed.value["between"].values, mixed.value.values, strict=True)
+    by_names = {frozenset(str(between).split(" ~ ")): float(rho) for between, rho in found}
     for between, rho in zip(first.value["between"].values, first.value, strict=True):
         assert by_names[frozenset(str(between).split(" ~ "))] == pytest.approx(float(rho))
 

@@ -1,10 +1,10 @@
 """Once a policy has begun to hack its reward, does its misalignment rise along other dimensions as well?
 
     onset         first checkpoint whose rate of hacking is over `onset_rate`, the level spent over all looks (`onset`)
-    change        mean rate after the onset - before it, by dimension, and of the score: the mean of the dimensions' rates
-                  (`rate_shift`: steps in blocks, counting noise as a floor); a rise takes time, so the first half of the
-                  steps from the onset on is left out of the mean after
-    broad         p of "at most half of the J dimensions rise": (J - r + 1) p_(r), r = J // 2 + 1, p_(r) the r-th smallest
+    change        mean rate after the onset - before it, by dimension, and of the score, the mean of the dimensions'
+                  rates (`rate_shift`: steps in blocks, counting noise as a floor); a rise takes time, so the first half
+                  of the steps from the onset on is left out of the mean after
+    broad         p of "at most half of the J dimensions rise": (J - r + 1) times the r-th smallest p, r = J // 2 + 1
     beyond        change - the change of a control run, without hacking, at the same step (difference in differences)
     joint         one change point for hacking and all dimensions, p by putting blocks of steps in other orders
                   (`change_point`)
@@ -73,11 +73,11 @@ def detect_cascade(
     settle: share of the steps from the onset on that the mean after leaves out; at least 3 steps are kept.
     smallest_rise: a rise that matters; "no cascade" says that intervals lie below it.
 
-    Returns value (dimension, measure), fractions, with low and high; dimension = hacking, the dimensions, score; measure
-    = before, after, change, control change, change beyond control. Hacking has no interval (its change is what the periods were chosen by). Coordinates: `p` (one-sided, of the change beyond
-    control where there is a control run, else of the change) and `p_holm` over the dimensions. meta: `onset`, `joint`,
-    `p_broad`, `signs` (exact sign test, which takes dimensions for independent), `trend`, `rates` [step] by dimension, `label`,
-    `reason`, `needed`.
+    Returns value (dimension, measure), fractions, with low and high; dimension = hacking, the dimensions, score;
+    measure = before, after, change, control change, change beyond control. Hacking has no interval (its change is what
+    the periods were chosen by). Coordinates: `p` (one-sided, of the change beyond control where there is a control run,
+    else of the change) and `p_holm` over the dimensions. meta: `onset`, `joint`, `p_broad`, `signs` (exact sign test,
+    which takes dimensions for independent), `trend`, `rates` [step] by dimension, `label`, `reason`, `needed`.
 
     The label is None without an onset: there is no period after it. "cascade": the score's interval is over 0, p of
     "more than half of at least two dimensions rise" and p of the joint change point are at most alpha, and, without a
@@ -125,7 +125,8 @@ def detect_cascade(
                      "settle": settle, "n_permutations": n_permutations, "control": control is not None},
         "interval": {"level": 1 - alpha, "unit": "step", "method": "moving blocks of steps, t"},
         "n_steps": len(run.steps), "n_episodes": run.episodes.tolist(), "n_after": n_after,
-        "settled_from": None if settled is None else float(run.steps[settled]), "p_broad": None if np.isnan(broad) else broad,
+        "settled_from": None if settled is None else float(run.steps[settled]),
+        "p_broad": None if np.isnan(broad) else broad,
         "onset": _onset_words(run, onset), "joint": _joint_words(run, joint),
         "control_onset": None if other is None or control_onset is None else _onset_words(other, control_onset),
         "signs": sign_consistency(np.array([shift.value for shift in compared[:-1]])),
@@ -134,8 +135,8 @@ def detect_cascade(
         | {name: row.tolist() for name, row in zip(run.names, run.counts / run.trials, strict=True)},
         "steps": run.steps.tolist(), "label": label, "reason": reason,
         "needed": _needed(run, onset, compared, alpha, smallest_rise),
-        "shows": "From which checkpoint on hacking is over a rate, and how far each dimension's rate differs before and "
-        "after it, beside a control run where there is one.",
+        "shows": "From which checkpoint on hacking is over a rate, and how far each dimension's rate differs before "
+        "and after it, beside a control run where there is one.",
         "cannot_show": "That hacking is the cause; how far runs with other seeds would differ; that episodes are "
         "independent, which every count takes for granted (repeats of one prompt are not).",
     }  # fmt: skip

@@ -7,15 +7,15 @@
 p: the steps of the others, all series together, are cut into blocks that are put in random order, while the lead stays;
 p = share of orders whose joint gain is at least the observed one, that one counted in. Blocks (a fifth of the steps or
 their square root, whichever is shorter; the first cut at random) keep most of the likeness of neighbouring steps, which
-permuting single steps would destroy and so call slow wandering a change. Circular shifts keep all of it, but with T steps
-no p of theirs is under 1 / T. Moving all series together keeps their likeness among each other.
+permuting single steps would destroy and so call slow wandering a change. Circular shifts keep all of it, but with T
+steps no p of theirs is under 1 / T. Moving all series together keeps their likeness among each other.
 
 The null is that the others have no trend and no relation to the lead's time. A trend through the whole run rejects it
 without being a change: only a control run, or the trend before the onset, speaks to that. Wandering over longer
 stretches than a block makes p too small (benchmarks/cascade_calibration.md). Orders within the steps before the change,
 and within those after, are as good as the observed one: with five or six blocks p is seldom under .02.
 
-Reference: Kunsch 1989 (blocks); Hinkley 1970 (binomial change points by likelihood: Hinkley and Hinkley 1970).
+Reference: Kunsch 1989 (blocks); Hinkley and Hinkley 1970 (binomial change points by likelihood).
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ def joint_change(
 
 
 def rise_gains(counts: np.ndarray, trials: np.ndarray) -> np.ndarray:
-    """Gains [series, order, change point] of `counts` [series, order, step]; the first change point is after EDGE steps."""
+    """Gains [series, order, change point] of `counts` [series, order, step]; the first is after EDGE steps."""
     before_k, before_n = (np.cumsum(a, axis=-1)[..., EDGE - 1 : -EDGE] for a in (counts, trials))
     all_k, all_n = (a.sum(-1, keepdims=True) for a in (counts, trials))
     after_k, after_n = all_k - before_k, all_n - before_n

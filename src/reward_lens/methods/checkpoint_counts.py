@@ -31,7 +31,7 @@ class Run:
 
     @property
     def score_episodes(self) -> np.ndarray:
-        """Episodes [step] of which a rate varies about as the score does: dimensions x harmonic mean of their episodes."""
+        """Episodes [step] of which a rate varies about as the score: dimensions x harmonic mean of their episodes."""
         return len(self.trials) ** 2 / (1 / self.trials).sum(0)
 
 
@@ -47,12 +47,14 @@ def read_run(steps: Any, hack_counts: Any, n_episodes: Any, dims: Any, what: str
         first = int(np.flatnonzero(np.diff(at) <= 0)[0])
         raise DataError(
             f"The steps of {what} do not increase", found=f"{at[first]:g}, then {at[first + 1]:g}",
-            expected="training steps in increasing order, each once", do="sort the rows by step and merge repeated ones",
+            expected="training steps in increasing order, each once",
+            do="sort the rows by step and merge repeated ones",
         )  # fmt: skip
     if not isinstance(dims, Mapping) or not dims:
         raise DataError(
             f"There are no dimensions in {what}", found=f"{type(dims).__name__} of {len(dims) if dims else 0}",
-            expected="{name: (counts, n)} with at least one name", do="pass the counts of each evaluation under its name",
+            expected="{name: (counts, n)} with at least one name",
+            do="pass the counts of each evaluation under its name",
         )  # fmt: skip
     hacks, episodes = _counts(hack_counts, n_episodes, at, f"hacking in {what}")
     counts, trials = [], []
@@ -63,7 +65,7 @@ def read_run(steps: Any, hack_counts: Any, n_episodes: Any, dims: Any, what: str
         if not isinstance(value, tuple | list) or len(value) != 2:
             raise DataError(f"The dimension '{name}' of {what} is no pair", found=type(value).__name__,
                             expected="(counts, n)", do=f"pass dims={{{name!r}: (counts, n), ...}}")  # fmt: skip
-        k, n = _counts(*value, at, f"'{name}' in {what}")
+        k, n = _counts(value[0], value[1], at, f"'{name}' in {what}")
         counts.append(k)
         trials.append(n)
     return Run(at, hacks, episodes, tuple(dims), np.array(counts), np.array(trials))
@@ -109,6 +111,7 @@ def _numbers(values: Any, what: str, length: int | None) -> np.ndarray:
                         do="pass a list or an array of numbers") from error  # fmt: skip
     if out.ndim != 1 or (length is not None and len(out) != length) or not np.isfinite(out).all():
         found = f"shape {out.shape}" + ("" if np.isfinite(out).all() else " with missing or infinite numbers")
-        raise DataError(f"The {what} do not fit", found=found, do="pass one finite number for every step",
-                        expected="one finite number a step" + ("" if length is None else f", {length} in all"))  # fmt: skip
+        expected = "one finite number a step" + ("" if length is None else f", {length} in all")
+        do = "pass one finite number for every step"
+        raise DataError(f"The {what} do not fit", found=found, expected=expected, do=do)
     return out

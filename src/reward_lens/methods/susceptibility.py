@@ -49,8 +49,8 @@ def susceptibility_correlation(
         both dimensions. None: nothing is held fixed.
     negligible: |rho| that counts as none.
 
-    Returns value (between,), Spearman's rho, with low and high at 1 - `alpha`; `between` is "a ~ b", coordinates `first`,
-    `second`, `p`, `p_bh`, `alone` (rho with nothing held fixed) and `label`: "together" or "opposed" where p_bh <=
+    Returns value (between,), Spearman's rho, with low and high at 1 - `alpha`; `between` is "a ~ b", coordinates
+    `first`, `second`, `p`, `p_bh`, `alone` (rho with nothing held fixed) and `label`: "together" or "opposed" where p_bh <=
     alpha and the interval is above or below 0; "unrelated" where it lies inside +-`negligible`; else, and always under
     100 items, "undetermined". NaN where a margin is constant or goes exactly with length.
 
@@ -58,7 +58,8 @@ def susceptibility_correlation(
     missing columns. Source: our extension of arXiv 2604.26130, which correlates over two items.
     """
     if not 0 < alpha < 1 or not 0 < negligible < 1 or n_permutations < 99:
-        raise DataError("A setting of the correlation is out of range", found=f"{alpha=}, {negligible=}, {n_permutations=}",
+        raise DataError("A setting of the correlation is out of range",
+                        found=f"{alpha=}, {negligible=}, {n_permutations=}",
                         expected="alpha and negligible between 0 and 1, at least 99 permutations",
                         do="pass such values")  # fmt: skip
     names, values, lengths = _crossed(_frame(margins, length), length)
@@ -84,7 +85,8 @@ def susceptibility_correlation(
         for key in ("value", "low", "high")
     )
     meta = {
-        "method": "susceptibility_correlation", "title": "Which susceptibilities go together", "seed": seed, "n_items": n,
+        "method": "susceptibility_correlation", "title": "Which susceptibilities go together", "seed": seed,
+        "n_items": n,
         "settings": {"length": length, "alpha": alpha, "negligible": negligible, "n_permutations": n_permutations},
         "interval": {"level": 1 - alpha, "unit": "item", "method": "Fisher, Bonett and Wright"},
         "needed": {"items_for_a_correlation": FEWEST_ITEMS, "items_for_a_label": ENOUGH_ITEMS,
@@ -109,7 +111,7 @@ def _frame(margins: pd.DataFrame | Result, length: str | None) -> pd.DataFrame:
     numbers = table[wanted[2:]].apply(pd.to_numeric, errors="coerce")
     bad = ~np.isfinite(numbers.to_numpy(dtype=float)).all(1)
     if bad.any():
-        cells = [f"{i} / {d}" for i, d in zip(table["item"][bad], table["dimension"][bad], strict=True)]
+        cells = [f"{i} / {d}" for i, d, b in zip(table["item"], table["dimension"], bad, strict=True) if b]
         raise DataError("Some cells have no number", found=_some(cells), expected="finite margins and lengths",
                         do="leave the items of these cells out, in all dimensions")  # fmt: skip
     return pd.DataFrame({"item": table["item"], "dimension": table["dimension"], **numbers})
