@@ -50,8 +50,8 @@ def susceptibility_correlation(
     negligible: |rho| that counts as none.
 
     Returns value (between,), Spearman's rho, with low and high at 1 - `alpha`; `between` is "a ~ b", coordinates
-    `first`, `second`, `p`, `p_bh`, `alone` (rho with nothing held fixed) and `label`: "together" or "opposed" where p_bh <=
-    alpha and the interval is above or below 0; "unrelated" where it lies inside +-`negligible`; else, and always under
+    `first`, `second`, `p`, `p_bh`, `alone` (rho with nothing held fixed) and `label`: "together" or "opposed" where
+    p_bh <= alpha and the interval is above or below 0; "unrelated" where it lies inside +-`negligible`; else, and under
     100 items, "undetermined". NaN where a margin is constant or goes exactly with length.
 
     Raises `DataError` for fewer than 30 items or two dimensions, for a cell that is missing or there twice, and for
@@ -109,7 +109,7 @@ def _frame(margins: pd.DataFrame | Result, length: str | None) -> pd.DataFrame:
                         f"{', '.join(map(str, table.columns))}", expected=", ".join(wanted),
                         do="rename the columns, or the dims of the Result")  # fmt: skip
     numbers = table[wanted[2:]].apply(pd.to_numeric, errors="coerce")
-    bad = ~np.isfinite(numbers.to_numpy(dtype=float)).all(1)
+    bad = np.atleast_1d(~np.isfinite(numbers.to_numpy(dtype=float)).all(axis=1))
     if bad.any():
         cells = [f"{i} / {d}" for i, d, b in zip(table["item"], table["dimension"], bad, strict=True) if b]
         raise DataError("Some cells have no number", found=_some(cells), expected="finite margins and lengths",
