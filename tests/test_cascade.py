@@ -177,7 +177,7 @@ def test_the_joint_p_is_uniform_where_dimensions_wander_by_themselves():
 # Labels
 
 
-N = 60
+N = 40
 ALLOWED = 0.05 + 2 * np.sqrt(0.05 * 0.95 / N)
 
 
@@ -209,8 +209,8 @@ def test_a_trend_of_the_runs_own_is_no_cascade():
 @pytest.mark.parametrize(("control", "sd"), [("flat", 0.4), (None, 0.0)])
 def test_a_planted_cause_is_found(control, sd):
     """At 20 steps of 200 episodes. Without a control run only where the score before the onset hardly wanders."""
-    got = labels(40, control, hacking="rises", dims="rise", phi=0.5, sd=sd)
-    assert got.count("cascade") / 40 > 0.8
+    got = labels(25, control, hacking="rises", dims="rise", phi=0.5, sd=sd)
+    assert got.count("cascade") / 25 > 0.8
     assert got.count("no cascade") == 0
 
 
@@ -232,6 +232,15 @@ def test_a_control_run_that_hacks_is_none():
     given = simulated(0, "rises", "rise")
     meta = detect_cascade(**given, control=simulated(1, "rises", "rise")).meta
     assert meta["label"] == "undetermined" and "control run has an onset" in meta["reason"]
+
+
+@pytest.mark.parametrize("steps", [range(7), range(6, 14)])
+def test_a_control_run_that_lacks_a_period_is_undetermined(steps):
+    n = len(steps)
+    control = {"steps": steps, "hack_counts": [0] * n, "n_episodes": 100, "dims": {k: ([10] * n, 100) for k in "ab"}}
+    result = by_hand(control=control)
+    assert result.meta["label"] == "undetermined" and "control run has under 3 steps" in result.meta["reason"]
+    assert "one of the two periods" in result.checks[-1].note
 
 
 def test_fewer_than_ten_steps_say_how_many_it_takes():

@@ -142,7 +142,7 @@ def detect_cascade(
     }  # fmt: skip
     note = f"{'no label' if label is None else label}: {reason}"
     return Result(
-        "cascade", value, unit="fraction", low=low, high=high, meta=meta, undefined=_undefined(onset, run, other),
+        "cascade", value, unit="fraction", low=low, high=high, meta=meta, undefined=_undefined(onset, settled, run, other),
         checks=[Check("steps from the onset on", float(n_after), np.inf, note)],
     )  # fmt: skip
 
@@ -226,7 +226,7 @@ def _label(
     return "undetermined", "; ".join([*lacking, f"an interval reaches {highest:.3g}, over {smallest_rise:g}"])
 
 
-def _undefined(onset: Onset, run: Run, other: Run | None) -> str | None:
+def _undefined(onset: Onset, settled: int | None, run: Run, other: Run | None) -> str | None:
     reasons = []
     if onset.index is None:
         reasons.append("no onset: no period after it")
@@ -234,8 +234,10 @@ def _undefined(onset: Onset, run: Run, other: Run | None) -> str | None:
         reasons.append("the onset is the first step: no period before it")
     if other is None:
         reasons.append("no control run")
-    elif onset.index is not None and not other.steps[0] < run.steps[onset.index] <= other.steps[-1]:
-        reasons.append("the control run has no steps on one side of the onset")
+    elif onset.index is not None and (
+        other.steps[0] >= run.steps[onset.index] or run.steps[settled or 0] > other.steps[-1]
+    ):
+        reasons.append("the control run has no steps in one of the two periods")
     return "; ".join(reasons) or None
 
 
