@@ -74,9 +74,8 @@ def main() -> None:
         "# Calibration of the cascade", "",
         f"`python benchmarks/cascade_calibration.py --runs {args.runs}`: {args.runs} simulated runs a row; half of a "
         f"95% interval of a share of .05 is {1.96 * np.sqrt(0.05 * 0.95 / args.runs):.3f}. Share of runs with an "
-        "onset, with each label (none without an onset), with p <= .05 of the joint change point, and of intervals that "
-        "hold "
-        "the true change of 0.", "",
+        "onset, with each label (none without an onset), with p <= .05 of the joint change point, and of intervals "
+        "that hold the true change of 0.", "",
         "| " + " | ".join(HEADS) + " |", "| --- " * len(HEADS) + "|",
     ]  # fmt: skip
     for scene in SCENES:
