@@ -41,7 +41,7 @@ def read_run(steps: Any, hack_counts: Any, n_episodes: Any, dims: Any, what: str
     if len(at) < FEWEST_STEPS:
         raise DataError(
             f"There are too few steps in {what}", found=f"{len(at)} steps", expected=f"at least {FEWEST_STEPS}",
-            do="evaluate more checkpoints; 20 with 200 episodes each tell a rise of .05 from none",
+            do="evaluate more checkpoints: at least 10 for a label, better 20 of 200 episodes each",
         )  # fmt: skip
     if not (np.diff(at) > 0).all():
         first = int(np.flatnonzero(np.diff(at) <= 0)[0])
