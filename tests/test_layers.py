@@ -39,6 +39,8 @@ SIBLINGS = tuple(f"methods.{name}" for name in (
     "probe_fits",
     # rows of a head without some directions, for the choice of their strength
     "head_editing",
+    # counts over checkpoints: what they are, where hacking begins, and what changes with it
+    "checkpoint_counts", "onset", "rate_shift", "change_point",
 ))  # fmt: skip
 # The first row that a module falls under holds. The surface (cli, app, the front door) may import everything.
 MAY_IMPORT = {
