@@ -33,6 +33,8 @@ SIBLINGS = tuple(f"methods.{name}" for name in (
     "effect_cells", "ablations", "direct", "estimators", "estimate_task", "first_order", "integrated", "relevance",
     # rewards of edited texts, for the probes and for the evaluation of an edit
     "edited_texts",
+    # reward terms: what they are, their directions and scores, and the table of their relations
+    "reward_terms", "direction_cosines", "term_scores", "term_table",
     # rows of a head without some directions, for the choice of their strength
     "head_editing",
 ))  # fmt: skip
