@@ -1,6 +1,7 @@
 """Are two reward terms aligned, orthogonal or in conflict? Four tests, each with an interval, or "undetermined".
 
-    score           partial rank correlation of the two scores within prompts, given the responses' length
+    score           partial rank correlation of the two scores within prompts, given the responses' length; over the
+                    root of the reliabilities of scores whose direction was fitted
     direction       cosine of the two mean differences of states, freed of noise (`direction_cosines`)
     intervention    mean change of score b, in its SDs within prompts, as states move one natural SD along v_a
     optimisation    1 - (max a + max b - max(a + b)) / the same with b shuffled, over a prompt's responses
@@ -8,7 +9,8 @@
     label   aligned where the interval lies over the edge, in_conflict where it lies under -edge, orthogonal where it
             lies between them; otherwise, or where a fitted direction's reliability is under .5, undetermined
 
-All are near 0 for unrelated terms. Intervals are over prompts, by leaving each (from 61 on, blocks of them) out of
+All are near 0 for unrelated terms. Noise in a fitted direction still draws the last two towards 0.
+Intervals are over prompts, by leaving each (from 61 on, blocks of them) out of
 everything it enters, a fitted direction included. The optimisation test is the one that is about selecting responses.
 
 This is an analogy. arXiv 2603.30036 classifies, before training, a reward on a chain of thought beside a reward on the
@@ -163,14 +165,20 @@ def measured(a: Term, b: Term, test: str, pool: Pool | None, n_boot: int, seed: 
         def ranks(without):
             return scored.rank_moments(pool.padded(a.scores(without)), pool.padded(b.scores(without)), length)
 
-        return [_over_prompts(ranks, scored.partial_correlation, pool, refit, n_boot, seed)] * 2
+        fitted = [t.as_scored(pool) for t in (a, b) if t.kind == "pairs"]
+
+        def correlation(sums, without):
+            noise = math.prod(max(cosines.share(moves, without), 0.0) for moves in fitted)
+            return scored.partial_correlation(sums) / math.sqrt(noise) if noise > 0 else math.nan
+
+        return [_within_one(_over_prompts(ranks, correlation, pool, refit, n_boot, seed))] * 2
     orders = scored.shuffles(pool.length, seed)
 
     def gaps(without):
         both = (scored.standardised(pool.padded(t.scores(without))) for t in (a, b))
         return scored.gaps(*both, orders)
 
-    return [_over_prompts(gaps, scored.conflict_index, pool, refit, n_boot, seed)] * 2
+    return [_over_prompts(gaps, lambda sums, _: scored.conflict_index(sums), pool, refit, n_boot, seed)] * 2
 
 
 def verdict(ways: Sequence[Measured], edge: float, held_back: tuple[str, float], control: str):
@@ -206,18 +214,23 @@ def _intervention(a: Term, b: Term, pool: Pool, n_boot: int, seed: int) -> Measu
         return np.stack([pool.means(change) / pool.spread(before), np.ones(len(pool.groups))], 1)
 
     refit = frozenset(moves.keys) | b.fitted_on
-    return _over_prompts(effects, lambda sums: float(sums[0] / sums[1]), pool, refit, n_boot, seed)
+    return _over_prompts(effects, lambda sums, _: float(sums[0] / sums[1]), pool, refit, n_boot, seed)
 
 
 def _over_prompts(parts, total, pool: Pool, refit: frozenset[str], n_boot: int, seed: int) -> Measured:
-    """total(sum over groups of parts), with its interval by leaving out blocks of prompts of responses and pairs."""
+    """total(sum over groups of parts, prompts left out), and its interval by leaving out blocks of prompts."""
     whole, left_out = parts(frozenset()), []
     keys = {*pool.keys.tolist(), *refit}
     for block in cosines.blocks(keys, MOST_BLOCKS, seed):
         now = parts(block) if block & refit else whole
-        left_out.append(total(now[[key not in block for key in pool.keys.tolist()]].sum(0)))
-    over = cosines.jackknife(total(whole.sum(0)), np.array(left_out), n_boot, seed)
+        left_out.append(total(now[[key not in block for key in pool.keys.tolist()]].sum(0), block))
+    over = cosines.jackknife(total(whole.sum(0), frozenset()), np.array(left_out), n_boot, seed)
     return dataclasses.replace(over, n=len(set(pool.keys.tolist())))
+
+
+def _within_one(m: Measured) -> Measured:
+    value, low, high = np.clip([m.value, m.low, m.high], -1, 1).tolist()
+    return dataclasses.replace(m, value=value, low=low, high=high)
 
 
 def _whitened(a: Term, b: Term, n_boot: int, seed: int) -> Measured:

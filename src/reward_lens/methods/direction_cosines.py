@@ -110,6 +110,14 @@ def reliability(a: Moves, n_boot: int = 2000, seed: int = 0, level: float = 0.95
     return dataclasses.replace(over, low=min(over.low, 1.0), high=min(over.high, 1.0))
 
 
+def share(a: Moves, without: frozenset[str] = frozenset()) -> float:
+    """The reliability of the mean difference without some prompts, as a number alone."""
+    rows = a.rows[a.kept(without)]
+    total, own = rows.sum(0), float((rows**2).sum())
+    size = float(total @ total)
+    return (size - own) / (len(rows) - 1) * len(rows) / size if size > 0 else math.nan
+
+
 def jackknife(
     whole: int | float,
     left_out: Float[np.ndarray, " prompt"],

@@ -1,8 +1,8 @@
 """What a reward term is, beside a pool of responses: its scores, and the direction in which it wants states to move.
 
-    edited pairs     direction: mean over prompts of h(chosen) - h(rejected); score of a response: s(h) C h . S v, with S the
-                     inverse covariance of the responses' states within prompts, shrunk (the linear discriminant of the
-                     pairs), s the final norm's scale and C its centring
+    edited pairs     direction v: mean over prompts of h(chosen) - h(rejected)
+                     score of a response: s(h) C h . S v, the linear discriminant of the pairs: S is the inverse
+                     covariance of responses' states within prompts, shrunk, s the final norm's scale, C its centring
     a reward model   score: its reward; direction: mean over prompts of h(best) - h(worst response by that reward)
     Result of rm.score_many     score: its rewards; no states, so no direction
 
