@@ -36,7 +36,7 @@ from reward_lens import stats
 from reward_lens.errors import DataError
 from reward_lens.methods import direction_cosines as cosines
 from reward_lens.methods import term_scores as scored
-from reward_lens.methods.direction_cosines import Measured
+from reward_lens.methods.direction_cosines import Measured, Moves
 from reward_lens.methods.reward_terms import Pool, Term, common_space, pool_of, prompts, reward_terms
 from reward_lens.methods.term_table import TermTable
 from reward_lens.model.reward_model import RewardModel
@@ -76,9 +76,10 @@ def term_conflict(
         say "orthogonal" of nearly everything under 100 prompts, where noise alone pulls a cosine to 0.
 
     Returns value (term, other, test), by `unit_of`, with `low`, `high`. Symmetric but for the intervention, which moves
-    along `term` and reads `other`; on its diagonal stands the positive control, a term's own direction on itself. By
-    (term, other, test): `label`, `reason` where it is undetermined, and `needed`, prompts that would settle it if the
-    value stayed as it is (NaN: none would, or no telling). By (term, other): `joint`, the label on which all the tests
+    along `term` and reads `other`; on its diagonal stands a term's own direction on itself, without which the label is
+    held back (a low bar: the direction was taken from that score). By (term, other, test): `label`, `reason` where it
+    is undetermined, and `needed`, prompts that would settle it if the value stayed as it is (NaN: none would, or no
+    telling; an extrapolation). By (term, other): `joint`, the label on which all the tests
     asked agree, else "undetermined"; `cosine_whitened` with its ends, the direction test in the metric of the natural
     covariance, shrunk and held fixed; `loss` with its ends, SDs of `term` lost at the best response for the sum. By
     term: `reliability`. `meta["n"]` has the numbers of prompts, `meta["joint_reason"]` why a joint label is missing.
@@ -139,7 +140,7 @@ def related(
             if apart and test in ("direction", "intervention"):
                 table.put(i, j, test, [_none(apart)] * 2, "undetermined", apart, math.nan, asked=False)
                 continue
-            ways = measured(a, b, test, pool, n_boot, seed)
+            ways = measured(a, b, test, pool, scoring, n_boot, seed)
             control = "" if test != "intervention" or pool is None else _control(table, (i, a), (j, b), pool)
             told = verdict(ways, edges[test], held_back(a, b, test, relied, as_scores), control)
             table.put(i, j, test, ways, *told)
@@ -150,7 +151,9 @@ def related(
     return table, relied
 
 
-def measured(a: Term, b: Term, test: str, pool: Pool | None, n_boot: int, seed: int) -> list[Measured]:
+def measured(
+    a: Term, b: Term, test: str, pool: Pool | None, scoring: Mapping[str, Moves], n_boot: int, seed: int
+) -> list[Measured]:
     """A test from a to b and from b to a; the same twice for symmetric tests."""
     if test == "direction":
         assert a.moves is not None and b.moves is not None
@@ -165,7 +168,7 @@ def measured(a: Term, b: Term, test: str, pool: Pool | None, n_boot: int, seed: 
         def ranks(without):
             return scored.rank_moments(pool.padded(a.scores(without)), pool.padded(b.scores(without)), length)
 
-        fitted = [t.as_scored(pool) for t in (a, b) if t.kind == "pairs"]
+        fitted = [scoring[t.name] for t in (a, b) if t.name in scoring]
 
         def correlation(sums, without):
             noise = math.prod(max(cosines.share(moves, without), 0.0) for moves in fitted)
@@ -175,8 +178,8 @@ def measured(a: Term, b: Term, test: str, pool: Pool | None, n_boot: int, seed: 
     orders = scored.shuffles(pool.length, seed)
 
     def gaps(without):
-        both = (scored.standardised(pool.padded(t.scores(without))) for t in (a, b))
-        return scored.gaps(*both, orders)
+        one, two = (scored.standardised(pool.padded(t.scores(without))) for t in (a, b))
+        return scored.gaps(one, two, orders)
 
     return [_over_prompts(gaps, lambda sums, _: scored.conflict_index(sums), pool, refit, n_boot, seed)] * 2
 

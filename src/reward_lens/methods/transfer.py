@@ -111,7 +111,9 @@ def transfer_matrix(
         "margin": ("pair", np.concatenate([m[:, 0] for m in margins.values()])),
     }  # fmt: skip
     value = xr.DataArray(np.concatenate(list(changes.values())), dims=("pair", "direction"), coords=of_pair)
-    over = {key: xr.DataArray(cells[key], dims=("direction", "bias"), coords=labels) for key in ("mean", "low", "high")}
+    mean, low, high = (
+        xr.DataArray(cells[key], dims=("direction", "bias"), coords=labels) for key in ("mean", "low", "high")
+    )
     seen = int(cells["shared_prompts"].sum())
     undefined = int(np.isnan(cells["share"]).sum())
     checks = [
@@ -133,7 +135,7 @@ def transfer_matrix(
         cannot_show="That two biases share a cause: overlapping directions do this by geometry. Rows without a "
         f"positive control say nothing off the diagonal; here: {', '.join(missing) if missing else 'none'}.",
     )  # fmt: skip
-    return Result("transfer_matrix", value, unit="reward", checks=checks, meta=meta, **over)
+    return Result("transfer_matrix", value, unit="reward", checks=checks, meta=meta, mean=mean, low=low, high=high)
 
 
 def _nulled(rm: RewardModel, vectors: Float[torch.Tensor, "k d_model"], alpha: int | float):
