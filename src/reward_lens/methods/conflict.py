@@ -3,7 +3,8 @@
     score           partial rank correlation of the two scores within prompts, given the responses' length; over the
                     root of the reliabilities of scores whose direction was fitted
     direction       cosine of the two mean differences of states, freed of noise (`direction_cosines`)
-    intervention    mean change of score b, in its SDs within prompts, as states move one natural SD along v_a
+    intervention    mean change of score b over that of score a, each in its SDs within prompts, as states move one
+                    natural SD along v_a, the norm run again
     optimisation    1 - (max a + max b - max(a + b)) / the same with b shuffled, over a prompt's responses
 
     label   aligned where the interval lies over the edge, in_conflict where it lies under -edge, orthogonal where it
@@ -47,7 +48,7 @@ EDGE = 0.2
 HELD_BACK = 0.5  # reliability of a direction under which nothing is said about it
 MOST_BLOCKS = 60  # of prompts left out in turn, where every one means a new fit
 UNITS = {
-    "score": "rank correlation", "direction": "cosine", "intervention": "SD of the score per SD along v",
+    "score": "rank correlation", "direction": "cosine", "intervention": "SD of the other score per SD of the own",
     "optimisation": "1 - share of the gap of shuffled responses",
 }  # fmt: skip
 
@@ -76,13 +77,13 @@ def term_conflict(
         say "orthogonal" of nearly everything under 100 prompts, where noise alone pulls a cosine to 0.
 
     Returns value (term, other, test), by `unit_of`, with `low`, `high`. Symmetric but for the intervention, which moves
-    along `term` and reads `other`; on its diagonal stands a term's own direction on itself, without which the label is
-    held back (a low bar: the direction was taken from that score). By (term, other, test): `label`, `reason` where it
+    along `term` and reads `other`. By (term, other, test): `label`, `reason` where it
     is undetermined, and `needed`, prompts that would settle it if the value stayed as it is (NaN: none would, or no
     telling; an extrapolation). By (term, other): `joint`, the label on which all the tests
     asked agree, else "undetermined"; `cosine_whitened` with its ends, the direction test in the metric of the natural
     covariance, shrunk and held fixed; `loss` with its ends, SDs of `term` lost at the best response for the sum. By
-    term: `reliability`. `meta["n"]` has the numbers of prompts, `meta["joint_reason"]` why a joint label is missing.
+    term: `reliability`, and `own_effect` with its ends, SDs that its own score moves by in the intervention; where they
+    are not above 0 there is no positive control and no label (a low bar: the direction was taken from that score). `meta["n"]` has the numbers of prompts, `meta["joint_reason"]` why a joint label is missing.
     Raises `DataError` under 6 prompts, for unknown tests or edges, terms without what a test needs, and prompts in both
     pairs and responses.
     """
@@ -205,19 +206,41 @@ def verdict(ways: Sequence[Measured], edge: float, held_back: tuple[str, float],
     return label, f"the interval, {low:.2f} to {high:.2f}, holds {reached}", float(np.ceil(min(max(needed), 1e9)))
 
 
-def _intervention(a: Term, b: Term, pool: Pool, n_boot: int, seed: int) -> Measured:
+def _effects(a: Term, b: Term, pool: Pool):
+    """By group and for prompts left out, the mean change of score b along v_a, in its SDs."""
     assert a.moves is not None and a.states is not None
     moves, h = a.moves, a.states
 
-    def effects(without):
+    def effects(without: frozenset[str]) -> np.ndarray:
         v = moves.mean(without)
         v = v / np.linalg.norm(v)
         before = b.read(h, without)
         change = b.read(h + pool.spread(h @ v) * v, without) - before
-        return np.stack([pool.means(change) / pool.spread(before), np.ones(len(pool.groups))], 1)
+        return pool.means(change) / pool.spread(before)
 
-    refit = frozenset(moves.keys) | b.fitted_on
-    return _over_prompts(effects, lambda sums, _: float(sums[0] / sums[1]), pool, refit, n_boot, seed)
+    return effects, frozenset(moves.keys) | b.fitted_on
+
+
+def _intervention(a: Term, b: Term, pool: Pool, n_boot: int, seed: int) -> Measured:
+    (there, refit), (own, _) = _effects(a, b, pool), _effects(a, a, pool)
+
+    def both(without):
+        return np.stack([there(without), own(without)], 1)
+
+    return _over_prompts(both, _ratio, pool, refit, n_boot, seed)
+
+
+def _own_effect(a: Term, pool: Pool) -> Measured:
+    effects, refit = _effects(a, a, pool)
+
+    def both(without):
+        return np.stack([effects(without), np.ones(len(pool.groups))], 1)
+
+    return _over_prompts(both, _ratio, pool, refit, 2000, 0)
+
+
+def _ratio(sums: np.ndarray, _without: frozenset[str]) -> float:
+    return float(sums[0] / sums[1]) if sums[1] else math.nan
 
 
 def _over_prompts(parts, total, pool: Pool, refit: frozenset[str], n_boot: int, seed: int) -> Measured:
@@ -272,10 +295,7 @@ def held_back(
 
 def _control(table: TermTable, one: tuple[int, Term], two: tuple[int, Term], pool: Pool) -> str:
     """Empty where each direction raises its own term's score; measured once a term."""
-    failed = []
-    for place, term in (one, two):
-        low = table.own(place, "intervention", lambda term=term: _intervention(term, term, pool, 2000, 0))
-        failed += [] if low > 0 else [repr(term.name)]
+    failed = [repr(t.name) for place, t in (one, two) if not table.own(place, lambda t=t: _own_effect(t, pool)) > 0]
     return f"no positive control: the direction of {' and '.join(failed)} raises no score of its own" if failed else ""
 
 

@@ -1,7 +1,7 @@
 """Cells of terms by terms, and by tests, filled in both ways at once; and the label on which the tests agree."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ class TermTable:
         self.cells = {key: np.full(shape, np.nan) for key in ("value", "low", "high", "needed")}
         self.pairs = {f"{key}{end}": np.full(shape[:2], np.nan)
                       for key in ("cosine_whitened", "loss") for end in ("", "_low", "_high")}  # fmt: skip
+        self.effects = {f"own_effect{end}": np.full(len(names), np.nan) for end in ("", "_low", "_high")}
         self.text = {key: np.full(shape, "", dtype=object) for key in ("label", "reason")}
         self.asked = np.ones(shape, bool)
 
@@ -28,14 +29,13 @@ class TermTable:
                 self.cells[key][place] = number
             self.text["label"][place], self.text["reason"][place], self.asked[place] = label, reason, asked
 
-    def own(self, i: int, test: str, measure) -> float:
-        """Lower end of a term's effect on itself."""
-        place = (i, i, self.tests.index(test))
-        if np.isnan(self.cells["value"][place]):
+    def own(self, i: int, measure: Callable[[], Measured]) -> float:
+        """Lower end of a term's effect on itself, measured when it is first asked for."""
+        if np.isnan(self.effects["own_effect"][i]):
             m = measure()
-            for key, number in (("value", m.value), ("low", m.low), ("high", m.high)):
-                self.cells[key][place] = number
-        return float(self.cells["low"][place])
+            for end, number in (("", m.value), ("_low", m.low), ("_high", m.high)):
+                self.effects["own_effect" + end][i] = number
+        return float(self.effects["own_effect_low"][i])
 
     def pair(self, key: str, i: int, j: int, ways: Sequence[Measured]) -> None:
         for place, m in (((i, j), ways[0]), ((j, i), ways[1])):
@@ -60,4 +60,5 @@ class TermTable:
             **{key: (cube, table) for key, table in self.text.items()},
             "needed": (cube, self.cells["needed"]),
             **{key: (square, table) for key, table in self.pairs.items()},
+            **{key: ("term", column) for key, column in self.effects.items()},
         }
