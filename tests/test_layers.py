@@ -34,7 +34,8 @@ SIBLINGS = tuple(f"methods.{name}" for name in (
     # rewards of edited texts, for the probes and for the evaluation of an edit
     "edited_texts",
     # reward terms: what they are, their directions and scores, and the table of their relations
-    "reward_terms", "direction_cosines", "term_scores", "term_table",
+    "reward_terms", "direction_cosines", "term_scores", "term_tests",
+    "term_table",
     # rows of a head without some directions, for the choice of their strength
     "head_editing",
 ))  # fmt: skip

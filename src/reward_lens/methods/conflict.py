@@ -10,9 +10,9 @@
     label   aligned where the interval lies over the edge, in_conflict where it lies under -edge, orthogonal where it
             lies between them; otherwise, or where a fitted direction's reliability is under .5, undetermined
 
-All are near 0 for unrelated terms. Noise in a fitted direction still draws the last two towards 0.
-Intervals are over prompts, by leaving each (from 61 on, blocks of them) out of
-everything it enters, a fitted direction included. The optimisation test is the one that is about selecting responses.
+All are near 0 for unrelated terms; noise in a fitted direction draws the last two towards 0. Intervals are over
+prompts, by leaving each (from 61 on, blocks of them) out of everything it enters, a fitted direction included. Every
+label has its own 5%: nothing corrects for the number of terms.
 
 This is an analogy. arXiv 2603.30036 classifies, before training, a reward on a chain of thought beside a reward on the
 output: can a text that shows the computation the output needs also have the highest reward? Reward models that score
@@ -23,7 +23,6 @@ What this cannot show: what training on the sum would do. A pool of responses is
 is one average; terms may agree on both and part elsewhere.
 """
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -33,20 +32,18 @@ import numpy as np
 import torch
 import xarray as xr
 
-from reward_lens import stats
 from reward_lens.errors import DataError
 from reward_lens.methods import direction_cosines as cosines
-from reward_lens.methods import term_scores as scored
-from reward_lens.methods.direction_cosines import Measured, Moves
+from reward_lens.methods.direction_cosines import Measured
 from reward_lens.methods.reward_terms import Pool, Term, common_space, pool_of, prompts, reward_terms
 from reward_lens.methods.term_table import TermTable
+from reward_lens.methods.term_tests import losses_at_best, measured, own_effect, whitened
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.result import Check, Result
 
 TESTS = ("score", "direction", "intervention", "optimisation")
 EDGE = 0.2
 HELD_BACK = 0.5  # reliability of a direction under which nothing is said about it
-MOST_BLOCKS = 60  # of prompts left out in turn, where every one means a new fit
 UNITS = {
     "score": "rank correlation", "direction": "cosine", "intervention": "SD of the other score per SD of the own",
     "optimisation": "1 - share of the gap of shuffled responses",
@@ -77,13 +74,14 @@ def term_conflict(
         say "orthogonal" of nearly everything under 100 prompts, where noise alone pulls a cosine to 0.
 
     Returns value (term, other, test), by `unit_of`, with `low`, `high`. Symmetric but for the intervention, which moves
-    along `term` and reads `other`. By (term, other, test): `label`, `reason` where it
-    is undetermined, and `needed`, prompts that would settle it if the value stayed as it is (NaN: none would, or no
-    telling; an extrapolation). By (term, other): `joint`, the label on which all the tests
-    asked agree, else "undetermined"; `cosine_whitened` with its ends, the direction test in the metric of the natural
-    covariance, shrunk and held fixed; `loss` with its ends, SDs of `term` lost at the best response for the sum. By
-    term: `reliability`, and `own_effect` with its ends, SDs that its own score moves by in the intervention; where they
-    are not above 0 there is no positive control and no label (a low bar: the direction was taken from that score). `meta["n"]` has the numbers of prompts, `meta["joint_reason"]` why a joint label is missing.
+    along `term` and reads `other`. By (term, other, test): `label`; `reason` where undetermined; `needed`, prompts that
+    would settle it if the value stayed as it is (an extrapolation; NaN: none would, or no telling). By (term,
+    other): `joint`, the label on which all the tests asked agree, else "undetermined"; `cosine_whitened` with its ends,
+    the direction test in the metric of the natural covariance, shrunk and held fixed; `loss` with its ends, SDs of
+    `term` lost at the best response for the sum. By term: `reliability`; `own_effect` with its ends, SDs that its own
+    score moves by in the intervention: where they are not above 0 there is no positive control and no label (a low bar,
+    as the direction was taken from that score). `meta["n"]` has the numbers of prompts, `meta["joint_reason"]` says why
+    a joint label is missing.
     Raises `DataError` under 6 prompts, for unknown tests or edges, terms without what a test needs, and prompts in both
     pairs and responses.
     """
@@ -146,43 +144,10 @@ def related(
             told = verdict(ways, edges[test], held_back(a, b, test, relied, as_scores), control)
             table.put(i, j, test, ways, *told)
         if "direction" in tests and not apart:
-            table.pair("cosine_whitened", i, j, [_whitened(a, b, n_boot, seed)] * 2)
+            table.pair("cosine_whitened", i, j, [whitened(a, b, n_boot, seed)] * 2)
         if pool is not None:
-            table.pair("loss", i, j, _losses(a, b, pool, n_boot, seed))
+            table.pair("loss", i, j, losses_at_best(a, b, pool, n_boot, seed))
     return table, relied
-
-
-def measured(
-    a: Term, b: Term, test: str, pool: Pool | None, scoring: Mapping[str, Moves], n_boot: int, seed: int
-) -> list[Measured]:
-    """A test from a to b and from b to a; the same twice for symmetric tests."""
-    if test == "direction":
-        assert a.moves is not None and b.moves is not None
-        return [cosines.cosine(a.moves, b.moves, n_boot, seed)] * 2
-    assert pool is not None
-    if test == "intervention":
-        return [_intervention(a, b, pool, n_boot, seed), _intervention(b, a, pool, n_boot, seed)]
-    refit = a.fitted_on | b.fitted_on
-    if test == "score":
-        length = pool.length
-
-        def ranks(without):
-            return scored.rank_moments(pool.padded(a.scores(without)), pool.padded(b.scores(without)), length)
-
-        fitted = [scoring[t.name] for t in (a, b) if t.name in scoring]
-
-        def correlation(sums, without):
-            noise = math.prod(max(cosines.share(moves, without), 0.0) for moves in fitted)
-            return scored.partial_correlation(sums) / math.sqrt(noise) if noise > 0 else math.nan
-
-        return [_within_one(_over_prompts(ranks, correlation, pool, refit, n_boot, seed))] * 2
-    orders = scored.shuffles(pool.length, seed)
-
-    def gaps(without):
-        one, two = (scored.standardised(pool.padded(t.scores(without))) for t in (a, b))
-        return scored.gaps(one, two, orders)
-
-    return [_over_prompts(gaps, lambda sums, _: scored.conflict_index(sums), pool, refit, n_boot, seed)] * 2
 
 
 def verdict(ways: Sequence[Measured], edge: float, held_back: tuple[str, float], control: str):
@@ -206,75 +171,6 @@ def verdict(ways: Sequence[Measured], edge: float, held_back: tuple[str, float],
     return label, f"the interval, {low:.2f} to {high:.2f}, holds {reached}", float(np.ceil(min(max(needed), 1e9)))
 
 
-def _effects(a: Term, b: Term, pool: Pool):
-    """By group and for prompts left out, the mean change of score b along v_a, in its SDs."""
-    assert a.moves is not None and a.states is not None
-    moves, h = a.moves, a.states
-
-    def effects(without: frozenset[str]) -> np.ndarray:
-        v = moves.mean(without)
-        v = v / np.linalg.norm(v)
-        before = b.read(h, without)
-        change = b.read(h + pool.spread(h @ v) * v, without) - before
-        return pool.means(change) / pool.spread(before)
-
-    return effects, frozenset(moves.keys) | b.fitted_on
-
-
-def _intervention(a: Term, b: Term, pool: Pool, n_boot: int, seed: int) -> Measured:
-    (there, refit), (own, _) = _effects(a, b, pool), _effects(a, a, pool)
-
-    def both(without):
-        return np.stack([there(without), own(without)], 1)
-
-    return _over_prompts(both, _ratio, pool, refit, n_boot, seed)
-
-
-def _own_effect(a: Term, pool: Pool) -> Measured:
-    effects, refit = _effects(a, a, pool)
-
-    def both(without):
-        return np.stack([effects(without), np.ones(len(pool.groups))], 1)
-
-    return _over_prompts(both, _ratio, pool, refit, 2000, 0)
-
-
-def _ratio(sums: np.ndarray, _without: frozenset[str]) -> float:
-    return float(sums[0] / sums[1]) if sums[1] else math.nan
-
-
-def _over_prompts(parts, total, pool: Pool, refit: frozenset[str], n_boot: int, seed: int) -> Measured:
-    """total(sum over groups of parts, prompts left out), and its interval by leaving out blocks of prompts."""
-    whole, left_out = parts(frozenset()), []
-    keys = {*pool.keys.tolist(), *refit}
-    for block in cosines.blocks(keys, MOST_BLOCKS, seed):
-        now = parts(block) if block & refit else whole
-        left_out.append(total(now[[key not in block for key in pool.keys.tolist()]].sum(0), block))
-    over = cosines.jackknife(total(whole.sum(0), frozenset()), np.array(left_out), n_boot, seed)
-    return dataclasses.replace(over, n=len(set(pool.keys.tolist())))
-
-
-def _within_one(m: Measured) -> Measured:
-    value, low, high = np.clip([m.value, m.low, m.high], -1, 1).tolist()
-    return dataclasses.replace(m, value=value, low=low, high=high)
-
-
-def _whitened(a: Term, b: Term, n_boot: int, seed: int) -> Measured:
-    assert a.moves is not None and b.moves is not None
-    matrix = a.whiten
-    if matrix is None:
-        assert a.natural is not None and b.natural is not None
-        groups = np.repeat([a.name, b.name], [len(a.natural), len(b.natural)])
-        matrix = cosines.whitening(np.concatenate([a.natural, b.natural]), groups)
-    return cosines.cosine(a.moves.by(matrix), b.moves.by(matrix), n_boot, seed)
-
-
-def _losses(a: Term, b: Term, pool: Pool, n_boot: int, seed: int) -> list[Measured]:
-    lost = scored.losses(*(scored.standardised(pool.padded(t.scores())) for t in (a, b)))
-    over = [stats.mean_interval(x, pool.keys, n_boot=n_boot, seed=seed) for x in lost]
-    return [Measured(float(o.mean), float(o.low), float(o.high), int(o.n_clusters)) for o in over]
-
-
 def held_back(
     a: Term, b: Term, test: str, relied: Mapping[str, Measured], relied_scores: Mapping[str, Measured]
 ) -> tuple[str, float]:
@@ -295,7 +191,7 @@ def held_back(
 
 def _control(table: TermTable, one: tuple[int, Term], two: tuple[int, Term], pool: Pool) -> str:
     """Empty where each direction raises its own term's score; measured once a term."""
-    failed = [repr(t.name) for place, t in (one, two) if not table.own(place, lambda t=t: _own_effect(t, pool)) > 0]
+    failed = [repr(t.name) for place, t in (one, two) if not table.own(place, lambda t=t: own_effect(t, pool)) > 0]
     return f"no positive control: the direction of {' and '.join(failed)} raises no score of its own" if failed else ""
 
 
