@@ -37,6 +37,9 @@ SIBLINGS = tuple(f"methods.{name}" for name in (
     "split_half", "steering", "concept_states", "concept_statistics", "concept_signs",
     # cross-validated linear readers, for the probes of properties
     "probe_fits",
+    # reward terms: what they are, their directions and scores, and the table of their relations
+    "reward_terms", "direction_cosines", "term_scores", "term_tests",
+    "term_table",
     # rows of a head without some directions, for the choice of their strength
     "head_editing",
     # counts over checkpoints: what they are, where hacking begins, and what changes with it
