@@ -35,6 +35,9 @@ SIBLINGS = tuple(f"methods.{name}" for name in (
     "edited_texts",
     # rows of a head without some directions, for the choice of their strength
     "head_editing",
+    # two or more models: what is kept of one, and what is measured between two
+    "model_summary", "compared_scores", "compared_states", "compared_models",
+    "compared_curves",
 ))  # fmt: skip
 # The first row that a module falls under holds. The surface (cli, app, the front door) may import everything.
 MAY_IMPORT = {
