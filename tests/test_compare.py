@@ -1,4 +1,4 @@
-"""Comparison of models: identities, figures counted by hand, simulations of its intervals, and models that come and go."""
+"""Comparison of models: identities, figures counted by hand, simulated intervals, and models that come and go."""
 
 import copy
 import gc
@@ -76,7 +76,7 @@ def test_a_reward_has_no_scale_and_no_origin(pairs, llama):
 
 
 def test_a_head_turned_round(pairs, llama):
-    turned = with_row(llama, -llama.readout.weight, {"method": "test"}, -llama.readout.bias)
+    turned = with_row(llama, -llama.readout.weight, {"method": "test"})
     result = compare({"a": llama, "turned": turned}, pairs, n_permutations=19)
     value = result.value.isel(models=0)
     assert value.sel(measure="agreement") == 0
@@ -174,11 +174,8 @@ def test_clones_are_no_evidence(pairs):
     # More pairs of the same prompts that say the same add nothing to the interval of a correlation.
     rng = np.random.default_rng(0)
     x, y, prompts = rng.normal(size=10), rng.normal(size=10), np.arange(10)
-    for alone, twice in (
-        (scores.correlation(x, y, prompts), scores.correlation(*(np.tile(v, 2) for v in (x, y, prompts)))),
-        (scores.uncentred_correlation(x, y, prompts), scores.uncentred_correlation(*(np.tile(v, 2) for v in (x, y, prompts)))),
-        (scores.kappa(x, y, prompts), scores.kappa(*(np.tile(v, 2) for v in (x, y, prompts)))),
-    ):  # fmt: skip
+    for figure in (scores.correlation, scores.uncentred_correlation, scores.kappa):
+        alone, twice = figure(x, y, prompts), figure(*(np.tile(v, 2) for v in (x, y, prompts)))
         assert (alone.value, alone.low, alone.high) == pytest.approx((twice.value, twice.low, twice.high))
 
 

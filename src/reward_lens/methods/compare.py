@@ -30,8 +30,8 @@ import xarray as xr
 
 from reward_lens import data, stats
 from reward_lens.errors import DataError
-from reward_lens.methods import compared_models as compared
 from reward_lens.methods import compared_curves as curves_of
+from reward_lens.methods import compared_models as compared
 from reward_lens.methods import compared_scores as scores
 from reward_lens.methods.compared_models import Cell, plain
 from reward_lens.methods.model_summary import PROFILES, Summary, Texts, named_models, summaries
@@ -150,7 +150,7 @@ def compare_checkpoints(
         "compare_checkpoints", read, pairs, repeated, "step", coords, cells, OF_CHECKPOINTS | compared.UNITS, seed,
         settings={"profiles": list(profiles), "n_permutations": n_permutations, "n_bins": n_bins, "against": against},
         title=f"Checkpoints compared with the {against}", curves={},
-        shows=f"How far each checkpoint agrees with the {against} one, and how accuracy and the spread of rewards move.",
+        shows=f"How far each checkpoint agrees with the {against}, and how accuracy and the spread of rewards move.",
         cannot_show="What happened between two checkpoints, or what another run would do: intervals are over prompts.",
     )  # fmt: skip
 

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Float
 
 from reward_lens import data, stats
 from reward_lens.errors import DataError
@@ -121,7 +120,7 @@ def curve_names(summaries: Sequence[Summary]) -> list[str]:
     return [s.name for s in summaries] + differences
 
 
-def packed(dims: list[str], coords: dict[str, list], cells: Float[np.ndarray, "3 *some"], unit: str) -> dict[str, Any]:
+def packed(dims: list[str], coords: dict[str, list], cells: np.ndarray, unit: str) -> dict[str, Any]:
     """Value, low and high as lists for JSON, None where undefined."""
     parts = zip(("value", "low", "high"), cells, strict=True)
     return {"dims": dims, "coords": coords, "unit": unit} | {key: plain(part) for key, part in parts}

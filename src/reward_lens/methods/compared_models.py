@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 
 from reward_lens import data, stats
 from reward_lens.methods import compared_scores as scores
 from reward_lens.methods import compared_states as states
-from reward_lens.methods.model_summary import DEPTHS, KINDS, Summary, Texts
+from reward_lens.methods.model_summary import Summary, Texts
 from reward_lens.stats import Estimate
 
 MOST_BINS = 10

@@ -12,8 +12,6 @@ rows would bias (debiased CKA) is treated as the others are.
 Reference: Miller 1974, Biometrika 61 (the jackknife); Cohen 1960 (kappa).
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 from jaxtyping import Float
 
@@ -25,7 +23,7 @@ PERFECT = "a perfect correlation has no interval"
 ONE_PROMPT = "without one of the prompts the figure is perfect or undefined: no interval"
 
 
-def correlation(x, y, prompts: Sequence[str], within: bool = False, ranks: bool = False) -> Estimate:
+def correlation(x, y, prompts, within: bool = False, ranks: bool = False) -> Estimate:
     """Correlation of `x` and `y` [n] over all rows; `within`: of their deviations from the prompt's means."""
     x, y, codes, n = _rows(x, y, prompts)
     if within:
@@ -37,13 +35,13 @@ def correlation(x, y, prompts: Sequence[str], within: bool = False, ranks: bool 
     return _from_moments(x, y, codes, n, centred=not within)
 
 
-def uncentred_correlation(x, y, prompts: Sequence[str]) -> Estimate:
+def uncentred_correlation(x, y, prompts) -> Estimate:
     """sum x y / sqrt(sum x^2 sum y^2) of `x` and `y` [n] as they are."""
     x, y, codes, n = _rows(x, y, prompts)
     return _from_moments(x, y, codes, n, centred=False)
 
 
-def agreement(a, b, prompts: Sequence[str]) -> Estimate:
+def agreement(a, b, prompts) -> Estimate:
     """Share of rows on which the margins `a` and `b` [n] prefer the same response; a tie of either counts half."""
     over = stats.proportion_interval(_same(a, b), np.asarray(prompts))
     reason = f"{over.n_clusters} prompts; an interval needs {stats.FEWEST}" if over.n_clusters < stats.FEWEST else ""
@@ -57,7 +55,7 @@ def expected_agreement(a, b) -> float:
     return p * q + (1 - p) * (1 - q)
 
 
-def kappa(a, b, prompts: Sequence[str]) -> Estimate:
+def kappa(a, b, prompts) -> Estimate:
     """Cohen's kappa of the preferences of margins `a` and `b` [n]; undefined where e is 1."""
     a, b, codes, n = _rows(a, b, prompts)
     parts = (np.ones(len(a)), _same(a, b), _credit(a), _credit(b))
@@ -96,21 +94,21 @@ def jackknife(estimate, without: np.ndarray, level: float = 0.95) -> tuple[np.nd
         return none, none
     se = np.sqrt((groups - 1) / groups * ((without - estimate) ** 2).sum(0))
     half = t.ppf((1 + level) / 2, groups - 1) * se
-    return estimate - half, estimate + half
+    return np.asarray(estimate - half), np.asarray(estimate + half)
 
 
-def spread(rewards, prompts: Sequence[str]) -> Estimate:
+def spread(rewards, prompts) -> Estimate:
     """Pooled SD within prompts of `rewards` [n], one row a text; the interval is the jackknife's on the scale log."""
     return _log_scaled(*_log_spread(rewards, prompts), len(rewards))
 
 
-def spread_ratio(rewards, others, prompts: Sequence[str]) -> Estimate:
+def spread_ratio(rewards, others, prompts) -> Estimate:
     """Ratio of the pooled SDs within prompts of `rewards` to `others` [n], of the same texts."""
     (value, without), (other, other_without) = (_log_spread(v, prompts) for v in (rewards, others))
     return _log_scaled(value - other, without - other_without, len(rewards))
 
 
-def share(parts, whole, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def share(parts, whole, prompts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """sum parts / sum whole of `parts` [n, ...] and `whole` [n], with its jackknife replicates and the prompts' number.
 
     Returns (share [...], replicates [prompt, ...], number of prompts).
@@ -126,7 +124,7 @@ def _rank_correlation(x: np.ndarray, y: np.ndarray, codes: np.ndarray, n: int) -
 
     def rho(keep: np.ndarray) -> float:
         a, b = (rankdata(v[keep]) - (keep.sum() + 1) / 2 for v in (x, y))
-        return _ratio(a @ b, a @ a, b @ b)
+        return float(_ratio(a @ b, a @ a, b @ b))
 
     without = np.array([rho(codes != g) for g in range(n)])
     return bounded(rho(codes >= 0), without, len(x))
@@ -153,7 +151,7 @@ def _ratio(xy, xx, yy):
         return np.where(size > 0, xy / size, np.nan)
 
 
-def _kappa(sums: Float[np.ndarray, "4 some"]) -> Float[np.ndarray, " some"]:
+def _kappa(sums: Float[np.ndarray, "four some"]) -> Float[np.ndarray, " some"]:
     with np.errstate(divide="ignore", invalid="ignore"):
         agree, p, q = sums[1:] / sums[0]
         by_chance = p * q + (1 - p) * (1 - q)

@@ -18,8 +18,6 @@ Reference: Kornblith et al. 2019, arXiv 1905.00414 (CKA); Song et al. 2012 (unbi
 2010.15327 (its use in CKA). The angle in the metric of the states' covariance and the jackknife are this library's.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 from jaxtyping import Float
 
@@ -88,7 +86,7 @@ def state_alignment(x, y) -> float:
     return float((x * y).sum() / size) if size > 0 else float("nan")
 
 
-def reward_angle(x, u, y, v, prompts: Sequence[str]) -> stats.Estimate:
+def reward_angle(x, u, y, v, prompts) -> stats.Estimate:
     """cos = u' S v / sqrt(u' S u  v' S v), S the covariance within prompts of both networks' states together.
 
     x, y: [text, d] deviations from the prompt's mean of the states as the final norm scales them; u, v: [d], what the

@@ -112,10 +112,8 @@ def summaries(
 
 def named_models(models) -> dict[str, Source]:
     """Name to source, at least two; a sequence is named by its models and paths."""
-    found = (
-        f"one {type(models).__name__}" if isinstance(models, str | Path | RewardModel) or not isinstance(models, Iterable)
-        else None
-    )  # fmt: skip
+    alone = isinstance(models, str | Path | RewardModel) or not isinstance(models, Iterable)
+    found = f"one {type(models).__name__}" if alone else None
     entries = [] if found else list(models.items() if isinstance(models, Mapping) else ((_name(m), m) for m in models))
     names = [str(name) for name, _ in entries]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -148,7 +146,7 @@ def _loaded(name: str, source: Source) -> RewardModel:
     rm = load(source) if isinstance(source, str | Path) else source()
     if not isinstance(rm, RewardModel):
         raise DataError(f"The function for {name!r} loaded no reward model", found=f"a {type(rm).__name__}",
-                        expected="a RewardModel", do="return rl.load(path) or rl.RewardModel(module, tokenizer)")  # fmt: skip
+                        expected="a RewardModel", do="return rl.load(path), or rl.RewardModel of a module")  # fmt: skip
     return rm
 
 
