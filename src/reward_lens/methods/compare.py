@@ -100,7 +100,7 @@ def compare(
     if probes is not None:
         curves["probes"] = curves_of.probe_curves(read, pairs, seed)
     return _result(
-        "compare", read, pairs, repeated, "models", coords, cells, compared.UNITS, seed,
+        "compare", read, pairs, repeated, "models", coords, cells, compared.UNITS, seed, unit="share or correlation",
         settings={"profiles": list(profiles), "n_permutations": n_permutations, "n_bins": n_bins},
         title=f"{len(read)} reward models compared", curves=curves,
         shows="How far every two models agree in preferences, rewards, where in depth the margin arises, and states.",
@@ -148,6 +148,7 @@ def compare_checkpoints(
     coords["alignment"] = ("step", np.array([compared.alignment(reference, s) for s in read]))
     return _result(
         "compare_checkpoints", read, pairs, repeated, "step", coords, cells, OF_CHECKPOINTS | compared.UNITS, seed,
+        unit="as unit_of says",
         settings={"profiles": list(profiles), "n_permutations": n_permutations, "n_bins": n_bins, "against": against},
         title=f"Checkpoints compared with the {against}", curves={},
         shows=f"How far each checkpoint agrees with the {against}, and how accuracy and the spread of rewards move.",
@@ -195,7 +196,7 @@ def _read(models, pairs: data.Pairs, profiles, probes, n_permutations: int, seed
 
 def _result(
     name: str, read: list[Summary], pairs: data.Pairs, repeated: int, dim: str, coords: dict[str, Any],
-    cells: Sequence[dict[str, Cell]], units: dict[str, str], seed: int, **meta: Any,
+    cells: Sequence[dict[str, Cell]], units: dict[str, str], seed: int, unit: str, **meta: Any,
 ) -> Result:  # fmt: skip
     measures = [m for m in units if m in cells[0]]
     table = [[row[m] for m in measures] for row in cells]
@@ -226,7 +227,7 @@ def _result(
         "versions": read[0].about["versions"], "n_pairs": len(pairs), "n_prompts": pairs.n_prompts,
         "inputs_hash": data.inputs_hash(pairs), "seed": seed, "interval": LEVEL, "pairs": columns,
     }  # fmt: skip
-    return Result(name, value, unit="see unit_of", low=low, high=high, checks=checks, undefined=undefined or None,
+    return Result(name, value, unit=unit, low=low, high=high, checks=checks, undefined=undefined or None,
                   meta=provenance | meta)  # fmt: skip
 
 

@@ -122,12 +122,20 @@ def share(parts, whole, prompts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _rank_correlation(x: np.ndarray, y: np.ndarray, codes: np.ndarray, n: int) -> Estimate:
     from scipy.stats import rankdata
 
-    def rho(keep: np.ndarray) -> float:
-        a, b = (rankdata(v[keep]) - (keep.sum() + 1) / 2 for v in (x, y))
+    whole = [rankdata(v) for v in (x, y)]
+
+    def rho(of_prompt: np.ndarray) -> float:
+        """Without some rows. The others' ranks fall by the rows left out below them, and half of those level."""
+        gone = [
+            (v[of_prompt, None] < v).sum(0) + (v[of_prompt, None] == v).sum(0) / 2 if of_prompt.any() else 0.0
+            for v in (x, y)
+        ]
+        a, b = ((r - g)[~of_prompt] for r, g in zip(whole, gone, strict=True))
+        a, b = a - (len(a) + 1) / 2, b - (len(b) + 1) / 2
         return float(_ratio(a @ b, a @ a, b @ b))
 
-    without = np.array([rho(codes != g) for g in range(n)])
-    return bounded(rho(codes >= 0), without, len(x))
+    without = np.array([rho(codes == g) for g in range(n)])
+    return bounded(rho(codes < 0), without, len(x))
 
 
 def _from_moments(x: np.ndarray, y: np.ndarray, codes: np.ndarray, n: int, centred: bool) -> Estimate:

@@ -215,7 +215,7 @@ class _Kept:
         self.is_first = set(texts.first)
         self.scaled: list[Tensor] = []
         ones = torch.ones_like(self.readout.weight[:1])
-        self.row = self.readout.norm.pull_back(self.readout.weight, ones).double().cpu()
+        self.row = self.readout.norm.pull_back(self.readout.weight, ones).cpu().double()
 
     def add(self, acts, start: int) -> None:
         runs = range(start, start + len(acts.tokens))
@@ -226,7 +226,7 @@ class _Kept:
             self.sums[k].index_add_(0, of_run[new], h[new])
             self.differences[k].index_add_(0, of_run[::2], h[::2] - h[1::2])
         last = acts[_residual(self.rm.n_layers)]
-        scaled = (self.readout.norm.scale(last) * last).double().cpu()
+        scaled = (self.readout.norm.scale(last) * last).cpu().double()
         self.scaled.append(scaled[new])
 
     def states(self) -> States:
