@@ -78,6 +78,8 @@ def compare(
     loading and the methods raise. A base language model has no reward head and `load` refuses it: to compare its states
     with its reward model's, build the base's ...ForSequenceClassification with the reward model's head as a
     `RewardModel`, and read the measures of states only.
+
+    Cannot show which model is right where they differ, nor that states which are alike are used alike.
     """
     pairs, repeated = _distinct(data.as_pairs(pairs))
     read = _read(models, pairs, profiles, probes, n_permutations, seed)
@@ -135,8 +137,8 @@ def compare_checkpoints(
     if against not in ("first", "last"):
         raise DataError("There is no such checkpoint to compare with", found=f"against={against!r}",
                         expected="'first' or 'last'", do="pass one of these")  # fmt: skip
-    count = len(named_models(models))
-    at = _steps(steps, count)
+    models = named_models(models)
+    at = _steps(steps, len(models))
     read = _read(models, pairs, profiles, None, n_permutations, seed)
     reference = read[0] if against == "first" else read[-1]
     n_bins = compared.bins_of(read)
@@ -241,11 +243,9 @@ def _alone(one: Summary, reference: Summary, pairs: data.Pairs, seed: int) -> di
     texts, prompts = Texts(pairs), [p.prompt_key for p in pairs]
     rewards, others = (s.rewards.reshape(-1)[texts.first] for s in (one, reference))
     gain = stats.mean_interval((np.sign(one.margins) - np.sign(reference.margins)) / 2, prompts, seed=seed)
-    few = f"{gain.n_clusters} prompts; an interval needs {stats.FEWEST}" if np.isnan(gain.low) else ""
-    change = Estimate(gain.mean, gain.low, gain.high, np.nan, gain.n, gain.n_clusters, few)
     return {
         "accuracy": Cell(_accuracy(one, pairs)),
-        "accuracy change": Cell(change),
+        "accuracy change": Cell(scores.from_interval(gain)),
         "reward sd": Cell(scores.spread(rewards, texts.prompts)),
         "reward sd ratio": Cell(scores.spread_ratio(rewards, others, texts.prompts)),
     }

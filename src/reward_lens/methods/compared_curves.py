@@ -56,7 +56,7 @@ def compared_curves(result: Result, of: Literal["lens", "contributions", "effect
     meta = {key: v for key, v in result.meta.items() if key not in ("curves", "pairs")}
     words = {"method": "compared_curves", "title": f"Compared: {of}"}
     return Result(
-        f"compared_{of}", value, unit=packed["unit"], low=low, high=high, meta=meta | words, checks=result.checks,
+        f"compared_{of}", value, unit=packed["unit"], low=low, high=high, meta=meta | words, checks=[c for c in result.checks if c.name != "undefined cells"],
         undefined="states that do not differ between prompts, no margin over the noise floor, or an edit that changes "
         "nothing" if value.isnull().any() else None,
     )  # fmt: skip
@@ -107,8 +107,8 @@ def state_curves(summaries: Sequence[Summary]) -> dict[str, Any]:
 def probe_curves(summaries: Sequence[Summary], pairs: data.Pairs, seed: int) -> dict[str, Any]:
     """Mean shift under each edit in SDs of the model's rewards within prompts, and paired differences of models."""
     both = [p.prompt_key for p in pairs for _ in range(2)]
-    shifts = [s.shifts for s in summaries] + [summaries[i].shifts - summaries[j].shifts for i, j in two_of(summaries)]
-    stacked = np.stack([v.reshape(len(both), -1) for v in shifts], 1)
+    shifts = [np.asarray(s.shifts).reshape(len(both), -1) for s in summaries]
+    stacked = np.stack([*shifts, *(shifts[i] - shifts[j] for i, j in two_of(summaries))], 1)
     over = stats.mean_interval(stacked, both, seed=seed)
     cells = np.stack([over.mean, over.low, over.high])
     coords = {"curve": curve_names(summaries), "probe": summaries[0].about["probes"]}

@@ -48,11 +48,12 @@ def between(a: Summary, b: Summary, pairs: data.Pairs, n_bins: int, n_permutatio
         "margin spearman": Cell(scores.correlation(a.margins, b.margins, prompts, ranks=True)),
     }  # fmt: skip
     for name in ("lens", "contributions", "effects"):
-        first, second = (profile(s, name, n_bins) for s in (a, b))
-        if first is not None and second is not None:
-            steps = [np.diff(v) if name == "lens" else v for v in (first, second)]
-            floors = a.noise_floor, b.noise_floor
-            out[name] = Cell(_mean_correlation(*(v.reshape(len(v), -1) for v in steps), floors, prompts, seed))
+        if getattr(a, name) is not None and getattr(b, name) is not None:
+            first, second = (profile(s, name, n_bins) for s in (a, b))
+            if name == "lens":
+                first, second = np.diff(first), np.diff(second)
+            rows = [v.reshape(len(pairs), -1) for v in (first, second)]
+            out[name] = Cell(_mean_correlation(rows[0], rows[1], (a.noise_floor, b.noise_floor), prompts, seed))
     if a.states is not None and b.states is not None:
         for kind, name in STATES.items():
             first, second = (states.centred_gram(getattr(s.states, kind)[-1]) for s in (a, b))
@@ -63,11 +64,9 @@ def between(a: Summary, b: Summary, pairs: data.Pairs, n_bins: int, n_permutatio
     return out
 
 
-def profile(summary: Summary, name: str, n_bins: int) -> np.ndarray | None:
+def profile(summary: Summary, name: str, n_bins: int) -> np.ndarray:
     """Margins of a model by relative depth: [pair, depth] of the lens, [pair, kind, bin] of contributions, effects."""
     found = getattr(summary, name)
-    if found is None:
-        return None
     n_layers = summary.about["n_layers"]
     if name == "lens":
         at = np.linspace(0, n_layers, n_bins + 1)
@@ -122,7 +121,4 @@ def _mean_correlation(x: np.ndarray, y: np.ndarray, floors, prompts: Sequence[st
     with np.errstate(divide="ignore", invalid="ignore"):
         rho = np.where(flat[0] | flat[1], np.nan, (away[0] * away[1]).sum(1) / (sizes[0] * sizes[1])).clip(-1, 1)
     over = stats.mean_interval(rho, prompts, seed=seed)
-    groups = int(over.n_clusters)
-    few = f"{groups} prompts; an interval needs {stats.FEWEST}" if groups < stats.FEWEST else ""
-    reason = FLAT if not groups else few
-    return Estimate(float(over.mean), float(over.low), float(over.high), np.nan, int(over.n), groups, reason)
+    return scores.from_interval(over, "" if np.isfinite(rho).any() else FLAT)

@@ -43,10 +43,15 @@ def uncentred_correlation(x, y, prompts) -> Estimate:
 
 def agreement(a, b, prompts) -> Estimate:
     """Share of rows on which the margins `a` and `b` [n] prefer the same response; a tie of either counts half."""
-    over = stats.proportion_interval(_same(a, b), np.asarray(prompts))
-    reason = f"{over.n_clusters} prompts; an interval needs {stats.FEWEST}" if over.n_clusters < stats.FEWEST else ""
-    low, high = (np.nan, np.nan) if reason else (over.low, over.high)
-    return Estimate(float(over.mean), float(low), float(high), np.nan, int(over.n), int(over.n_clusters), reason)
+    return from_interval(stats.proportion_interval(_same(a, b), np.asarray(prompts)))
+
+
+def from_interval(over: stats.Interval, reason: str = "") -> Estimate:
+    """One cell of `stats`' intervals as an estimate; under 6 prompts it has no ends."""
+    n, groups = int(over.n), int(over.n_clusters)
+    reason = reason or (f"{groups} prompts; an interval needs {stats.FEWEST}" if groups < stats.FEWEST else "")
+    low, high = (np.nan, np.nan) if groups < stats.FEWEST else (float(over.low), float(over.high))
+    return Estimate(float(over.mean), low, high, np.nan, n, groups, reason)
 
 
 def expected_agreement(a, b) -> float:

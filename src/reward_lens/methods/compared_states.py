@@ -43,7 +43,7 @@ def debiased_cka(x, y) -> stats.Estimate:
 def cka_of(a: Float[np.ndarray, "n n"] | None, b: Float[np.ndarray, "n n"] | None) -> stats.Estimate:
     """The same from centred Gram matrices; None stands for states without spread or too few."""
     if a is None or b is None:
-        n = 0 if a is None and b is None else len(b if a is None else a)
+        n = max(len(g) if g is not None else 0 for g in (a, b))
         return stats.Estimate(np.nan, np.nan, np.nan, np.nan, n, n, STATES_CONSTANT)
     n = len(a)
     rows = np.stack([(p * q).sum(1) for p, q in ((a, b), (a, a), (b, b))])

@@ -114,7 +114,8 @@ def named_models(models) -> dict[str, Source]:
     """Name to source, at least two; a sequence is named by its models and paths."""
     alone = isinstance(models, str | Path | RewardModel) or not isinstance(models, Iterable)
     found = f"one {type(models).__name__}" if alone else None
-    entries = [] if found else list(models.items() if isinstance(models, Mapping) else ((_name(m), m) for m in models))
+    given: Any = () if alone else models
+    entries = list(given.items()) if isinstance(given, Mapping) else [(_name(m), m) for m in given]
     names = [str(name) for name, _ in entries]
     twice = sorted({name for name in names if names.count(name) > 1})
     strange = [type(m).__name__ for _, m in entries if not isinstance(m, RewardModel | str | Path) and not callable(m)]
