@@ -22,7 +22,7 @@ WIDTHS = (8, 400)
 FIGURES: dict[str, Callable] = {
     "agreement": scores.agreement,
     "kappa": scores.kappa,
-    "reward pearson": scores.uncentred_correlation,  # of one pair a prompt; two are deviations all the same
+    "reward pearson": scores.uncentred_correlation,  # what it is where the pairs share no response
     "margin pearson": scores.correlation,
     "margin spearman": lambda x, y, prompts: scores.correlation(x, y, prompts, ranks=True),
 }

@@ -14,11 +14,13 @@ from tokenizers import Tokenizer
 
 import reward_lens as rl
 from families import tiny_model, tiny_tokenizer
+from planted import planted_pairs
 from reward_lens.errors import DataError
 from reward_lens.methods import compared_scores as scores
 from reward_lens.methods import compared_states as states
 from reward_lens.methods.compare import compare, compare_checkpoints, disagreements
 from reward_lens.methods.compared_curves import compared_curves
+from reward_lens.methods.model_summary import summaries
 from reward_lens.model.head import with_row
 from ruled import Ruled, noise
 
@@ -28,7 +30,10 @@ INSIDE = ["lens", "contributions", "cka prompts", "cka differences", "reward ang
 
 @pytest.fixture(scope="module")
 def pairs():
-    return rl.load_pairs("demo")[:12]
+    """Short texts, a pair a prompt."""
+    found = rl.data.as_pairs([rl.Pair(*texts) for texts in planted_pairs("length", 12)])
+    assert found.n_prompts == 12
+    return found
 
 
 def model(seed=0, family="llama", name=None, **options):
@@ -214,6 +219,27 @@ def test_one_model_in_memory_at_a_time(pairs):
     assert result.value.sizes == {"models": 3, "measure": 11}
 
 
+def test_prompts_with_several_pairs_of_shared_responses(llama):
+    """Every response counts once for its prompt, however many pairs it is in."""
+    texts = {f"Question {i}": [f"{word} {i}" for word in ("yes", "no way", "perhaps it is")] for i in range(7)}
+    pairs = [rl.Pair(q, r[i], r[j]) for q, r in texts.items() for i, j in ((0, 1), (1, 2), (0, 2))]
+    other = model(3)
+    result = compare({"a": llama, "b": other}, pairs, ("states",), n_permutations=0)
+    rewards = np.array([[[m.score(q, t) for t in r] for q, r in texts.items()] for m in (llama, other)])
+    away = (rewards - rewards.mean(2, keepdims=True)).reshape(2, -1)
+    cell = result.value.sel(measure="reward pearson")
+    assert float(cell[0]) == pytest.approx(np.sum(away[0] * away[1]) / np.sqrt(np.prod((away**2).sum(1))), abs=1e-5)
+    assert (int(cell["n"][0]), int(cell["n_prompts"][0])) == (21, 7)
+    kept = summaries({"a": llama, "b": other}, rl.data.as_pairs(pairs), ("states",), None, 0)[0].states
+    h = rl.capture(llama, [(q, t) for q, r in texts.items() for t in r], ["L2.resid_post"])["L2.resid_post"]
+    h = h.reshape(7, 3, -1)
+    np.testing.assert_allclose(kept.prompts[-1], h.mean(1), atol=1e-5)
+    np.testing.assert_allclose(kept.differences[-1], (h[:, 0] - h[:, 2]) * 2 / 3, atol=1e-5)
+    np.testing.assert_allclose(kept.scaled @ kept.row, away[0], atol=1e-4)
+    of_depth = rl.capture(llama, [(q, t) for q, r in texts.items() for t in r], ["L0.resid_post"])["L0.resid_post"]
+    np.testing.assert_allclose(kept.prompts[3], of_depth.reshape(7, 3, -1).mean(1), atol=1e-5)
+
+
 def test_probes_side_by_side(pairs):
     models = {"a": Ruled(lambda t: 0.25 * len(t.response)), "b": Ruled(noise(1))}
     result = compare(models, pairs, (), ["pad_4", "exclaim"])
@@ -372,7 +398,7 @@ def coverage(estimate, truth, runs):
 @pytest.mark.parametrize("n", [12, 40])
 def test_intervals_hold_the_truth(n):
     """Independent and correlated normal margins, two pairs of every prompt that share half of their variance."""
-    runs = 200
+    runs = 150
 
     def margins(rng, rho):
         prompts = np.repeat(np.arange(n), 2)

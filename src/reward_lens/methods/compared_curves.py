@@ -55,10 +55,11 @@ def compared_curves(result: Result, of: Literal["lens", "contributions", "effect
     )
     meta = {key: v for key, v in result.meta.items() if key not in ("curves", "pairs")}
     words = {"method": "compared_curves", "title": f"Compared: {of}"}
+    checks = [check for check in result.checks if check.name != "undefined cells"]
+    reason = "states that do not differ between prompts, no margin over the noise floor, or an unchanged text"
     return Result(
-        f"compared_{of}", value, unit=packed["unit"], low=low, high=high, meta=meta | words, checks=[c for c in result.checks if c.name != "undefined cells"],
-        undefined="states that do not differ between prompts, no margin over the noise floor, or an edit that changes "
-        "nothing" if value.isnull().any() else None,
+        f"compared_{of}", value, unit=packed["unit"], low=low, high=high, meta=meta | words, checks=checks,
+        undefined=reason if value.isnull().any() else None,
     )  # fmt: skip
 
 
