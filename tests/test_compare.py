@@ -240,6 +240,13 @@ def test_prompts_with_several_pairs_of_shared_responses(llama):
     np.testing.assert_allclose(kept.prompts[3], of_depth.reshape(7, 3, -1).mean(1), atol=1e-5)
 
 
+def test_a_folder_is_loaded(pairs, llama, tmp_path):
+    folder = llama.save_pretrained(tmp_path / "saved")
+    result = compare([llama, folder], pairs[:6], ())
+    assert result.value["models"].values.tolist() == [f"llama 0 ~ {folder}"]
+    np.testing.assert_allclose(result.value.sel(measure=CORRELATIONS), 1.0, atol=1e-6)
+
+
 def test_probes_side_by_side(pairs):
     models = {"a": Ruled(lambda t: 0.25 * len(t.response)), "b": Ruled(noise(1))}
     result = compare(models, pairs, (), ["pad_4", "exclaim"])
