@@ -95,7 +95,7 @@ def of_states(runs: int) -> list[str]:
                     y = y if noise is None else x + noise * y
                     a, b = states.centred_gram(x), states.centred_gram(y)
                     found.append(states.cka_of(a, b))
-                    null = states.cka_null(a, b, 39, run)
+                    null = states.cka_null(a, b, 39, runs + run)
                     p.append((1 + (null >= found[-1].value - 1e-12).sum()) / 40)
                 value = 0.0 if noise is None else 0.5
                 row = ["unrelated" if noise is None else "half in common", str(width), f"{value:g}", str(n)]
