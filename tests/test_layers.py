@@ -44,6 +44,9 @@ SIBLINGS = tuple(f"methods.{name}" for name in (
     "head_editing",
     # counts over checkpoints: what they are, where hacking begins, and what changes with it
     "checkpoint_counts", "onset", "rate_shift", "change_point",
+    # two or more models: what is kept of one, and what is measured between two
+    "model_summary", "compared_scores", "compared_states", "compared_models",
+    "compared_curves",
 ))  # fmt: skip
 # The first row that a module falls under holds. The surface (cli, app, the front door) may import everything.
 MAY_IMPORT = {
