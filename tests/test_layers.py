@@ -33,6 +33,8 @@ SIBLINGS = tuple(f"methods.{name}" for name in (
     "effect_cells", "ablations", "direct", "estimators", "estimate_task", "first_order", "integrated", "relevance",
     # rewards of edited texts, for the probes and for the evaluation of an edit
     "edited_texts",
+    # slopes over dimensions: how attributes are counted, how slopes and weights are read, ratios of estimates
+    "attribute_scores", "slope_vectors", "fieller",
     # rows of a head without some directions, for the choice of their strength
     "head_editing",
 ))  # fmt: skip
