@@ -8,7 +8,7 @@ import pytest
 import xarray as xr
 
 import reward_lens as rl
-from reward_lens import Result
+from reward_lens import Result, data
 from reward_lens.edits import EDITS, TextEdit
 from reward_lens.features import text_features
 from reward_lens.methods.distortion import distortion_index
@@ -286,13 +286,13 @@ def test_normalised_intervals_hold_the_truth():
 
 
 def test_k_counts_the_slopes_that_holm_lets_through():
-    p = np.array([0.001, 0.2, 0.04])
+    p = np.array([0.001, 0.2, 0.06])
     result = distortion_index(estimates(np.ones((8, 3)), p_holm=p), W)
     assert result.meta["coverage"]["K_estimated"] == 1 and result.meta["coverage"]["paid_for"] == ["a0"]
     wide = distortion_index(estimates(np.ones((8, 3)), p_holm=p), W, level=0.7)
     assert wide.meta["coverage"]["K_estimated"] == 3
     unseen = distortion_index(estimates(np.ones((8, 3)), p_holm=p), W, covered=[0, 1, 1])
-    assert unseen.meta["coverage"]["K_estimated"] == 1 - 0 and unseen.meta["coverage"]["paid_for"] == ["a2"]
+    assert unseen.meta["coverage"]["K_estimated"] == 0 and unseen.meta["coverage"]["paid_for"] == []
 
 
 def test_weights_in_another_unit_are_put_into_that_of_the_slopes():
@@ -309,7 +309,8 @@ def test_weights_in_another_unit_are_put_into_that_of_the_slopes():
 
 @pytest.fixture(scope="module")
 def pairs():
-    return rl.load_pairs("demo")[:24]
+    marked = rl.Pair("How is it?", "It is **so**! And so! It has been.", "It is so. And it stays so.", id="marked")
+    return data.Pairs([marked, *rl.load_pairs("demo")[:23]])
 
 
 EDITED = {"words": ["pad"], "exclamation_marks": ["exclaim"], "bold_spans": ["add_bold"]}
@@ -445,7 +446,7 @@ def preferences(n: int, weights, seed: int) -> list[rl.Pair]:
         words, marks = rng.integers(1, 9, 2), rng.integers(0, 5, 2)
         texts = [" ".join(["word"] * a) + "!" * b + f" x{j}" for j, (a, b) in enumerate(zip(words, marks, strict=True))]
         odds = weights[0] * (words[0] - words[1]) + weights[1] * (marks[0] - marks[1])
-        first = rng.random() < 1 / (1 + np.exp(-odds))
+        first = int(rng.random() < 1 / (1 + np.exp(-odds)))
         out.append(rl.Pair(f"q {i}", texts[1 - first], texts[first]))
     return out
 

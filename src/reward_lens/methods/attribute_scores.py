@@ -36,8 +36,9 @@ def score_of(name: str, score: Any = None) -> Score:
     return functools.partial(_feature, feature)
 
 
-def pool_spread(scores: Mapping[str, Score], pool: data.Pairs) -> np.ndarray:
-    """SD of every attribute over the different responses of the pool (a repeated response counts once)."""
+def pool_spread(scores: Mapping[str, Score], pool: data.Pairs) -> tuple[np.ndarray, np.ndarray]:
+    """SD of every attribute over the different responses of the pool (a repeated response counts once), and how many
+    responses are away from its commonest value: an SD that a few responses make is a poor unit."""
     texts = {(p.prompt_key, r): (p.messages[-1]["content"], r) for p in pool for r in p.responses}
     values = np.array([[score(*text) for score in scores.values()] for text in texts.values()])
     sd = values.std(0, ddof=1) if len(values) > 1 else np.zeros(len(scores))
@@ -49,7 +50,8 @@ def pool_spread(scores: Mapping[str, Score], pool: data.Pairs) -> np.ndarray:
             expected="responses that differ in every attribute",
             do="pass a pool of responses that differ in it, or leave it out",
         )
-    return sd
+    away = [len(column) - np.unique(column, return_counts=True)[1].max() for column in values.T]
+    return sd, np.array(away)
 
 
 def _feature(feature: str, prompt: str, response: str) -> float:

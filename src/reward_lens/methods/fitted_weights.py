@@ -39,16 +39,16 @@ def fitted_weights(pairs, scores: Mapping[str, Any] | Sequence[str], pool=None, 
 
     Returns value (prompt_id, attribute): one value a prompt whose mean is w and whose spread is that of the estimate,
     w + G H^-1 s_g (s_g the prompt's score, H the information, G prompts). mean is w in log-odds per SD, low and high
-    from errors clustered by prompt (none under 6 prompts). Coordinates `p`, `p_holm`, `attribute_sd`, `n_prompts`,
-    `n_differ` (pairs). Raises `DataError` where the labels are separable or an attribute is fixed by the others.
+    from errors clustered by prompt (none under 6 prompts). Coordinates `p`, `p_holm`, `attribute_sd`, `n_vary`
+    (responses of the pool away from the commonest score), `n_prompts`, `n_differ` (pairs). Raises `DataError` where the labels are separable or an attribute is fixed by the others.
     """
     pairs = data.as_pairs(pairs)
-    given = scores if isinstance(scores, Mapping) else dict.fromkeys(scores)
-    functions = {str(name): score_of(str(name), score) for name, score in given.items()}
-    if isinstance(scores, str) or not functions:
+    if isinstance(scores, str) or not scores:
         raise DataError("The attributes are a list of names", found=repr(scores), expected="one or more attributes",
                         do="pass a list of feature names, or a dict of functions")  # fmt: skip
-    sd = pool_spread(functions, pairs if pool is None else data.as_pairs(pool))
+    given = scores if isinstance(scores, Mapping) else dict.fromkeys(scores)
+    functions = {str(name): score_of(str(name), score) for name, score in given.items()}
+    sd, away = pool_spread(functions, pairs if pool is None else data.as_pairs(pool))
     names, keys = list(functions), [p.prompt_key for p in pairs]
     d = np.array([_difference(p, list(functions.values())) for p in pairs]) / sd
     rows = [_weight(d, i, keys, level) for i in range(len(names))]
@@ -68,6 +68,7 @@ def fitted_weights(pairs, scores: Mapping[str, Any] | Sequence[str], pool=None, 
         "p": p,
         "p_holm": stats.adjust(p),
         "attribute_sd": sd,
+        "n_vary": away,
         "n_prompts": np.full(len(names), len(values)),
         "n_differ": (d != 0).sum(0),
     }

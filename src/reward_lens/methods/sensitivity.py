@@ -35,11 +35,9 @@ from reward_lens.result import Result
 DEFAULT_EDITS: Mapping[str, Sequence[str]] = {
     "words": ["pad"],
     "list_items": ["bulletise"],
-    "bold_spans": ["add_bold"],
     "hedges_per_100_words": ["hedge"],
     "assertive_per_100_words": ["assert"],
-    "praise_opener": ["prepend_praise"],
-    "exclamation_marks": ["exclaim"],
+    "question_overlap": ["repeat_question"],
 }
 RECOMMENDED = 100  # edit pairs an attribute
 NEEDED_FOR = 0.5  # SD of slopes
@@ -81,7 +79,8 @@ def sensitivity_slopes(
     Returns value (prompt_id, attribute) in reward SD per attribute SD, NaN where no edit changes the attribute. mean,
     low and high (attribute,) over prompts (`stats.mean_interval`: none under 6 prompts). Coordinates of `attribute`:
     `p` (sign flips of the prompts' slopes; its null is symmetry about zero), `p_holm`, `n_prompts`, `n_edits` (texts
-    that an edit changes), `contrast` (exact, double, single), `attribute_sd`, `per_unit` (reward per unit of the
+    that an edit changes), `contrast` (exact, double, single), `attribute_sd`, `n_vary`
+    (responses of the pool away from the commonest score: a few make a poor SD), `per_unit` (reward per unit of the
     score), `mean_change` (of the score, in SDs). meta: `reward_sd`, `off_target`, `prompts_needed`, `smallest_p`.
     Raises `DataError` for an attribute that nothing counts, that does not vary in the pool or that no edit changes, and
     where rewards do not vary within prompts.
@@ -91,7 +90,7 @@ def sensitivity_slopes(
     pairs = data.as_pairs(data.load_pairs("demo") if pairs is None else pairs)
     attributes = _attributes(DEFAULT_EDITS if edits is None else edits)
     reference = pairs if pool is None else data.as_pairs(pool)
-    sd = pool_spread({name: a.score for name, a in attributes.items()}, reference)
+    sd, away = pool_spread({name: a.score for name, a in attributes.items()}, reference)
     chosen = tuple(dict.fromkeys(e for a in attributes.values() for e in a.edits))
     edits_of(chosen)  # refuses two edits of one name
     contrasts, plain = _contrasts(rm, pairs, attributes, chosen, sd)
@@ -131,6 +130,7 @@ def sensitivity_slopes(
         "n_edits": np.array([m.sum() for m in moved]),
         "contrast": np.array([", ".join(sorted(set(map(_contrast, a.edits)))) for a in attributes.values()], object),
         "attribute_sd": sd,
+        "n_vary": away,
         "per_unit": np.asarray(over.mean) * reward_sd / sd,
         "mean_change": np.array(size),
     }
