@@ -339,6 +339,7 @@ def test_slopes_do_not_depend_on_the_rewards_unit_nor_on_clones(pairs):
     def rule(t):
         return 0.1 * len(t.response) + noise(3)(t)
 
+    pairs = pairs[:10]
     one = sensitivity_slopes(Ruled(rule), EDITED, pairs)
     scaled = sensitivity_slopes(Ruled(lambda t: 40 * rule(t) + 7), EDITED, pairs)
     np.testing.assert_allclose(scaled.value, one.value, atol=1e-4)
@@ -390,12 +391,19 @@ def test_few_prompts_give_no_interval_of_a_slope(pairs):
     assert distortion_index(result, W).meta["coverage"]["K_estimated"] is None
 
 
-def false_k(runs: int, pairs, skewed: bool, edits=None) -> np.ndarray:
+def marked(mark: str) -> tuple:
+    """An attribute, the number of these marks, and the edit that adds one."""
+    add = TextEdit(mark, "a mark", lambda _, r: f"{r} {mark}", lambda _, e: e.removesuffix(f" {mark}"), exact=True)
+    return (lambda _, r: float(r.count(mark)), add)
+
+
+MARKED = {"stars": marked("*"), "dashes": marked("-"), "bars": marked("|")}
+PLAIN = [rl.Pair(f"q {i}", f"yes * {i}", f"no - | {i}") for i in range(10)]
+
+
+def false_k(runs: int, skewed: bool, pairs=PLAIN, edits=MARKED) -> np.ndarray:
     """K in runs whose rewards are noise of the text: any but 0 is false."""
     rm, found = Ruled(noise(0)), []
-    edits = (
-        {"words": ["pad_2"], "exclamation_marks": ["exclaim"], "bold_spans": ["add_bold"]} if edits is None else edits
-    )
     gc.collect()
     gc.freeze()  # statsmodels collects at every adjustment, torch's objects included
     for salt in range(runs):
@@ -407,8 +415,8 @@ def false_k(runs: int, pairs, skewed: bool, edits=None) -> np.ndarray:
 
 
 @pytest.mark.parametrize("skewed", [False, True])
-def test_noise_pays_for_nothing(pairs, skewed):
-    wrong = (false_k(60, pairs[:14], skewed) > 0).mean()
+def test_noise_pays_for_nothing(skewed):
+    wrong = (false_k(60, skewed) > 0).mean()
     assert wrong <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 60)
 
 

@@ -191,7 +191,8 @@ def _over_mean(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """D / Dbar with its interval: of w~_i / (w_i Dbar), and of (1 - lam) / Dbar where the signal sees nothing."""
     if lam == 0:
-        return (np.ones(len(seen)),) * 3
+        one = np.ones(len(seen))
+        return one, one, one
     w, dw = worth.value, worth.parts
     mixed, dmixed = lam * scaled.value + (1 - lam) * w, lam * scaled.parts + (1 - lam) * dw
     total, dtotal, whole, dwhole = mixed.sum(), dmixed.sum(1)[:, None], w.sum(), dw.sum(1)[:, None]

@@ -40,7 +40,8 @@ def fitted_weights(pairs, scores: Mapping[str, Any] | Sequence[str], pool=None, 
     Returns value (prompt_id, attribute): one value a prompt whose mean is w and whose spread is that of the estimate,
     w + G H^-1 s_g (s_g the prompt's score, H the information, G prompts). mean is w in log-odds per SD, low and high
     from errors clustered by prompt (none under 6 prompts). Coordinates `p`, `p_holm`, `attribute_sd`, `n_vary`
-    (responses of the pool away from the commonest score), `n_prompts`, `n_differ` (pairs). Raises `DataError` where the labels are separable or an attribute is fixed by the others.
+    (responses of the pool away from the commonest score), `n_prompts`, `n_differ` (pairs). Raises `DataError` where the
+    labels are separable or an attribute is fixed by the others.
     """
     pairs = data.as_pairs(pairs)
     if isinstance(scores, str) or not scores:
