@@ -40,6 +40,8 @@ SIBLINGS = tuple(f"methods.{name}" for name in (
     # reward terms: what they are, their directions and scores, and the table of their relations
     "reward_terms", "direction_cosines", "term_scores", "term_tests",
     "term_table",
+    # slopes over dimensions: how attributes are counted, how slopes and weights are read, ratios of estimates
+    "attribute_scores", "slope_vectors", "fieller",
     # rows of a head without some directions, for the choice of their strength
     "head_editing",
     # counts over checkpoints: what they are, where hacking begins, and what changes with it
