@@ -21,6 +21,11 @@ COMMANDS = (
     "edit",
     "pressure",
     "benchmark",
+    "compare",
+    "concepts",
+    "conflict",
+    "cascade",
+    "distortion",
     "report",
 )
 
@@ -155,3 +160,53 @@ def test_pressure_reads_scored_samples(tmp_path):
 def test_benchmark_prints_a_row_a_set(model, pairs):
     printed = run("benchmark", model, pairs, pairs).output
     assert printed.count(": all") == 2 and printed.count(": balanced") == 2
+
+
+def test_compare_prints_every_two_models(model, pairs, tmp_path):
+    saved = tmp_path / "compared.nc"
+    printed = run("compare", model, "demo", "--pairs", pairs, "--limit", "8", "-o", str(saved)).output
+    assert "agreement" in printed and "Largest disagreements" in printed
+    assert rl.load_result(saved).name == "compare"
+    assert "models" in run("compare", model, "--pairs", pairs, code=1).output
+
+
+def test_concepts_prints_a_row_a_concept_and_position(model, tmp_path):
+    texts = tmp_path / "concepts.jsonl"
+    topics = ("bread", "trains", "chess", "rain", "paint", "cats", "tea", "maps")
+    said = {
+        "joy": ("a delight", "a bore"),
+        "haste": ("at once", "in time"),
+        "doubt": ("maybe", "surely"),
+        "neutral": "is",
+    }
+    rows = [
+        {"concept": c, "topic": t, "text": f"Of {t}: {word}.", "polarity": polarity}
+        for c, words in said.items()
+        for t in topics
+        for polarity, word in zip(("positive", "negative"), words if c != "neutral" else ("fine",), strict=False)
+    ]
+    texts.write_text("\n".join(json.dumps(row) for row in rows))
+    printed = run("concepts", model, str(texts), "--null", "3", "--steered", "3").output
+    assert "joy" in printed and "agree over 3 concepts" in printed
+
+
+def test_conflict_prints_labels(model):
+    printed = run("conflict", model, "demo", "--terms", "exclaim,hedge", "--limit", "12").output
+    assert "exclaim" in printed and "direction" in printed
+
+
+def test_cascade_reads_counts(tmp_path):
+    table = tmp_path / "run.csv"
+    lines = ["step,episodes,hacks,lying,lying_n"]
+    lines += [f"{10 * i},200,{1 if i < 8 else 60},{2 if i < 8 else 50},100" for i in range(16)]
+    table.write_text("\n".join(lines))
+    assert "hacking" in run("cascade", str(table)).output
+    assert json.loads(run("cascade", str(table), "--json").stdout)["name"] == "detect_cascade"
+    table.write_text(table.read_text().replace("lying_n", "n"))
+    assert "no column lying_n" in run("cascade", str(table), code=1).output.replace("\n", " ")
+
+
+def test_distortion_sets_slopes_against_fitted_weights(model, pairs):
+    printed = run("distortion", model, "diagnostic", "--limit", "80").output
+    assert "question_overlap" in printed
+    assert "DataError" in run("distortion", model, pairs, "--limit", "2", code=1).output

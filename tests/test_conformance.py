@@ -193,6 +193,13 @@ def test_e10_nothing_is_left_behind_or_printed(family, dtype, capfd):
 
 
 NATURAL = [rl.Pair(*texts) for texts in {t[0]: t for t in planted_pairs("length", 40)}.values()][:16]
+SAID = {"joy": ("a delight", "a bore"), "haste": ("at once", "in time"), "doubt": ("maybe", "no")}
+CONCEPTS = rl.ConceptTexts(
+    rl.ConceptText(concept, topic, f"Of {topic}: {text}.", polarity)
+    for concept, said in SAID.items()
+    for topic in ("bread", "trains", "chess", "rain", "paint", "cats", "tea", "maps")
+    for text, polarity in zip(said, ("positive", "negative"), strict=True)
+)
 FEW = {"n_neighbours": 10, "min_evaluation": 10, "n_permutations": 49}
 METHODS = {
     "lens": lambda rm, pairs: rl.reward_lens(rm, pairs),
@@ -228,6 +235,19 @@ METHODS = {
     "margin features": lambda rm, pairs: rl.margin_features(rm, pairs),
     "direction": lambda rm, pairs: rl.bias_direction(rm, rl.edited_pairs(NATURAL, rl.edits_of(["add_emoji"])[0])),
     "evaluation": lambda rm, pairs: rl.evaluate_edit(rm, rm, pairs, {"own": pairs}, ["hedge"]),
+    "linear probes": lambda rm, pairs: rl.linear_probes(rm, NATURAL, "words", depths=[0, rm.n_layers], n_control=5),
+    "slopes": lambda rm, pairs: rl.sensitivity_slopes(rm, {"words": ["pad"]}, NATURAL[:7]),
+    "concepts": lambda rm, pairs: rl.concept_vectors(rm, CONCEPTS, denoise_var=0),
+    "valuation": lambda rm, pairs: rl.valuation(
+        rm, rl.concept_vectors(rm, CONCEPTS, denoise_var=0), CONCEPTS, n_null=2, n_texts=2, n_shuffle=20
+    ),
+    "conflict": lambda rm, pairs: rl.term_conflict(
+        rm, {name: rl.edited_pairs(NATURAL, rl.edits_of([name])[0]) for name in ("add_emoji", "hedge")}, ["direction"]
+    ),
+    "transfer": lambda rm, pairs: rl.transfer_matrix(
+        rm, {"emoji": torch.eye(rm.d_model)[0]}, {"emoji": rl.edited_pairs(NATURAL, rl.edits_of(["add_emoji"])[0])}
+    ),
+    "compare": lambda rm, pairs: rl.compare({"one": rm, "other": rm}, pairs, n_permutations=9),
     "score": lambda rm, pairs: rm.score_pairs(pairs),
     "vocabulary": lambda rm, pairs: rl.vocab_alignment(rm),
     "ov": lambda rm, pairs: rl.ov_pull(rm),

@@ -21,6 +21,10 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.data import load_groups as load_groups
     from reward_lens.data import load_pairs as load_pairs
     from reward_lens.data import load_style_items as load_style_items
+    from reward_lens.data.concepts import ConceptText as ConceptText
+    from reward_lens.data.concepts import ConceptTexts as ConceptTexts
+    from reward_lens.data.concepts import load_concepts as load_concepts
+    from reward_lens.data.counts import load_counts as load_counts
     from reward_lens.edits import TextEdit as TextEdit
     from reward_lens.edits import edited_pairs as edited_pairs
     from reward_lens.edits import edits_of as edits_of
@@ -50,34 +54,48 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.methods.agreement import agreement_by_length as agreement_by_length
     from reward_lens.methods.alpha_selection import select_alpha as select_alpha
     from reward_lens.methods.bias_direction import bias_direction as bias_direction
+    from reward_lens.methods.cascade import detect_cascade as detect_cascade
     from reward_lens.methods.circuits import ablation_curve as ablation_curve
     from reward_lens.methods.circuits import minimal_circuit as minimal_circuit
+    from reward_lens.methods.compare import compare as compare
+    from reward_lens.methods.compare import compare_checkpoints as compare_checkpoints
+    from reward_lens.methods.compare import disagreements as disagreements
+    from reward_lens.methods.compared_curves import compared_curves as compared_curves
+    from reward_lens.methods.concept_vectors import concept_vectors as concept_vectors
+    from reward_lens.methods.conflict import term_conflict as term_conflict
     from reward_lens.methods.contributions import contributions as contributions
     from reward_lens.methods.counterfactual import counterfactual_patch as counterfactual_patch
+    from reward_lens.methods.distortion import distortion_index as distortion_index
     from reward_lens.methods.divergence import divergence as divergence
     from reward_lens.methods.edges import edge_effects as edge_effects
     from reward_lens.methods.edit_evaluation import evaluate_edit as evaluate_edit
     from reward_lens.methods.effects import effects as effects
     from reward_lens.methods.erasure import erase_concept as erase_concept
     from reward_lens.methods.exploits import find_exploits as find_exploits
+    from reward_lens.methods.fitted_weights import fitted_weights as fitted_weights
     from reward_lens.methods.head_editing import edit_head as edit_head
     from reward_lens.methods.head_editing import edit_report as edit_report
     from reward_lens.methods.knockout import attention_knockout as attention_knockout
     from reward_lens.methods.lens import crystallization_depth as crystallization_depth
     from reward_lens.methods.lens import random_weight_copy as random_weight_copy
     from reward_lens.methods.lens import reward_lens as reward_lens
+    from reward_lens.methods.linear_probes import linear_probes as linear_probes
     from reward_lens.methods.margin_features import margin_debug as margin_debug
     from reward_lens.methods.margin_features import margin_features as margin_features
     from reward_lens.methods.path_patching import path_effects as path_effects
     from reward_lens.methods.pressure import optimisation_pressure as optimisation_pressure
     from reward_lens.methods.probes import probe_hacking as probe_hacking
     from reward_lens.methods.screening import screen_then_verify as screen_then_verify
+    from reward_lens.methods.sensitivity import sensitivity_slopes as sensitivity_slopes
     from reward_lens.methods.steering import steer as steer
     from reward_lens.methods.style import style_matrix as style_matrix
     from reward_lens.methods.style import style_summary as style_summary
+    from reward_lens.methods.susceptibility import susceptibility_correlation as susceptibility_correlation
     from reward_lens.methods.token_attribution import token_attribution as token_attribution
     from reward_lens.methods.trained_lens import gradient_lens as gradient_lens
     from reward_lens.methods.trained_lens import tuned_lens as tuned_lens
+    from reward_lens.methods.transfer import transfer_matrix as transfer_matrix
+    from reward_lens.methods.valuation import valuation as valuation
     from reward_lens.methods.vocabulary_sweep import vocab_sweep as vocab_sweep
     from reward_lens.methods.weights import ov_pull as ov_pull
     from reward_lens.methods.weights import vocab_alignment as vocab_alignment
@@ -133,6 +151,20 @@ _HOME = {
     "methods.token_attribution": ("token_attribution",),
     "methods.trained_lens": ("gradient_lens", "tuned_lens"),
     "methods.weights": ("ov_pull", "vocab_alignment"),
+    "methods.compare": ("compare", "compare_checkpoints", "disagreements"),
+    "methods.compared_curves": ("compared_curves",),
+    "methods.concept_vectors": ("concept_vectors",),
+    "methods.valuation": ("valuation",),
+    "methods.linear_probes": ("linear_probes",),
+    "methods.cascade": ("detect_cascade",),
+    "methods.susceptibility": ("susceptibility_correlation",),
+    "methods.transfer": ("transfer_matrix",),
+    "methods.conflict": ("term_conflict",),
+    "methods.distortion": ("distortion_index",),
+    "methods.sensitivity": ("sensitivity_slopes",),
+    "methods.fitted_weights": ("fitted_weights",),
+    "data.concepts": ("ConceptText", "ConceptTexts", "load_concepts"),
+    "data.counts": ("load_counts",),
     "report.html": ("write_report",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

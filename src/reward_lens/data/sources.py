@@ -17,7 +17,7 @@ Rows = Iterator[tuple[str, Any]]  # where a row stands, and the row
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+")
 _BOM = b"\xef\xbb\xbf"
 _BUNDLED = {"demo": "pairs.jsonl", "diagnostic": "diagnostic.jsonl", "misalignment": "misalignment.jsonl"}
-_FORMS = "'demo', 'diagnostic', 'misalignment', a file ending in .jsonl, .json, .parquet or .csv, or a hub id ('org/name')"
+_FORMS = "'demo', 'diagnostic', 'misalignment', a .jsonl, .json, .parquet or .csv file, or a hub id such as 'org/name'"
 
 
 def open_rows(source: str | Path, split: str | None, limit: int | None) -> tuple[str, Rows]:

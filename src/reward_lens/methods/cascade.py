@@ -142,7 +142,7 @@ def detect_cascade(
     }  # fmt: skip
     note = f"{'no label' if label is None else label}: {reason}"
     return Result(
-        "cascade", value, unit="fraction", low=low, high=high, meta=meta,
+        "detect_cascade", value, unit="fraction", low=low, high=high, meta=meta,
         undefined=_undefined(onset, settled, run, other),
         checks=[Check("steps from the onset on", float(n_after), np.inf, note)],
     )  # fmt: skip
