@@ -206,7 +206,10 @@ def test_cascade_reads_counts(tmp_path):
     assert "no column lying_n" in run("cascade", str(table), code=1).output.replace("\n", " ")
 
 
-def test_distortion_sets_slopes_against_fitted_weights(model, pairs):
-    printed = run("distortion", model, "diagnostic", "--limit", "80").output
-    assert "question_overlap" in printed
-    assert "DataError" in run("distortion", model, pairs, "--limit", "2", code=1).output
+def test_distortion_takes_weights(model):
+    options = ("--truncation", "right", "--limit", "12", "--weights")
+    printed = run("distortion", model, "demo", *options, "words=1,hedges_per_100_words=2").output
+    assert "words" in printed and "hedges_per_100_words" in printed
+    assert "expected name=number" in run("distortion", model, "demo", *options, "words=many", code=2).output
+    refused = run("distortion", model, "demo", "--truncation", "right", "--limit", "12", code=1).output
+    assert "DataError" in refused  # twelve pairs do not determine five weights

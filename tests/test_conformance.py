@@ -192,7 +192,8 @@ def test_e10_nothing_is_left_behind_or_printed(family, dtype, capfd):
     assert fingerprint(rm) == before
 
 
-NATURAL = [rl.Pair(*texts) for texts in {t[0]: t for t in planted_pairs("length", 40)}.values()][:16]
+MANY = [rl.Pair(*texts) for texts in {t[0]: t for t in planted_pairs("length", 40)}.values()][:24]
+NATURAL = MANY[:16]
 SAID = {"joy": ("a delight", "a bore"), "haste": ("at once", "in time"), "doubt": ("maybe", "no")}
 CONCEPTS = rl.ConceptTexts(
     rl.ConceptText(concept, topic, f"Of {topic}: {text}.", polarity)
@@ -235,7 +236,7 @@ METHODS = {
     "margin features": lambda rm, pairs: rl.margin_features(rm, pairs),
     "direction": lambda rm, pairs: rl.bias_direction(rm, rl.edited_pairs(NATURAL, rl.edits_of(["add_emoji"])[0])),
     "evaluation": lambda rm, pairs: rl.evaluate_edit(rm, rm, pairs, {"own": pairs}, ["hedge"]),
-    "linear probes": lambda rm, pairs: rl.linear_probes(rm, NATURAL, "words", depths=[0, rm.n_layers], n_control=5),
+    "linear probes": lambda rm, pairs: rl.linear_probes(rm, MANY, "words", depths=[0, rm.n_layers], n_control=5),
     "slopes": lambda rm, pairs: rl.sensitivity_slopes(rm, {"words": ["pad"]}, NATURAL[:7]),
     "concepts": lambda rm, pairs: rl.concept_vectors(rm, CONCEPTS, denoise_var=0),
     "valuation": lambda rm, pairs: rl.valuation(

@@ -16,6 +16,7 @@ PUBLIC = [
     "CheckFailed",
     "ConceptText",
     "ConceptTexts",
+    "DEFAULT_EDITS",
     "DataError",
     "Group",
     "LoadError",

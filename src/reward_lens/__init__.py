@@ -86,6 +86,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.methods.pressure import optimisation_pressure as optimisation_pressure
     from reward_lens.methods.probes import probe_hacking as probe_hacking
     from reward_lens.methods.screening import screen_then_verify as screen_then_verify
+    from reward_lens.methods.sensitivity import DEFAULT_EDITS as DEFAULT_EDITS
     from reward_lens.methods.sensitivity import sensitivity_slopes as sensitivity_slopes
     from reward_lens.methods.steering import steer as steer
     from reward_lens.methods.style import style_matrix as style_matrix
@@ -161,7 +162,7 @@ _HOME = {
     "methods.transfer": ("transfer_matrix",),
     "methods.conflict": ("term_conflict",),
     "methods.distortion": ("distortion_index",),
-    "methods.sensitivity": ("sensitivity_slopes",),
+    "methods.sensitivity": ("DEFAULT_EDITS", "sensitivity_slopes"),
     "methods.fitted_weights": ("fitted_weights",),
     "data.concepts": ("ConceptText", "ConceptTexts", "load_concepts"),
     "data.counts": ("load_counts",),

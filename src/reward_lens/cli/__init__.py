@@ -1,0 +1,12 @@
+"""The command line: each command is a few lines over the API. Errors in the house style, no tracebacks for them.
+
+Exit codes: 0 done, 1 the library refused (model, data or a check), 2 the command line was wrong.
+"""
+
+from reward_lens.cli import behaviour, looking, studies
+from reward_lens.cli.common import app
+
+__all__ = ["app", "behaviour", "looking", "studies"]
+
+if __name__ == "__main__":
+    app()

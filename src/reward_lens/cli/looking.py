@@ -1,0 +1,151 @@
+"""Commands that look at one model: its load report, scores, lens, attribution, patching, the report."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+from rich.progress import Progress
+
+import reward_lens as rl
+from reward_lens.cli.common import (
+    COLUMNS,
+    AsJson,
+    Limit,
+    Model,
+    Objective,
+    PairsFile,
+    Save,
+    Split,
+    Truncation,
+    app,
+    err,
+    load,
+    refusals,
+    show,
+)
+
+
+@app.command(epilog="Example: reward-lens check Skywork/Skywork-Reward-V2-Llama-3.2-1B")
+@refusals
+def check(model: Model = "demo", objective: Objective = None, as_json: AsJson = False):
+    """Load a reward model and print its load report: what was tested, the gaps, and what was found."""
+    report = load(model, objective).load_report
+    if as_json:
+        return show(report, True)
+    typer.echo(f"{report.meta['model']}: {report.meta['architecture']}, {report.meta['layers']} layers")
+    for row in report.value:
+        name, found = row["check"].item(), row.found.item()
+        typer.echo(f"  {name:20} {float(row):9.1e} <= {float(row.tolerance):7.1e}  {found}")
+
+
+@app.command(epilog="Example: reward-lens score 'What is 2 + 2?' 'It is 4.' --model demo")
+@refusals
+def score(
+    prompt: str, response: str, model: Annotated[str, typer.Option()] = "demo", objective: Objective = None,
+    as_json: AsJson = False,
+):  # fmt: skip
+    """Score one response to a prompt."""
+    reward = load(model, objective).score(prompt, response)
+    typer.echo(json.dumps({"model": model, "reward": reward}) if as_json else f"{reward:.6g}")
+
+
+@app.command(epilog="Example: reward-lens accuracy demo pairs.jsonl --json")
+@refusals
+def accuracy(
+    model: Model = "demo", pairs: PairsFile = "demo", split: Split = None, limit: Limit = None,
+    objective: Objective = None, truncation: Truncation = None, as_json: AsJson = False, save: Save = None,
+):  # fmt: skip
+    """How often the chosen response wins, by subset and beside length-only rules."""
+    rm = load(model, objective, truncation)
+    show(rl.accuracy(rm, rl.load_pairs(pairs, split=split, limit=limit)), as_json, save)
+
+
+@app.command(epilog="Example: reward-lens lens demo demo --norm frozen")
+@refusals
+def lens(
+    model: Model = "demo", pairs: PairsFile = "demo", norm: str = "own", split: Split = None, limit: Limit = None,
+    objective: Objective = None, truncation: Truncation = None, as_json: AsJson = False, save: Save = None,
+):  # fmt: skip
+    """The reward read off the residual stream at every depth."""
+    rm = load(model, objective, truncation)
+    show(rl.reward_lens(rm, rl.load_pairs(pairs, split=split, limit=limit), norm=cast(Any, norm)), as_json, save)
+
+
+@app.command(epilog="Example: reward-lens attribute demo demo --by head --top 10")
+@refusals
+def attribute(
+    model: Model = "demo", pairs: PairsFile = "demo", by: str = "component", top: int = 10, split: Split = None,
+    limit: Limit = None, objective: Objective = None, truncation: Truncation = None, as_json: AsJson = False,
+    save: Save = None,
+):  # fmt: skip
+    """Split rewards and margins exactly over components, heads, neurons or source tokens."""
+    rm = load(model, objective, truncation)
+    show(rl.contributions(rm, rl.load_pairs(pairs, split=split, limit=limit), by=cast(Any, by)), as_json, save, top)
+
+
+@app.command(epilog="Example: reward-lens patch demo demo --sites heads --mode denoise --top 10")
+@refusals
+def patch(
+    model: Model = "demo", pairs: PairsFile = "demo", sites: str = "components", mode: str = "noise",
+    at: str = "final", path: str = "total", estimator: str = "exact",
+    align: Annotated[str | None, typer.Option(help="'tail' or 'diff', for responses of different length.")] = None,
+    top: int = 10, split: Split = None, limit: Limit = None, objective: Objective = None,
+    truncation: Truncation = None, as_json: AsJson = False, save: Save = None,
+):  # fmt: skip
+    """The causal effect of sites on the reward. SITES: components, heads, residual, or names such as L3.H5,L4.mlp."""
+    rm, data = load(model, objective, truncation), rl.load_pairs(pairs, split=split, limit=limit)
+    named: Any = sites if sites in ("components", "heads", "residual") else sites.split(",")
+    options: Any = {"mode": mode, "at": at, "path": path, "estimator": estimator, "align": align}
+    with Progress(*COLUMNS, console=err) as bar:
+        task = bar.add_task("Patching", total=len(data))
+        show(
+            rl.effects(rm, data, named, **options, progress=lambda n, _: bar.update(task, completed=n)),
+            as_json,
+            save,
+            top,
+        )
+
+
+@app.command(epilog="Example: reward-lens agree demo demo --limit 12 --estimators gradient")
+@refusals
+def agree(
+    model: Model = "demo", pairs: PairsFile = "demo", sites: str = "components", at: str = "final",
+    align: Annotated[str | None, typer.Option(help="'tail' or 'diff', for responses of different length.")] = None,
+    estimators: Annotated[str, typer.Option(help="Estimators to hold against exact effects, by commas.")] = "",
+    controls: int = 1, split: Split = None, limit: Limit = None, objective: Objective = None,
+    truncation: Truncation = None, as_json: AsJson = False, save: Save = None,
+):  # fmt: skip
+    """How far contributions, direct and total effects agree, beside a copy with random weights."""
+    rm, data = load(model, objective, truncation), rl.load_pairs(pairs, split=split, limit=limit)
+    named: Any = sites if sites in ("components", "heads") else sites.split(",")
+    options: Any = {"at": at, "align": align, "estimators": [e for e in estimators.split(",") if e]}
+    with err.status(f"Patching {len(data)} pairs"):
+        result = rl.agreement(rm, data, named, controls=controls, **options)
+    show(result, as_json, save)
+    if not as_json:
+        typer.echo(f"\nBy length:\n{rl.agreement_by_length(result)}")
+
+
+@app.command(epilog="Example: reward-lens report demo demo -o out/")
+@refusals
+def report(
+    model: Model = "demo", pairs: PairsFile = "demo", split: Split = None, limit: Limit = None,
+    objective: Objective = None, truncation: Truncation = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the page and the results.")] = Path("out"),
+):  # fmt: skip
+    """Run the whole analysis and write one offline HTML file, every Result beside it."""
+    from reward_lens.analysis import steps
+
+    rm, data = load(model, objective, truncation), rl.load_pairs(pairs, split=split, limit=limit)
+    results = {}
+    with Progress(*COLUMNS, console=err) as progress:
+        task = progress.add_task(f"{len(data)} pairs", total=None)
+        for name, result in steps(rm, data):
+            results[name] = result
+            result.save(output / f"{name}.nc")
+            progress.update(task, description=f"{result.meta['title']} done")
+    for note in data.notes:
+        err.print(f"Note: {note}", markup=False)
+    page = rl.write_report(results, output / "report.html", title=f"{rm.name}: reward model report")
+    typer.echo(f"Report: {page}")

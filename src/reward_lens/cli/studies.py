@@ -1,0 +1,124 @@
+"""Commands of whole studies: comparison, concepts, conflict, cascade, distortion."""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import reward_lens as rl
+from reward_lens.cli.common import (
+    AsJson,
+    Limit,
+    Model,
+    Objective,
+    PairsFile,
+    Save,
+    Split,
+    Truncation,
+    app,
+    err,
+    load,
+    refusals,
+    show,
+)
+
+
+@app.command(epilog="Example: reward-lens compare demo ./edited --pairs diagnostic")
+@refusals
+def compare(
+    models: Annotated[list[str], typer.Argument(help="Two or more: 'demo', hub ids, folders or PEFT adapters.")],
+    pairs: Annotated[str, typer.Option(help="'demo', a file, or a hub id.")] = "demo",
+    split: Split = None, limit: Limit = None, as_json: AsJson = False, save: Save = None,
+):  # fmt: skip
+    """Where models agree: preferences, rewards, where in depth the margin arises, and states."""
+    data = rl.load_pairs(pairs, split=split, limit=limit)
+    with err.status(f"Running {len(models)} models on {len(data)} pairs"):
+        result = rl.compare({name: partial(load, name) for name in models}, data)
+    show(result, as_json, save)
+    if not as_json:
+        typer.echo(f"\nLargest disagreements:\n{rl.disagreements(result, n=5).to_string(index=False)}")
+
+
+@app.command(epilog="Example: reward-lens concepts demo concepts --null 20 --steered 5")
+@refusals
+def concepts(
+    model: Model = "demo",
+    texts: Annotated[str, typer.Argument(help="'concepts' or a file: concept, topic, text, polarity.")] = "concepts",
+    null: Annotated[int, typer.Option(help="Random directions to steer along.", min=0)] = 200,
+    steered: Annotated[int, typer.Option(help="Texts to steer on.", min=1)] = 20,
+    depth: Annotated[int | None, typer.Option(help="Residual entering this block; default: two thirds.")] = None,
+    as_json: AsJson = False, save: Save = None,
+):  # fmt: skip
+    """Directions of concepts, which way the reward pays for each, and whether reading and steering agree."""
+    rm, given = load(model), rl.load_concepts(texts)
+    with err.status(f"Reading {len(given)} texts"):
+        vectors = rl.concept_vectors(rm, given, depth=depth)
+    with err.status("Steering"):
+        result = rl.valuation(rm, vectors, given, n_null=null, n_texts=steered)
+    if as_json:
+        return show(result, True, save)
+    table = result.dataset[["mean", "low", "high"]].to_dataframe().rename(columns={"mean": "causal"})
+    columns = ["causal", "low", "high", "direct", "read", "sign", "sign_share", "auc"]
+    typer.echo(table[columns].to_string(float_format=lambda x: f"{x:.3g}"))
+    typer.echo(f"\n{result.meta['shows']}")
+    if save is not None:
+        result.save(save)
+
+
+@app.command(epilog="Example: reward-lens conflict demo demo --terms hedge,add_bold,exclaim")
+@refusals
+def conflict(
+    terms: Annotated[str, typer.Option(help="Edits by commas: each is the term that pays for it.")],
+    model: Model = "demo", pairs: PairsFile = "demo", split: Split = None, limit: Limit = None,
+    objective: Objective = None, truncation: Truncation = None, as_json: AsJson = False, save: Save = None,
+):  # fmt: skip
+    """How the directions of several edits relate: aligned, orthogonal or in conflict, where the numbers decide."""
+    rm, data = load(model, objective, truncation), rl.load_pairs(pairs, split=split, limit=limit)
+    chosen = {edit.name: rl.edited_pairs(data, edit) for edit in rl.edits_of(terms.split(","))}
+    with err.status("Reading states"):
+        result = rl.term_conflict(rm, chosen, tests=("direction",))
+    show(result, as_json, save)
+
+
+@app.command(epilog="Example: reward-lens cascade run.csv --control control.csv")
+@refusals
+def cascade(
+    counts: Annotated[Path, typer.Argument(help="Columns step, episodes, hacks, and <name>, <name>_n an evaluation.")],
+    control: Annotated[Path | None, typer.Option(help="The same of a run without hacking.")] = None,
+    as_json: AsJson = False, save: Save = None,
+):  # fmt: skip
+    """Onset of hacking over the checkpoints of a run, and what changes with it."""
+    result = rl.detect_cascade(**rl.load_counts(counts), control=None if control is None else rl.load_counts(control))
+    show(result, as_json, save)
+    if not as_json:
+        typer.echo(f"\n{result.meta['label'] or 'no label'}: {result.meta['reason']}")
+
+
+@app.command(epilog="Example: reward-lens distortion demo demo --weights words=1,hedges_per_100_words=1")
+@refusals
+def distortion(
+    model: Model = "demo", pairs: PairsFile = "demo",
+    weights: Annotated[str, typer.Option(help="name=number by commas; default: fitted to the pairs' labels.")] = "",
+    lam: Annotated[float, typer.Option(help="Share of behaviour that the reward drives.", min=0, max=1)] = 1.0,
+    split: Split = None, limit: Limit = None, objective: Objective = None, truncation: Truncation = None,
+    as_json: AsJson = False, save: Save = None,
+):  # fmt: skip
+    """What the reward pays for attributes of the text, against what they are worth."""
+    given = dict(_weight(part) for part in weights.split(",") if part)
+    rm, data = load(model, objective, truncation), rl.load_pairs(pairs, split=split, limit=limit)
+    chosen = {name: edits for name, edits in rl.DEFAULT_EDITS.items() if not given or name in given}
+    with err.status(f"Editing and scoring {2 * len(data)} responses"):
+        slopes = rl.sensitivity_slopes(rm, chosen, data)
+    worth = list(given.values()) if given else rl.fitted_weights(data, list(chosen))
+    show(rl.distortion_index(slopes, worth, lam=lam), as_json, save)
+
+
+def _weight(part: str) -> tuple[str, float]:
+    name, _, number = part.partition("=")
+    try:
+        if name in rl.DEFAULT_EDITS:
+            return name, float(number)
+    except ValueError:
+        pass
+    raise typer.BadParameter(f"{part!r}: expected name=number, a name of {', '.join(rl.DEFAULT_EDITS)}")
