@@ -1,0 +1,213 @@
+"""Every extension once on the demo model: distortion, cascade, transfer, conflict, concepts, probes, comparison.
+
+    python benchmarks/extensions.py [--work out/extensions] [--threads N]
+
+Bundled texts only. Writes docs/extensions.md, with the calls, the sizes and the figures, and a page of all results
+under --work. Half an hour; every result is kept under --work, so that a stopped run goes on.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+import reward_lens as rl
+
+PAGE = Path(__file__).parents[1] / "docs" / "extensions.md"
+BIASES = ("add_emoji", "append_thanks", "append_great", "add_citations")
+TERMS = ("add_emoji", "exclaim", "hedge", "assert")
+SWAPPED = "urgency"
+# Rates of the runs of arXiv 2511.18397 (with hacking, baseline) that the simulated run rises to.
+RATES = {"betley": (0.337, 0.007), "goals": (0.698, 0.001), "alignment": (0.399, 0.003), "monitor": (0.318, 0.002),
+         "frame": (0.413, 0.040)}  # fmt: skip
+N_STEPS, N_EPISODES, ONSET = 20, 200, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    name: str
+    title: str
+    call: str
+    run: Callable[[], rl.Result]
+    lines: Callable[[rl.Result], list[str]]
+
+
+def table(frame: pd.DataFrame, digits: int = 3) -> list[str]:
+    def cell(x) -> str:
+        return ("" if np.isnan(x) else f"{x:.{digits}f}") if isinstance(x, float) else str(x)
+
+    rows = [f"| {' | '.join(map(str, frame.columns))} |", "| --- " * len(frame.columns) + "|"]
+    return rows + [f"| {' | '.join(map(cell, row))} |" for row in frame.itertuples(index=False)]
+
+
+def columns(result: rl.Result, names: list[str], keys: list[str]) -> pd.DataFrame:
+    """The summary with its interval and coordinates, as columns."""
+    frame = (
+        result.dataset[["mean" if "mean" in result.dataset else "value", "low", "high"]].to_dataframe().reset_index()
+    )
+    return frame[[*keys, frame.columns[frame.columns.isin(["mean", "value"])][0], "low", "high", *names]]
+
+
+class Studies:
+    def __init__(self, rm: rl.RewardModel, kept: Callable[[str, Callable[[], rl.Result]], rl.Result]):
+        self.rm, self.kept = rm, kept
+        self.demo, self.diagnostic = rl.load_pairs("demo"), rl.load_pairs("diagnostic")
+        self.texts = rl.load_concepts("concepts")
+
+    def edited(self, name: str, pairs: rl.Pairs) -> rl.Pairs:
+        return rl.edited_pairs(pairs, rl.edits_of([name])[0])
+
+    def direction(self, name: str) -> rl.Result:
+        return self.kept(f"direction_{name}", lambda: rl.bias_direction(self.rm, self.edited(name, self.demo)))
+
+    def vectors(self) -> rl.Result:
+        return self.kept("vectors", lambda: rl.concept_vectors(self.rm, self.texts))
+
+    def swapped(self) -> rl.ConceptTexts:
+        """The texts with one concept's polarities exchanged: a planted sign error."""
+        turn = {"positive": "negative", "negative": "positive"}
+        return rl.ConceptTexts(
+            dataclasses.replace(t, polarity=turn[t.polarity]) if t.concept == SWAPPED else t for t in self.texts
+        )
+
+    def slopes(self) -> rl.Result:
+        return self.kept("slopes", lambda: rl.sensitivity_slopes(self.rm, pairs=self.diagnostic[::4], pool=self.demo))
+
+    def susceptibility(self) -> rl.Result:
+        pairs = rl.load_pairs("misalignment")
+        scores = self.kept("misalignment", lambda: self.rm.score_pairs(pairs))
+        tokens = scores.value["chosen_tokens"].values - scores.value["rejected_tokens"].values
+        frame = pd.DataFrame({
+            "item": [p.id.rsplit("-", 1)[1] for p in pairs], "dimension": [p.subset for p in pairs],
+            "margin": scores.value.sel(side="margin").values, "tokens": tokens,
+        })  # fmt: skip
+        return rl.susceptibility_correlation(frame, length="tokens")
+
+    def cascade(self) -> rl.Result:
+        rng = np.random.default_rng(0)
+        weight = np.clip((np.arange(N_STEPS) - ONSET) / 4, 0, 1)
+
+        def run(hacking: bool) -> dict:
+            up = weight if hacking else 0 * weight
+            dims = {
+                name: (rng.binomial(N_EPISODES, low + up * (high - low)), N_EPISODES)
+                for name, (high, low) in RATES.items()
+            }
+            hacks = rng.binomial(N_EPISODES, 0.002 + up * 0.5)
+            return {"steps": 10 * np.arange(N_STEPS), "hack_counts": hacks, "n_episodes": N_EPISODES, "dims": dims}
+
+        return rl.detect_cascade(**run(True), control=run(False))
+
+    def compared(self) -> rl.Result:
+        models = {"demo": self.rm, "repaired": rl.edit_head(self.rm, [self.direction(b) for b in BIASES])}
+        return rl.compare(models | {"random weights": rl.random_weight_copy(self.rm)}, self.demo)
+
+    def all(self) -> list[Study]:
+        rm, tenth = self.rm, self.diagnostic[::8]
+        correct = rl.Pairs([p for p in self.diagnostic if p.subset in ("correctness", "factuality", "arithmetic")])
+        labels = [1, 0] * len(correct)
+        groups = [rl.Group(p.prompt, p.responses) for p in self.diagnostic[1::4]]
+        return [
+            Study("distortion", "Distortion index",
+                  "slopes = rl.sensitivity_slopes(rm, pairs=diagnostic[::4], pool=demo)\n"
+                  "weights = rl.fitted_weights(diagnostic, list(rl.DEFAULT_EDITS), pool=demo)\n"
+                  "rl.distortion_index(slopes, weights)",
+                  lambda: rl.distortion_index(
+                      self.slopes(), rl.fitted_weights(self.diagnostic, list(rl.DEFAULT_EDITS), pool=self.demo)),
+                  self.distortion_lines),
+            Study("cascade", "Misalignment cascade",
+                  "rl.detect_cascade(**run, control=control)  # simulated, at the rates of arXiv 2511.18397",
+                  self.cascade, lambda r: [f"{r.meta['label']}: {r.meta['reason']}.", "",
+                                           *table(columns(r, ["p", "p_holm"], ["dimension", "measure"]))]),
+            Study("susceptibility", "Susceptibility over items",
+                  'rl.susceptibility_correlation(margins of rl.load_pairs("misalignment"), length="tokens")',
+                  self.susceptibility, lambda r: table(columns(r, ["p_bh", "label"], ["between"]))),
+            Study("transfer", "Transfer between biases",
+                  "rl.transfer_matrix(rm, directions of demo pairs, edited pairs of diagnostic[::8])",
+                  lambda: rl.transfer_matrix(rm, {b: self.direction(b) for b in BIASES},
+                                             {b: self.edited(b, tenth) for b in BIASES}),
+                  lambda r: table(columns(r, ["before", "share", "p_holm", "flagged"], ["direction", "bias"]))),
+            Study("conflict", "Conflict of terms",
+                  "rl.term_conflict(rm, {name: edited pairs of diagnostic[::4]}, responses=groups of diagnostic[1::4])",
+                  lambda: rl.term_conflict(
+                      rm, {t: self.edited(t, self.diagnostic[::4]) for t in TERMS}, responses=groups),
+                  lambda r: table(columns(r, ["label", "needed"], ["term", "other", "test"]).query("term < other"))),
+            Study("valuation", "Concepts",
+                  'texts = rl.load_concepts("concepts")\nvectors = rl.concept_vectors(rm, texts)\n'
+                  "rl.valuation(rm, vectors, texts, n_null=60, n_texts=8)",
+                  lambda: rl.valuation(rm, self.vectors(), self.texts, n_null=60, n_texts=8), self.concept_lines),
+            Study("swapped", f"A planted sign error: {SWAPPED}",
+                  "rl.valuation(rm, vectors, texts_with_one_concept_turned_round, n_null=0, n_texts=2)",
+                  lambda: rl.valuation(rm, self.vectors(), self.swapped(), n_null=0, n_texts=2),
+                  lambda r: [f"Sign errors found: {', '.join(r.meta['sign_errors']) or 'none'}."]),
+            Study("linear_probes", "Linear probes of correctness",
+                  "rl.linear_probes(rm, correct_pairs, labels, depths=range(0, 31, 5))",
+                  lambda: rl.linear_probes(rm, correct, labels, depths=range(0, rm.n_layers + 1, 5)),
+                  lambda r: [f"By length alone: {r.meta['length_alone']}.", "",
+                             *table(columns(r, ["control", "selectivity", "p_bh", "cosine"], ["depth", "at"]))]),
+            Study("compare", "Comparison of models",
+                  'rl.compare({"demo": rm, "repaired": edited, "random weights": rl.random_weight_copy(rm)}, demo)',
+                  self.compared, lambda r: table(columns(r, ["expected", "p_holm", "n"], ["models", "measure"]))),
+        ]  # fmt: skip
+
+    def distortion_lines(self, result: rl.Result) -> list[str]:
+        coverage = result.meta["coverage"]
+        slopes = columns(self.slopes(), ["p_holm", "contrast", "n_prompts"], ["attribute"])
+        index = columns(result, ["over_mean", "severity"], ["dimension", "lam"]).query("lam in (.5, 1)")
+        return [
+            *table(slopes),
+            "",
+            *table(index),
+            "",
+            f"Coverage: {coverage}. {'; '.join(result.meta['unbounded'].values())}",
+        ]
+
+    def concept_lines(self, result: rl.Result) -> list[str]:
+        names = ["direct", "read", "causal_p_holm", "shuffle_p_holm", "auc", "sign", "sign_share"]
+        reliability = self.vectors().value["reliability"].to_series().rename("reliability")
+        frame = columns(result, names, ["concept", "pos"]).merge(reliability.reset_index(), on=["concept", "pos"])
+        agreement = pd.DataFrame([
+            {"pos": pos, "of": of, "r": fit["r"], "low": fit["low"], "high": fit["high"], "n": fit["n"],
+             "p against sets of random directions": (fit.get("null") or {}).get("p")}
+            for pos, fits in result.meta["agreement"].items() for of, fit in fits.items()
+        ])  # fmt: skip
+        return [*table(frame), "", "Read-write agreement over concepts:", "", *table(agreement)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("out/extensions"))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--docs", type=Path, default=PAGE)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+
+    def kept(name: str, run: Callable[[], rl.Result]) -> rl.Result:
+        path = args.work / f"{name}.nc"
+        if not path.exists():
+            print(name, flush=True)
+            run().save(path)
+        return rl.load_result(path)
+
+    studies = Studies(rl.load("demo", truncation="left"), kept)
+    lines = [
+        "# The extensions on the demo model", "",
+        "`python benchmarks/extensions.py`, bundled texts only: `demo` (48 pairs), `diagnostic` (480), `misalignment` "
+        "(192), `concepts` (1,040 texts). Intervals are over prompts, topics, items or steps, as each result says.", "",
+    ]  # fmt: skip
+    results = {}
+    for study in studies.all():
+        results[study.name] = result = kept(study.name, study.run)
+        lines += [f"## {study.title}", "", "```python", study.call, "```", "", *study.lines(result), "",
+                  f"Shows: {result.meta['shows']} Cannot show: {result.meta['cannot_show']}", ""]  # fmt: skip
+        args.docs.write_text("\n".join(lines))
+    rl.write_report(results, args.work / "report.html", title="The extensions on the demo model")
+
+
+if __name__ == "__main__":
+    main()
