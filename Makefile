@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -c constraints.txt
 
-.PHONY: setup report test test-full conformance bench bench-effects bench-stats docs lint
+.PHONY: setup report test test-full conformance bench bench-effects bench-stats bench-repair bench-extensions docs lint
 
 setup: .venv/.setup
 
@@ -50,8 +50,17 @@ PEERS ?=
 bench-effects: .venv/.setup
 	$(BIN)/python benchmarks/effects.py --work out/bench $(PEERS)
 
+# How often tests err on noise and intervals hold the truth, in full; the tests run small versions. Hours.
 bench-stats: .venv/.setup
-	$(BIN)/python benchmarks/probe_calibration.py
+	for one in probe distortion cascade conflict concept linear_probe compare; do \
+	  $(BIN)/python benchmarks/$${one}_calibration.py || exit 1; done
+
+# DATA: folder of the preference sets that the script names.
+bench-repair: .venv/.setup
+	$(BIN)/python benchmarks/repair.py --data $(DATA)
+
+bench-extensions: .venv/.setup
+	$(BIN)/python benchmarks/extensions.py
 
 docs: .venv/.docs
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
