@@ -61,8 +61,8 @@ def main() -> None:
     rm, edits = Ruled(noise(0)), [remembering(edit) for edit in rl.edits_of()]
     lines = [
         "# Calibration of the probe suite on noise", "",
-        "`python benchmarks/probe_calibration.py`: rewards that are noise of the text, all probes. In brackets half of a "
-        "95% interval over runs.", "",
+        "`python benchmarks/probe_calibration.py`: rewards that are noise of the text, all probes. In brackets half of "
+        "a 95% interval over runs.", "",
         "| prompts | runs | noise | p < .05, uncorrected | any probe after Holm | 95% intervals that hold 0 |",
         "| --- " * 6 + "|",
     ]  # fmt: skip

@@ -38,6 +38,7 @@ PUBLIC = [
     "agreement",
     "agreement_by_length",
     "attention_knockout",
+    "base_under_head",
     "bias_direction",
     "calibration",
     "capture",

@@ -100,6 +100,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.methods.vocabulary_sweep import vocab_sweep as vocab_sweep
     from reward_lens.methods.weights import ov_pull as ov_pull
     from reward_lens.methods.weights import vocab_alignment as vocab_alignment
+    from reward_lens.model.base import base_under_head as base_under_head
     from reward_lens.model.loading import load as load
     from reward_lens.model.reward_model import RewardModel as RewardModel
     from reward_lens.model.sites import Site as Site
@@ -115,6 +116,7 @@ _HOME = {
     "result": ("Check", "Result", "load_result"),
     "charts": ("save_chart",),
     "data": ("Group", "Pair", "Pairs", "StyleItem", "load_groups", "load_pairs", "load_style_items"),
+    "model.base": ("base_under_head",),
     "model.loading": ("load",),
     "model.reward_model": ("RewardModel",),
     "model.sites": ("Site",),

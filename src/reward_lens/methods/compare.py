@@ -75,9 +75,8 @@ def compare(
     `disagreements`) and the curves (see `compared_curves`).
 
     Raises `DataError` for fewer than two models, a name twice, something that is no model, unknown profiles; and what
-    loading and the methods raise. A base language model has no reward head and `load` refuses it: to compare its states
-    with its reward model's, build the base's ...ForSequenceClassification with the reward model's head as a
-    `RewardModel`, and read the measures of states only.
+    loading and the methods raise. A base language model has no reward head: put it under the reward model's
+    (`base_under_head`) and read the measures of states.
 
     Cannot show which model is right where they differ, nor that states which are alike are used alike.
     """
