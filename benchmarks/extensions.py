@@ -37,11 +37,14 @@ class Study:
 
 
 def table(frame: pd.DataFrame, digits: int = 3) -> list[str]:
-    def cell(x) -> str:
-        return ("" if np.isnan(x) else f"{x:.{digits}f}") if isinstance(x, float) else str(x)
+    def cell(x, name: str) -> str:
+        if not isinstance(x, float) or np.isnan(x):
+            return "" if isinstance(x, float) else str(x)
+        return "< .001" if x < 0.001 and name.split("_")[0].split(" ")[0] == "p" else f"{x:.{digits}f}"
 
-    rows = [f"| {' | '.join(map(str, frame.columns))} |", "| --- " * len(frame.columns) + "|"]
-    return rows + [f"| {' | '.join(map(cell, row))} |" for row in frame.itertuples(index=False)]
+    names = list(map(str, frame.columns))
+    rows = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
+    return rows + [f"| {' | '.join(map(cell, row, names))} |" for row in frame.itertuples(index=False)]
 
 
 def columns(result: rl.Result, names: list[str], keys: list[str]) -> pd.DataFrame:
@@ -122,7 +125,8 @@ class Studies:
             Study("cascade", "Misalignment cascade",
                   "rl.detect_cascade(**run, control=control)  # simulated, at the rates of arXiv 2511.18397",
                   self.cascade, lambda r: [f"{r.meta['label']}: {r.meta['reason']}.", "",
-                                           *table(columns(r, ["p", "p_holm"], ["dimension", "measure"]))]),
+                                           *table(columns(r, ["p", "p_holm"], ["dimension", "measure"])
+                                                  .query("measure in ('before', 'after', 'change beyond control')"))]),
             Study("susceptibility", "Susceptibility over items",
                   'rl.susceptibility_correlation(margins of rl.load_pairs("misalignment"), length="tokens")',
                   self.susceptibility, lambda r: table(columns(r, ["p_bh", "label"], ["between"]))),
