@@ -181,8 +181,8 @@ class ActivationStore:
     def __repr__(self) -> str:
         where = "in memory" if self.folder is None else f"in {self.folder}"
         return (
-            f"<ActivationStore {len(self)} samples [{self.d_model}] of {self.site}, {self.meta['positions']!r} positions"
-            f" of {self.meta['n_texts']} texts, {len(self._starts) - 1} shard(s) {where}>"
+            f"<ActivationStore {len(self)} samples [{self.d_model}] of {self.site}, {self.meta['positions']!r}"
+            f" positions of {self.meta['n_texts']} texts, {len(self._starts) - 1} shard(s) {where}>"
         )
 
 

@@ -11,20 +11,20 @@ What this cannot show: anything yet. Samples of one text depend on each other; `
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from reward_lens.engine.activation_store import ActivationStore, require_samples
 from reward_lens.engine.activations import positions_of
+from reward_lens.engine.run import passes
 from reward_lens.engine.store_files import FORMAT, VERSION, FolderShelf, MemoryShelf, Shelf, dtype_of
 from reward_lens.engine.store_identity import identity, require_same_model
 from reward_lens.engine.store_samples import Recipe, Samples, require_recipe, samples_of
-from reward_lens.engine.store_texts import Known, Window, measured, rereadable, windows
+from reward_lens.engine.store_texts import Known, Window, measured, windows
 from reward_lens.errors import DataError
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
@@ -86,7 +86,7 @@ def store_activations(
     Returns an `ActivationStore` of samples [n, d_model] in the order of texts and positions. `meta["left_out"]` counts
     what was left out.
     Raises `DataError` for inputs that are no texts, no samples, a disk with too little room (by `estimate_store` before
-    the start where the inputs can be read twice, and before every shard), a folder of something else or of other
+    the start where the inputs have a length, and before every shard), a folder of something else or of other
     settings, another model's store, and numbers that the precision cannot hold; `StructureError` for a site the model
     does not have. The model is left as it was.
     """
@@ -104,7 +104,7 @@ def store_activations(
     else:
         _require_same_settings(index, settings, str(folder))
         require_same_model(rm, index["model"], f"The store in {folder}")
-    if not index["complete"] and folder is not None and rereadable(inputs):
+    if not index["complete"] and folder is not None and isinstance(inputs, Sized):
         estimate = _estimate(rm, inputs, recipe, row_bytes)
         shelf.require_room(estimate.bytes - index["n_samples"] * row_bytes)
     if not index["shards"]:
@@ -134,7 +134,7 @@ def estimate_store(
     exclude: Sequence[str] = ("first", "sinks"),
     per_text: int | None = None,
 ) -> StoreEstimate:
-    """How many samples and bytes `store_activations` would write, without running the model.
+    """How many samples and bytes `store_activations` would write, without running the texts.
 
     Returns a `StoreEstimate`. Texts are tokenised up to `MEASURED_TEXTS`; the samples of more texts are scaled up by
     their characters. A generator is used up.
@@ -198,19 +198,15 @@ class _Filling:
         index["complete"] = True
         if self._rows:
             self._write(self._rows)
-        require_samples(index)
-        if index is not None and not self._rows:
+        else:
+            require_samples(index)
             self._shelf.write_index(index)
 
     def _write(self, rows: int) -> None:
         index = self._index
-        joined = {name: torch.cat([p[name] for p in self._pending]) for name in self._pending[0]}
-        shard = {name: t[:rows].clone() for name, t in joined.items()}
-        rest = {name: t[rows:].clone() for name, t in joined.items()}
-        self._rows -= rows
-        self._pending = [rest] if self._rows else []
+        shard = self._taken(rows)
         before = index["shards"][-1]["last_text"] if index["shards"] else -1
-        numbers = [int(number) for number in np.unique(shard["text"].numpy()) if number > before]
+        numbers = [number for number in shard["text"].unique_consecutive().tolist() if number > before]
         texts = {n: self._pieces[n] for n in numbers} if index["settings"]["keep_texts"] else None
         last = int(shard["text"][-1])
         self._pieces = {number: pieces for number, pieces in self._pieces.items() if number > last}
@@ -223,6 +219,21 @@ class _Filling:
         index["shards"].append(entry)
         index["n_samples"] += rows
         self._shelf.write_index(index)
+
+    def _taken(self, rows: int) -> dict[str, Tensor]:
+        """The first rows that wait, as tensors of their own."""
+        parts: list[dict[str, Tensor]] = []
+        wanted = rows
+        while wanted:
+            first = self._pending.pop(0)
+            have = len(first["text"])
+            if have > wanted:
+                self._pending.insert(0, {name: t[wanted:] for name, t in first.items()})
+                first = {name: t[:wanted] for name, t in first.items()}
+            parts.append(first)
+            wanted -= min(have, wanted)
+        self._rows -= rows
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _tensors(samples: Samples, dtype: str) -> dict[str, Tensor]:
@@ -257,8 +268,6 @@ def _recipe(rm, site, positions, exclude, sink_multiple, per_text, batch_size, s
 
 def _width(rm: RewardModel, site: Site) -> int:
     """Numbers of a sample at a site, measured on a short text."""
-    from reward_lens.engine.run import passes
-
     with torch.no_grad():
         _, tensors = next(iter(passes(rm, [rm.tokenizer.text("a")], [site])))
     return tensors[site][0].numel()

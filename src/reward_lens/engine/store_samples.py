@@ -71,6 +71,8 @@ def require_recipe(rm: RewardModel, recipe: Recipe) -> None:
         value = getattr(recipe, name)
         if value is not None and value < 1:
             raise _setting(name, repr(value), "1 or more, or None")
+    if recipe.seed < 0:
+        raise _setting("seed", repr(recipe.seed), "0 or more")
 
 
 @torch.no_grad()

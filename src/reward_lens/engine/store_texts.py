@@ -49,6 +49,9 @@ class Known:
     """Of the first `n_texts` texts."""
 
 
+NOTHING = Known()
+
+
 def source_texts(inputs: Any) -> Iterator[Source]:
     """Every text of pairs, groups, style items, (prompt, response) tuples or raw strings, in order and lazily."""
     if isinstance(inputs, tuple) and inputs and all(isinstance(part, str) for part in inputs):
@@ -69,7 +72,7 @@ def source_texts(inputs: Any) -> Iterator[Source]:
             raise _unusable(f"Item {index} of the inputs is", item, "correct or leave out the item")
 
 
-def new_texts(inputs: Any) -> Iterator[tuple[Source, bool, "hashlib._Hash"]]:
+def new_texts(inputs: Any) -> Iterator[tuple[Source, bool, Any]]:
     """Every text with whether it is the first of its kind, and the running SHA-256 of all texts so far."""
     seen: set[bytes] = set()
     running = hashlib.sha256()
@@ -80,7 +83,7 @@ def new_texts(inputs: Any) -> Iterator[tuple[Source, bool, "hashlib._Hash"]]:
         seen.add(digest)
 
 
-def windows(rm: RewardModel, inputs: Any, batch_size: int | None = None, known: Known = Known()) -> Iterator[Window]:  # noqa: B008
+def windows(rm: RewardModel, inputs: Any, batch_size: int | None = None, known: Known = NOTHING) -> Iterator[Window]:
     """The stream from `known.start` on. A window closes at `WINDOW_TOKENS` tokens and `batch_size` texts or more.
 
     Raises `DataError` where the inputs are not those that `known` speaks of.
@@ -130,11 +133,6 @@ def measured(rm: RewardModel, inputs: Any, most: int) -> tuple[list[Tokens], int
             tokens.append(tokens_of(rm, source))
             read += size
     return tokens, new_count, repeated, characters / max(read, 1)
-
-
-def rereadable(inputs: Any) -> bool:
-    """Whether the inputs can be gone through twice (a generator cannot)."""
-    return not isinstance(inputs, Iterable) or iter(inputs) is not inputs
 
 
 def _unusable(what: str, found: Any, do: str) -> DataError:
