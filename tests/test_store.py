@@ -1,7 +1,6 @@
 """The activation store against plain `capture`, against itself after being killed, and its shuffling against counts."""
 
 import functools
-import gc
 import json
 import shutil
 import types
@@ -63,8 +62,8 @@ def holds(store, rm, texts, site, positions, **kwargs):
     assert len(store) == len(values) and store.d_model == values.shape[1]
     torch.testing.assert_close(store.tensor(), values.float(), rtol=1e-4, atol=1e-4)
     chunks = list(store.chunks(5))
-    got = [place for c in chunks for place in zip(*(getattr(c, n).tolist() for n in ("text", "position", "token")))]
-    assert got == places
+    sides = [torch.cat([getattr(c, name) for c in chunks]).tolist() for name in ("text", "position", "token")]
+    assert list(zip(*sides, strict=True)) == places
     assert [tuple(store.at(i)) for i in (0, len(store) // 2, len(store) - 1)] == [
         places[i] for i in (0, len(store) // 2, len(store) - 1)
     ]
@@ -136,8 +135,7 @@ def test_texts_seen_before_are_dropped_and_keep_their_numbers():
 
 
 def sinking(scale: float) -> rl.RewardModel:
-    """A model in which the MLP of block 1 writes a massive value wherever the token is a full stop, and block 2 reads
-    it: a planted sink."""
+    """A model whose residual is massive wherever the token is a full stop: a planted sink."""
     module, tokenizer = tiny_model("llama", seed=1)
     stop = tokenizer.encode(".", add_special_tokens=False)[0]
     module.model.embed_tokens.weight.data[stop] *= scale
@@ -175,8 +173,8 @@ def test_at_most_so_many_of_a_text(small_windows):
     whole = store_activations(rm, PAIRS, site, "all", exclude=NO_SINKS)
     chunk, full = next(store.chunks()), next(whole.chunks())
     assert set(np.unique(chunk.text, return_counts=True)[1]) == {3}
-    places = dict(zip(zip(full.text.tolist(), full.position.tolist()), full.values, strict=True))
-    where = list(zip(chunk.text.tolist(), chunk.position.tolist()))
+    places = {(t, p): v for t, p, v in zip(full.text.tolist(), full.position.tolist(), full.values, strict=True)}
+    where = list(zip(chunk.text.tolist(), chunk.position.tolist(), strict=True))
     assert where == sorted(where) and all(torch.equal(places[w], v) for w, v in zip(where, chunk.values, strict=True))
     assert store.meta["left_out"]["per_text"] == len(whole) - len(store)
     again = next(store_activations(rm, PAIRS, site, "all", per_text=3, exclude=NO_SINKS, seed=1).chunks())
@@ -242,10 +240,11 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(positions, rows, tmp_
     assert deaths >= 2
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
     assert store.meta == whole.meta and torch.equal(store.tensor(), whole.tensor())
+    sampled = {text for chunk in whole.chunks() for text in chunk.text.tolist()}
     pieces = {
         number: rm.tokenize(*source).pieces
         for number, source in enumerate([(p.prompt, r) for p in inputs for r in p.responses])
-        if number in set(next(whole.chunks(10**6)).text.tolist())
+        if number in sampled
     }
     assert dict(ActivationStore.open(tmp_path / "killed").texts) == pieces
 
@@ -288,7 +287,6 @@ def counted(counts, width=3):
     starts, reads, alive, most = np.cumsum([0, *counts]), [], [0], [0]
 
     def load(shard):
-        gc.collect()
         rows = torch.arange(starts[shard], starts[shard + 1]).float()[:, None].repeat(1, width)
         reads.append(shard)
         alive[0] += 1
@@ -364,7 +362,6 @@ def test_shuffling_mixes_shards_and_texts(tmp_path):
     joined = torch.cat(batches)
     assert torch.equal(torch.sort(joined[:, 0]).values, torch.sort(values[:, 0]).values)
     assert not torch.equal(joined, values)
-    state = None
     run = store.batches(32, seed=3, buffer=50)
     for _ in range(2):
         next(run)
@@ -416,7 +413,7 @@ def test_the_estimate_of_many_texts_scales_by_characters(monkeypatch):
 
 def test_a_disk_with_too_little_room_is_refused_before_the_start_and_before_a_shard(tmp_path, monkeypatch):
     rm = model()
-    need = estimate_store(rm, PAIRS, "L1.mlp", "all").bytes + store_files.SPARE_BYTES
+    need = estimate_store(rm, PAIRS, "L1.mlp", "all", exclude=()).bytes + store_files.SPARE_BYTES
     room = [need - 1]
     usage = types.SimpleNamespace
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(total=0, used=0, free=room[0]))
@@ -424,7 +421,7 @@ def test_a_disk_with_too_little_room_is_refused_before_the_start_and_before_a_sh
     run = store_module.samples_of
     monkeypatch.setattr(store_module, "samples_of", lambda *a: (ran.append(1), run(*a))[1])
     with pytest.raises(rl.DataError, match="too little room"):
-        store_activations(rm, PAIRS, "L1.mlp", "all", tmp_path / "a" / "b")
+        store_activations(rm, PAIRS, "L1.mlp", "all", tmp_path / "a" / "b", exclude=())
     assert not ran and not (tmp_path / "a").exists()
     with pytest.raises(rl.DataError, match="too little room"):  # a generator: noticed at its shard
         store_activations(rm, iter(PAIRS), "L1.mlp", "all", tmp_path / "c", exclude=(), shard_mb=1)
@@ -560,4 +557,5 @@ def test_only_a_window_and_a_shard_are_held_while_storing(monkeypatch, tmp_path,
     monkeypatch.setattr(store_module._Filling, "add", watched)
     store = store_activations(model(), PAIRS, "L1.mlp", "all", tmp_path, shard_mb=shard_mb(25))
     assert all(rows < 25 for rows, _ in waiting) and len(waiting) > 3
-    assert [s["rows"] for s in store._index["shards"][:-1]] == [25] * (len(store) // 25)
+    rows = [s["rows"] for s in store._index["shards"]]
+    assert sum(rows) == len(store) and set(rows[:-1]) == {25} and 0 < rows[-1] <= 25
