@@ -101,7 +101,7 @@ def samples_of(rm: RewardModel, window: Window, recipe: Recipe) -> Samples:
 def _kept(recipe: Recipe, numbers, spans, sizes) -> tuple[list[np.ndarray], dict[str, int]]:
     """Of every text the indices into its span that are taken, and the numbers of positions left out."""
     kept = [np.arange(len(span)) for span in spans]
-    left_out = dict.fromkeys(("first", "sinks", "per_text"), 0)
+    left_out: dict[str, int] = {"first": 0, "sinks": 0, "per_text": 0}
 
     def keep(text: int, chosen: np.ndarray, reason: str) -> None:
         left_out[reason] += len(kept[text]) - len(chosen)
