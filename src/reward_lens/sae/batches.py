@@ -126,7 +126,7 @@ class Samples:
             if not bool(tensor.isfinite().all()):
                 rows = int((~tensor.isfinite()).any(1).sum())
                 raise DataError("Some samples hold NaN or infinity", found=f"{rows} of {len(tensor)} in one batch",
-                                expected="finite activations", do="run the model in float32 or bfloat16, or drop them")  # fmt: skip
+                                expected="finite activations", do="drop them, or run the model in float32")  # fmt: skip
         return x, y
 
 

@@ -2,12 +2,12 @@
 
     z = act((x - b_dec) W_enc + b_enc) >= 0        x^ = z W_dec + b_dec
 
-act is ReLU on the k largest of a sample ("topk"), everything over a threshold ("jumprelu") or ReLU ("relu"). Dictionaries
-that do not subtract b_dec first say so in `apply_b_dec_to_input`. Activations go in as the model has them: whatever
-scale the training used is folded into the weights.
+act is ReLU on the k largest of a sample ("topk"), everything over a threshold ("jumprelu") or ReLU ("relu").
+Dictionaries that do not subtract b_dec first say so in `apply_b_dec_to_input`. Activations go in as the model has them:
+whatever scale the training used is folded into the weights.
 
-What it cannot show: a latent is a unit of this dictionary. Whether the model uses it, or another seed finds it again, is
-a question to other functions.
+What it cannot show: a latent is a unit of this dictionary. Whether the model uses it, or another seed finds it again,
+is a question to other functions.
 
 Reference: Gao et al. 2024, arXiv 2406.04093 (TopK); Rajamanoharan et al. 2024, arXiv 2407.14435 (JumpReLU).
 """
@@ -123,10 +123,10 @@ class SAE(torch.nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path, subfolder: str | None = None, revision: str | None = None) -> "SAE":
-        """Read a dictionary in SAELens, sparsify or Gemma Scope form, by what is there.
+        """Read a dictionary of SAELens, sparsify, Gemma Scope or Llama Scope, by what is there.
 
-        `folder`: a local folder or a hub id such as "org/name"; `subfolder` inside it; `revision` of the hub. Returns an
-        `SAE`, a `Transcoder` if the files say so. Raises `LoadError` for what is missing or has no equal here.
+        `folder`: a local folder or a hub id such as "org/name"; `subfolder` inside it; `revision` of the hub. Returns
+        an `SAE`, a `Transcoder` if the files say so. Raises `LoadError` for what is missing or has no equal here.
         """
         from reward_lens.sae.formats import load_sae
 

@@ -35,6 +35,11 @@ from reward_lens.sae.recipe import SAMPLE, Recipe, completed, geometric_median, 
 from reward_lens.sae.variants import Net, Pass, forward
 
 FIRINGS = 100  # firings a latent that the recipe counts on, by a rule of thumb
+_ENOUGH = "FVU, L0 and dead share are those of the training samples; other samples can differ."
+_FEW = (
+    "With fewer, latents describe these samples more than the model: expect a higher FVU on other samples and other "
+    "latents from another seed, and compare both before reading a latent."
+)
 Variant = Literal["batchtopk", "topk", "jumprelu", "matryoshka"]
 
 
@@ -79,9 +84,9 @@ def train_sae(
     evaluate: called with the dictionary as it is then; its numbers, such as the reward recovered, join the progress.
     site, meta: where the activations come from; taken from a store where not given.
 
-    Returns an `SAE` on raw activations, with unit-norm decoder rows. Its `meta` has the settings, the progress, the last
-    FVU, L0 and dead share (of the training samples), and under `enough` and `trust` whether the samples are as many as
-    the recipe counts on, and what that means.
+    Returns an `SAE` on raw activations, with unit-norm decoder rows. Its `meta` has the settings, the progress, the
+    last FVU, L0 and dead share (of the training samples), and under `enough` and `trust` whether the samples are as many
+    as the recipe counts on, and what that means.
     Raises `DataError` under 200 samples, for samples that are not finite or all equal, and for settings out of range.
     """
     samples = Samples(source, seed, False, torch.device(device))
@@ -169,13 +174,10 @@ class Run:
         needed = math.ceil(FIRINGS * recipe.d_sae / recipe.k)
         enough = Check("samples for the recipe", needed / n, 1.0, f"{n} samples, {needed} counted on")
         a_latent = n * recipe.k / recipe.d_sae
-        trust = f"{n:,} different samples: a latent is active in {a_latent:.0f} of them on average. "
-        trust += (
-            f"The recipe counts on {needed:,} ({FIRINGS} a latent). "
-            + ("FVU, L0 and dead share are those of the training samples; other samples can differ." if enough.passed else
-               "With fewer, latents describe these samples more than the model: expect a higher FVU on other samples and "
-               "other latents from another seed, and compare both before reading a latent.")
-        )  # fmt: skip
+        trust = (
+            f"{n:,} different samples: a latent is active in {a_latent:.0f} of them on average. The recipe counts on "
+        )
+        trust += f"{needed:,} ({FIRINGS} a latent). {_ENOUGH if enough.passed else _FEW}"
         last = self.history[-1] if self.history else {}
         return {
             "settings": {**dataclasses.asdict(recipe), "prefixes": list(recipe.prefixes or ())},
