@@ -1,12 +1,14 @@
 """Batches of one size from a tensor, a store or a stream, in an order that a seed and a position determine.
 
-A pass over a tensor is a permutation drawn from (seed, pass). A store or another container is iterated again for every
-pass and comes in its own order. An iterator is one pass. Batches run on across the end of a pass, so all have the same
-size, and training that stopped after n samples goes on with sample n + 1.
+A pass over a tensor is a permutation drawn from (seed, pass). A store shuffles for itself, by the same seed, and says
+where it stands. Another container is iterated again for every pass and comes in its own order. An iterator is one pass.
+Batches run on across the end of a pass, so all have the same size (a store's leave out the rest of a pass), and a
+training that stopped after n samples goes on with sample n + 1.
 """
 
 import hashlib
 import itertools
+import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -28,8 +30,9 @@ class Samples:
     def __init__(self, source: Any, seed: int, paired: bool, device: torch.device):
         self.seed, self.paired, self.device = seed, paired, device
         self.tensors = _tensors(source, paired)
+        self.store = source if self.tensors is None and hasattr(source, "batches") and not paired else None
         self.one_pass = self.tensors is None and isinstance(source, Iterator)
-        if self.tensors is None and not isinstance(source, Iterable):
+        if self.tensors is None and self.store is None and not isinstance(source, Iterable):
             raise DataError(
                 "The samples were not understood",
                 found=f"a {type(source).__name__}",
@@ -41,6 +44,7 @@ class Samples:
         if self.n is not None and self.n < FEWEST_SAMPLES:
             raise too_few(self.n)
         self._head: list[Chunk] = []
+        self._stands: Any = None  # the store's batches in use
         x, y = self.first(1)
         self.d_in, self.d_out = x.shape[1], x.shape[1] if y is None else y.shape[1]
 
@@ -52,8 +56,12 @@ class Samples:
         self._head += self._take(self._checked(self.source), n - have) if n > have else []
         return _joined(self._head, n)
 
-    def batches(self, size: int, skip: int = 0) -> Iterator[Chunk]:
-        """Batches of `size` without end (an iterator's: until it ends), from sample `skip` on."""
+    def batches(self, size: int, skip: int = 0, state: dict[str, Any] | None = None) -> Iterator[Chunk]:
+        """Batches of `size` without end (an iterator's: until it ends), from sample `skip` or a store's `state` on."""
+        if self.store is not None:
+            self._stands = self.store.batches(size, seed=self.seed, epochs=None, drop_last=True, start=state)
+            yield from self._checked(self._stands)
+            return
         left: list[Chunk] = []
         have = 0
         for x, y in self._stream(skip):
@@ -68,11 +76,19 @@ class Samples:
             rest = len(x) - have
             left = [(x[rest:], None if y is None else y[rest:])]
 
+    def state(self) -> dict[str, Any] | None:
+        """Where a store's batches stand; None for other sources, whose position is a number of samples."""
+        return None if self._stands is None else self._stands.state()
+
     def fingerprint(self) -> str:
-        """Tells one source from another: a hash over 64 samples of a tensor, the number of samples of others."""
+        """Tells one source from another: a hash over 64 samples of a tensor, what a store says of itself, and of others
+        the number of samples."""
+        digest = hashlib.sha256()
+        if self.store is not None:
+            digest.update(json.dumps(self.store.meta, sort_keys=True, default=str).encode())
+            return digest.hexdigest()[:16]
         if self.tensors is None:
             return f"{type(self.source).__name__} of {self.n}"
-        digest = hashlib.sha256()
         for tensor in self.tensors:
             digest.update(repr(tuple(tensor.shape)).encode())
             some = tensor[:: max(1, len(tensor) // 64)].detach().float().cpu().contiguous()
@@ -89,8 +105,11 @@ class Samples:
 
     def _pass(self, number: int) -> Iterator[Chunk]:
         """The samples of one pass."""
+        if self.store is not None:
+            yield from self._checked(self.store.batches(min(1024, len(self.store)), seed=self.seed))
+            return
         if self.tensors is None:
-            yield from self._checked(iter(self.source))
+            yield from self._checked(self.source)
             return
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         order = torch.randperm(len(self.tensors[0]), generator=generator)
@@ -99,7 +118,7 @@ class Samples:
             x, *y = (t[index].detach().to(self.device, torch.float32) for t in self.tensors)
             yield self._finite(x, y[0] if y else None)
 
-    def _checked(self, chunks: Iterator) -> Iterator[Chunk]:
+    def _checked(self, chunks: Iterable) -> Iterator[Chunk]:
         for chunk in chunks:
             tensors = _tensors(chunk, self.paired)
             if tensors is None:
@@ -141,8 +160,9 @@ def too_few(n: int) -> DataError:
 
 def _tensors(value: Any, paired: bool) -> tuple[Tensor, ...] | None:
     """The tensors of a sample tensor or pair of them; None for anything else."""
-    tensors = value if paired and isinstance(value, tuple | list) and len(value) == 2 else (value,)
-    if len(tensors) != 1 + paired or not all(isinstance(t, Tensor) for t in tensors):
+    given = tuple(value) if paired and isinstance(value, tuple | list) and len(value) == 2 else (value,)
+    tensors = tuple(t for t in given if isinstance(t, Tensor))
+    if len(given) != 1 + paired or len(tensors) != len(given):
         return None
     shapes = [list(t.shape) for t in tensors]
     floats = all(t.is_floating_point() for t in tensors)
@@ -153,12 +173,13 @@ def _tensors(value: Any, paired: bool) -> tuple[Tensor, ...] | None:
             expected="floating-point [n, d_model], for a transcoder two of them with the same n",
             do="flatten texts and positions into one dimension",
         )
-    return tuple(tensors)
+    return tensors
 
 
 def _length(source: Any) -> int | None:
     if isinstance(source, list | tuple):
-        return sum(len(one[0] if isinstance(one, list | tuple) else one) for one in source)
+        chunks = [one[0] if isinstance(one, list | tuple) else one for one in source]
+        return sum(map(len, chunks)) if all(isinstance(chunk, Tensor) for chunk in chunks) else None
     return len(source) if hasattr(source, "__len__") else None
 
 

@@ -102,7 +102,7 @@ def load_sae(folder: str | Path, subfolder: str | None = None, revision: str | N
                         expected=error.expected, do="fetch the files again")  from error  # fmt: skip
 
 
-def _to_saelens(sae: SAE) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _to_saelens(sae: SAE) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
     architecture = {"relu": "standard"}.get(sae.activation, sae.activation)
     weights = {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
     config: dict[str, Any] = {"d_in": sae.d_model, "d_sae": sae.d_sae}
@@ -173,7 +173,7 @@ def _from_saelens(path: Path, where: str) -> dict[str, Any]:
     return {**parts, "transcoder": transcoder, "site": ours.get("site") or site_name(hook), "meta": meta}
 
 
-def _to_sparsify(sae: SAE) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _to_sparsify(sae: SAE) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
     transcoder = isinstance(sae, Transcoder)
     if sae.activation != "topk":
         raise _unsaid(

@@ -2,8 +2,8 @@
 
     Gemma Scope 1    params.npz: W_enc, b_enc, W_dec, b_dec, threshold
     Gemma Scope 2    params.safetensors: w_enc, ..., threshold; a transcoder's affine_skip_connection
-    Llama Scope      hyperparams.json, checkpoints/final.safetensors: one threshold for all latents, and inputs scaled to
-                     a mean norm of sqrt(d), which is folded into the weights
+    Llama Scope      hyperparams.json, checkpoints/final.safetensors: one threshold for all latents, and inputs scaled
+                     to a mean norm of sqrt(d), which is folded into the weights
 
 None of them subtracts b_dec. Reference: Lieberum et al. 2024, arXiv 2408.05147; He et al. 2024, arXiv 2410.20526.
 """

@@ -85,8 +85,8 @@ def train_sae(
     site, meta: where the activations come from; taken from a store where not given.
 
     Returns an `SAE` on raw activations, with unit-norm decoder rows. Its `meta` has the settings, the progress, the
-    last FVU, L0 and dead share (of the training samples), and under `enough` and `trust` whether the samples are as many
-    as the recipe counts on, and what that means.
+    last FVU, L0 and dead share (of the training samples), and under `enough` and `trust` whether the samples are as
+    many as the recipe counts on, and what that means.
     Raises `DataError` under 200 samples, for samples that are not finite or all equal, and for settings out of range.
     """
     samples = Samples(source, seed, False, torch.device(device))
@@ -94,9 +94,9 @@ def train_sae(
                     dtype=str(dtype).removeprefix("torch."))  # fmt: skip
     run = Run(samples, completed(recipe, samples))
     run.train(checkpoint, checkpoint_every, progress, evaluate, report_every, lambda: SAE(**run.weights()))
-    store = {"site": getattr(source, "site", None), **dict(getattr(source, "meta", None) or {})}
-    found = {**store, **dict(meta or {}), **run.describe()}
-    return SAE(**run.weights(), site=site or found.pop("site"), meta={k: v for k, v in found.items() if k != "site"})
+    found = {**_of_store(samples.store), **dict(meta or {}), **run.describe()}
+    own = found.pop("site", None)
+    return SAE(**run.weights(), site=site or own, meta=found)
 
 
 class Run:
@@ -123,6 +123,8 @@ class Run:
         self.silent = torch.zeros(recipe.d_sae, dtype=torch.int64, device=x.device)
         """Samples since each latent was last active."""
         self.level, self.width = self._first_level(x)
+        self.stream: dict[str, Any] | None = None
+        """Where a store's batches go on after a checkpoint."""
         self.history: list[dict[str, Any]] = []
         self.sums = torch.zeros(4, dtype=torch.float64)
         """Loss, FVU and L0, summed over the steps since the last report, and the number of these."""
@@ -133,7 +135,7 @@ class Run:
         if folder is not None:
             self._resume(folder)
         recipe, every = self.recipe, report_every or max(1, self.recipe.steps // 50)
-        batches = self.samples.batches(recipe.batch_size or 1, skip=self.step * (recipe.batch_size or 1))
+        batches = self.samples.batches(recipe.batch_size or 1, self.step * (recipe.batch_size or 1), self.stream)
         while self.step < recipe.steps:
             x, y = next(batches, (None, None))
             if x is None:
@@ -174,10 +176,8 @@ class Run:
         needed = math.ceil(FIRINGS * recipe.d_sae / recipe.k)
         enough = Check("samples for the recipe", needed / n, 1.0, f"{n} samples, {needed} counted on")
         a_latent = n * recipe.k / recipe.d_sae
-        trust = (
-            f"{n:,} different samples: a latent is active in {a_latent:.0f} of them on average. The recipe counts on "
-        )
-        trust += f"{needed:,} ({FIRINGS} a latent). {_ENOUGH if enough.passed else _FEW}"
+        trust = f"{n:,} different samples, in which a latent is active {a_latent:.0f} times on average. The recipe "
+        trust += f"counts on {needed:,} ({FIRINGS} times a latent). {_ENOUGH if enough.passed else _FEW}"
         last = self.history[-1] if self.history else {}
         return {
             "settings": {**dataclasses.asdict(recipe), "prefixes": list(recipe.prefixes or ())},
@@ -211,7 +211,7 @@ class Run:
         self.optimizer.step()
         with torch.no_grad():
             if recipe.centred:
-                net.dec /= net.dec.norm(dim=1, keepdim=True)
+                net.dec.div_(net.dec.norm(dim=1, keepdim=True))
             if net.threshold is not None:
                 net.threshold.clamp_(min=0)
         if done.lowest is not None:
@@ -270,7 +270,8 @@ class Run:
         tensors = {**dict(self.net.named_parameters()), "silent": self.silent, "sums": self.sums}
         checkpoints.write(folder, tensors, self.optimizer, {
             "settings": self._settings(), "step": self.step, "level": self.level, "width": self.width,
-            "scales": [self.scale_in, self.scale_out, self.variance], "history": self.history,
+            "stream": self.samples.state(), "scales": [self.scale_in, self.scale_out, self.variance],
+            "history": self.history,
         })  # fmt: skip
 
     def _resume(self, folder: Path) -> None:
@@ -285,6 +286,17 @@ class Run:
         checkpoints.restore(self.optimizer, tensors)
         self.step, self.level, self.width, self.history = (state[n] for n in ("step", "level", "width", "history"))
         self.scale_in, self.scale_out, self.variance = state["scales"]
+        self.stream = state["stream"]
+
+
+def _of_store(store: Any) -> dict[str, Any]:
+    """Site, model and the rest of what a store says of its samples."""
+    if store is None:
+        return {}
+    model = store.meta.get("model")
+    named = dict(model) if isinstance(model, Mapping) else {"name": model}
+    return {"site": str(store.site), "model": named.get("name"), "revision": named.get("revision"),
+            "store": dict(store.meta)}  # fmt: skip
 
 
 def _grad(parameter: torch.nn.Parameter) -> Tensor:

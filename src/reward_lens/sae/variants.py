@@ -28,6 +28,9 @@ VARIANTS = ("batchtopk", "topk", "jumprelu", "matryoshka")
 class Net(torch.nn.Module):
     """The weights in training: rows of `enc` [d_sae, d_in] and `dec` [d_sae, d_out] are latents."""
 
+    threshold: torch.nn.Parameter | None
+    skip: torch.nn.Parameter | None
+
     def __init__(self, enc: Tensor, dec: Tensor, b_dec: Tensor, *, jumps: bool, skip: bool, centred: bool):
         super().__init__()
         self.centred = centred
