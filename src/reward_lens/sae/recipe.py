@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -10,7 +11,8 @@ from reward_lens.errors import DataError
 from reward_lens.sae.batches import Samples
 from reward_lens.sae.variants import VARIANTS
 
-SAMPLE = 32_768  # samples that scale, variance and median are taken from
+SAMPLE = 32_768  # samples that scale, variance and median are taken from ...
+SAMPLE_NUMBERS = 2**26  # ... or as many as hold so many numbers, 256 MB
 FEWEST_STEPS = 2_000
 
 
@@ -104,20 +106,34 @@ def geometric_median(x: Float[Tensor, "n d"], steps: int = 100) -> Float[Tensor,
     Returns [d]. Unlike the mean it is not drawn away by a few samples of huge norm.
     """
     middle = x.mean(0)
-    spread = (x - middle).norm(dim=1).mean()
+    spread = _distances(x, middle).mean()
     for _ in range(steps):
-        weight = 1 / (x - middle).norm(dim=1).clamp(min=1e-6 * float(spread) + 1e-30)
-        moved = (weight[:, None] * x).sum(0) / weight.sum()
+        weight = 1 / _distances(x, middle).clamp(min=1e-6 * float(spread) + 1e-30)
+        moved = weight @ x / weight.sum()
         shift, middle = (moved - middle).norm(), moved
         if shift <= 1e-5 * spread:
             break
     return middle
 
 
-def scale_of(x: Tensor) -> float:
-    """What makes the mean squared norm 1."""
-    size = float(x.square().sum(1).mean().sqrt())
-    if not size > 1e-30:
-        raise DataError("The samples are all equal", found="a variance of zero", expected="samples that differ",
-                        do="check which site and positions were captured")  # fmt: skip
+def scale_around(x: Float[Tensor, "n d"], middle: Float[Tensor, " d"]) -> float:
+    """What makes the mean squared distance from a point 1."""
+    size = float(_distances(x, middle).square().mean().sqrt())
+    if not size > 1e-6 * float(x.abs().max()):
+        raise DataError(
+            "The samples are all equal",
+            found="a variance of zero",
+            expected="samples that differ",
+            do="check which site and positions were captured",
+        )
     return 1 / size
+
+
+def sample_size(width: int) -> int:
+    """How many samples the statistics are taken from."""
+    return min(SAMPLE, max(1024, SAMPLE_NUMBERS // width))
+
+
+def _distances(x: Tensor, middle: Tensor) -> Tensor:
+    """Without a table of differences, which would be as large as the samples."""
+    return torch.cdist(x, middle[None], compute_mode="donot_use_mm_for_euclid_dist").squeeze(1)

@@ -31,7 +31,7 @@ from reward_lens.result import Check
 from reward_lens.sae import checkpoints
 from reward_lens.sae.batches import FEWEST_SAMPLES, Samples, too_few
 from reward_lens.sae.dictionary import SAE
-from reward_lens.sae.recipe import SAMPLE, Recipe, completed, geometric_median, scale_of
+from reward_lens.sae.recipe import Recipe, completed, geometric_median, sample_size, scale_around
 from reward_lens.sae.variants import Net, Pass, forward
 
 FIRINGS = 100  # firings a latent that the recipe counts on, by a rule of thumb
@@ -104,14 +104,14 @@ class Run:
 
     def __init__(self, samples: Samples, recipe: Recipe):
         self.samples, self.recipe, self.step = samples, recipe, 0
-        x, y = samples.first(SAMPLE)
+        x, y = samples.first(sample_size(max(samples.d_in, samples.d_out)))
         if len(x) < FEWEST_SAMPLES:
             raise too_few(len(x))
         target = x if y is None else y
         middle = geometric_median(target)
-        self.scale_out = scale_of(target - middle)
-        self.scale_in = self.scale_out if y is None else scale_of(x)
-        self.variance = float((target - target.mean(0)).square().sum(1).mean()) * self.scale_out**2
+        self.scale_out = scale_around(target, middle)
+        self.scale_in = self.scale_out if y is None else scale_around(x, torch.zeros_like(x[0]))
+        self.variance = float(target.var(0, correction=0).sum()) * self.scale_out**2
         generator = torch.Generator().manual_seed(recipe.seed)
         enc = torch.randn(recipe.d_sae, samples.d_in, generator=generator).to(x.device)
         enc /= enc.norm(dim=1, keepdim=True)
@@ -172,7 +172,8 @@ class Run:
 
     def describe(self) -> dict[str, Any]:
         """Settings, outcome, and how far the number of samples carries."""
-        recipe, n = self.recipe, self.samples.n or self.recipe.n_train or 0
+        recipe, train = self.recipe, self.recipe.n_train or 0
+        n = min(self.samples.n or train, train)
         needed = math.ceil(FIRINGS * recipe.d_sae / recipe.k)
         enough = Check("samples for the recipe", needed / n, 1.0, f"{n} samples, {needed} counted on")
         a_latent = n * recipe.k / recipe.d_sae
@@ -182,7 +183,7 @@ class Run:
         return {
             "settings": {**dataclasses.asdict(recipe), "prefixes": list(recipe.prefixes or ())},
             "seed": recipe.seed, "variant": recipe.variant, "k": recipe.k, "n_samples": self.samples.n,
-            "n_train": recipe.n_train, "passes": recipe.n_train / n if recipe.n_train else None,
+            "n_train": recipe.n_train, "passes": train / (self.samples.n or train),
             "versions": _versions(), "fvu": last.get("fvu"), "l0": last.get("l0"), "dead": last.get("dead"),
             "progress": list(self.history), "enough": {**dataclasses.asdict(enough), "passed": enough.passed},
             "trust": trust,
@@ -240,7 +241,7 @@ class Run:
 
     def _first_level(self, x: Tensor) -> tuple[float, float]:
         """The pre-activation that the k largest of a sample lie over on average, and a window's width around it."""
-        some = x[:2048] * self.scale_in
+        some = x[: max(32, min(2048, 2**24 // self.recipe.d_sae))] * self.scale_in
         with torch.no_grad():
             pre = self.net.centre(some) @ self.net.enc.T
             level = float(pre.flatten().kthvalue(max(1, pre.numel() - self.recipe.k * len(some))).values.clamp(min=0))
