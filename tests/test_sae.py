@@ -288,6 +288,18 @@ def test_a_store_gives_its_site_and_model():
     assert train_sae(FakeStore(), 24, 3, site="L0.resid_post", **SHORT).site == "L0.resid_post"
 
 
+def test_one_step_and_a_rest_of_samples_under_no_grad():
+    """Samples that do not fill a batch are left; a run of one step takes the threshold of its batch."""
+    with torch.no_grad():
+        short = train_sae(iter(SMALL.split(70)), 24, 3, n_train=599, batch_size=300)
+    assert [e["samples"] for e in short.meta["progress"]] == [300]
+    run = new_run(n_train=64, batch_size=64)
+    x = next(run.samples.batches(64))[0]
+    lowest = run._forward(x * run.scale_in).lowest
+    run._step(x, None)
+    assert run.level == pytest.approx(float(lowest))
+
+
 def test_progress_and_an_evaluation_of_the_dictionary_as_it_is():
     seen = []
 

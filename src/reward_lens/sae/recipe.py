@@ -40,7 +40,7 @@ class Recipe:
 
     @property
     def steps(self) -> int:
-        return math.ceil((self.n_train or 0) / (self.batch_size or 1))
+        return (self.n_train or 0) // (self.batch_size or 1)
 
     @property
     def dead_after(self) -> int:
@@ -49,7 +49,7 @@ class Recipe:
     @property
     def memory(self) -> float:
         """Decay of the running threshold: 1,000 steps, but at most a tenth of the run."""
-        return min(0.999, 1 - 10 / self.steps)
+        return min(0.999, max(0.0, 1 - 10 / self.steps))
 
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
@@ -65,7 +65,7 @@ def completed(recipe: Recipe, samples: Samples) -> Recipe:
     n = samples.n or recipe.n_train or len(samples.first(SAMPLE)[0])
     size = recipe.batch_size or min(2048, max(64, n // 64))
     total = recipe.n_train or max(n, FEWEST_STEPS * size)
-    steps = math.ceil(total / size)
+    steps = total // max(1, size)
     whole = recipe.d_sae
     filled = dataclasses.replace(
         recipe, n_train=total, batch_size=size,
