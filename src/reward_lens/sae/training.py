@@ -72,8 +72,8 @@ def train_sae(
     source: a tensor [n, d_model], an `ActivationStore`, or an iterator of tensors [b, d_model]; at least 200 samples.
     variant: "batchtopk" (saved with its threshold, as JumpReLU), "topk" (exactly k), "jumprelu" (learned thresholds; k
         is the mean that the loss aims at) or "matryoshka" (BatchTopK whose first latents reconstruct on their own).
-    n_train: samples to train on, repeats included, in whole batches. None: one pass, or as many as make 2,000 steps. An iterator is gone
-        through once and needs the number.
+    n_train: samples to train on, repeats included, in whole batches. None: one pass, or as many as make 2,000 steps.
+        An iterator is gone through once and needs the number.
     batch_size: samples a step. None: a 64th of the samples, from 64 to 2,048.
     lr, warmup: None: 2e-4 / sqrt(d_sae / 2^14); a tenth of the steps, at most 1,000.
     prefixes: for "matryoshka", growing numbers of latents up to d_sae. None: a 16th, 8th, quarter, half and all.
