@@ -57,6 +57,7 @@ MAY_IMPORT = {
     "engine.hooks": (),  # torch only, so that the search for structure in `model` can use it
     "model": MODEL,
     "engine": ENGINE,
+    "sae": (*ENGINE, "sae"),
     "methods": (*ENGINE, *SIBLINGS),
     "report": (*PLAIN, "report"),
 }
