@@ -1,0 +1,1 @@
+"""Sparse autoencoders: what a dictionary of a site is."""
