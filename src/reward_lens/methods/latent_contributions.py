@@ -30,6 +30,7 @@ from reward_lens.errors import DataError
 from reward_lens.methods.latent_splits import Estimator, Part, split_pair
 from reward_lens.methods.latent_states import At, described, is_last, read_latents, site_of
 from reward_lens.methods.paired import paired_result
+from reward_lens.methods.prompt_ratios import plain
 from reward_lens.model.reward_model import SIDES, RewardModel
 from reward_lens.model.sites import Site
 from reward_lens.result import Check, Result
@@ -111,11 +112,6 @@ def latent_contributions(
         cannot_show="What the dictionary has not found (the row error), or, unless the estimator is ablation, what "
         "removing a latent would do.",
     )  # fmt: skip
-
-
-def plain(x) -> float | None:
-    """A number for JSON; None where there is no interval."""
-    return None if np.isnan(x) else float(x)
 
 
 def _active(parts: Sequence[Part]) -> np.ndarray:
