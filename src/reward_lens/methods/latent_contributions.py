@@ -137,9 +137,11 @@ def _kept(margin: csr_array, parts: Sequence[Part], top: int | None) -> np.ndarr
 def _coords(kept: np.ndarray, names: list[str], parts: Sequence[Part], prompts: list[str], seed: int) -> dict[str, Any]:
     there = np.stack([np.isin(kept, p.active) for p in parts]).astype(float).reshape(len(prompts), 2, -1)
     tail = np.full(len(names), np.nan)
-    over = stats.mean_interval(there[:, 0] - there[:, 1], prompts, seed=seed)
+    # Where no latent is active there is nothing to take the mean of.
+    difference = there[:, 0] - there[:, 1] if len(kept) else np.zeros((len(prompts), 1))
+    over = stats.mean_interval(difference, prompts, seed=seed)
     by_latent = {"frequency_chosen": there[:, 0].mean(0), "frequency_rejected": there[:, 1].mean(0)}
-    by_latent |= {"frequency_difference" + end: np.asarray(getattr(over, key))
+    by_latent |= {"frequency_difference" + end: np.asarray(getattr(over, key))[: len(kept)]
                   for key, end in (("mean", ""), ("low", "_low"), ("high", "_high"))}  # fmt: skip
     return {
         "latent": np.array([*(f"F{j}" for j in kept), *names], dtype=object),
