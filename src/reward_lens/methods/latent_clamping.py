@@ -55,8 +55,12 @@ def clamp_latent(
     (wanted,) = require_latents(sae, [latent])
     values = np.array(list(value) if isinstance(value, Iterable) else [value], dtype=float)
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all() or len(set(values.tolist())) < len(values):
-        raise DataError("The values to hold a latent at were not understood", found=repr(value),
-                        expected="a finite number, or different ones", do="pass value=0.0 to remove the latent")  # fmt: skip
+        raise DataError(
+            "The values to hold a latent at were not understood",
+            found=repr(value),
+            expected="a finite number, or different ones",
+            do="pass value=0.0 to remove the latent",
+        )
     tokens = [t for both in rm.tokenize_pairs(pairs) for t in both]
     found, largest, gaps = np.empty((len(tokens), len(values))), np.empty(len(tokens)), []
     for i, text in enumerate(read_latents(rm, sae, tokens, where, at)):

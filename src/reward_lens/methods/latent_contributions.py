@@ -22,7 +22,6 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from scipy.sparse import csr_array
 
 from reward_lens import data, stats
@@ -70,8 +69,8 @@ def latent_contributions(
     the margin. Coordinates on `latent`: `index` (-1 for the last rows), `kind`, `frequency_chosen` and
     `frequency_rejected` (share of responses in which it is active at a read position), `frequency_difference` with
     `_low` and `_high`; (pair, side): `error_share` = |error| / (|sum of latents| + |b_dec| + |error|), whose mean and
-    interval are in `meta`. Checks: "completeness" (E3); direct: "margin split" (E4); integrated: "integration gap", what
-    the nodes left (it is in rest); ablation: "clean row".
+    interval are in `meta`. Checks: "completeness" (E3); direct: "margin split" (E4); integrated: "integration gap",
+    what the nodes left (it is in rest); ablation: "clean row".
     Raises `DataError` for a dictionary of another width or site, and for settings that do not go together.
     """
     pairs, where = data.as_pairs(pairs), site_of(rm, sae, site, at)

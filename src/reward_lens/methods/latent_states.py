@@ -2,8 +2,8 @@
 
     x_p = sum_j z_pj d_j + b_dec + e_p        at every read position p of the dictionary's site
 
-`e` is what is left, so the identity holds whatever the dictionary is like; how large it is says how much of what follows
-is about the dictionary at all. Sums are taken in float64.
+`e` is what is left, so the identity holds whatever the dictionary is like; how large it is says how much of what
+follows is about the dictionary at all. Sums are taken in float64.
 """
 
 import dataclasses
@@ -89,8 +89,12 @@ def site_of(rm: RewardModel, sae: SAE, site: Site | str | None, at: str) -> Site
             do="load a dictionary that was trained on this model or its base model",
         )
     if at not in _TEXTS:
-        raise DataError("The positions were not understood", found=repr(at), expected="'final' (the reward position) or "
-                        "'response' (the response's first token through the reward position)", do="pass either")  # fmt: skip
+        raise DataError(
+            "The positions were not understood",
+            found=repr(at),
+            expected="'final' (the reward position) or 'response' (its first token through the reward position)",
+            do="pass either",
+        )
     own = None if sae.site is None else Site.parse(sae.site)
     wanted = own if site is None else Site.parse(site)
     if wanted is None or wanted.kind not in KINDS or (own is not None and _same(own) != _same(wanted)):

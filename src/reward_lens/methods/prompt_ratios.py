@@ -15,7 +15,7 @@ from reward_lens.methods.fieller import fieller
 
 
 class Ratio(NamedTuple):
-    """Value and ends, arrays over the trailing dims of top; NaN ends under 6 prompts, NaN everywhere for a zero bottom."""
+    """Value and ends, over the trailing dims of top. Under 6 prompts the ends are NaN, for a zero bottom all is."""
 
     value: np.ndarray
     low: np.ndarray

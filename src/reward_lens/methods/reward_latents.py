@@ -54,11 +54,11 @@ def reward_latents(
     site: where the dictionary is read, if it does not say so itself. seed: of the halves. max_rows: changed runs
         walking at once.
 
-    Returns value (pair, side, latent), r - r(ablated) in reward units, of the pairs of the tested half, latents in order
-    of the size of their mean effect on the margin; mean and interval over prompts. Coordinates on `latent`: `index`,
+    Returns value (pair, side, latent), r - r(ablated) in reward units, of the pairs of the tested half, latents in
+    order of the size of their mean effect on the margin; mean and interval over prompts. Coordinates (latent): `index`,
     `estimate` (mean first-order effect in the half that screened), `p` and `p_adjusted` (of the margin effect; NaN
     under 6 prompts), `frequency_chosen`, `frequency_rejected`. In `meta`: `together`, all of them ablated at once, with
-    its interval; `prompts` of either half; `tests`, with the smallest p that this many prompts can give. Check "clean row".
+    its interval; `prompts` of either half; `tests`, with the smallest p that so many can give. Check "clean row".
     Raises `DataError` for fewer than two prompts, and where no latent is active.
     """
     pairs, where = data.as_pairs(pairs), _read(rm, sae, site, at, adjust)

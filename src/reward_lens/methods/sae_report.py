@@ -62,13 +62,13 @@ def sae_report(
         (`latent_contributions` at the reward position).
     site: where the dictionary is read, if it does not say so itself. max_rows: changed runs walking at once.
 
-    Returns value (measure, at) with its interval over prompts; `measure_unit` and `n` (texts, or pairs, or positions of
-    "dead") say of what. Measures: "fvu", "l0" (mean active latents of a position), "dead" (share of latents active at no
-    position of these texts: a count, without interval), "error_norm" (mean |error| / |x|), "reward_recovered",
+    Returns value (measure, at) with its interval over prompts; `measure_unit` and `n` (texts, pairs, or positions for
+    "dead") say of what. Measures: "fvu", "l0" (mean active latents of a position), "dead" (share of latents active at
+    no position of these texts: a count, without interval), "error_norm" (mean |error| / |x|), "reward_recovered",
     "sign_agreement", "accuracy", "accuracy_spliced" and their paired difference "accuracy_change". at = "final",
     "response": where the states are measured and the reconstruction is spliced in. In `meta`: `dead` with counts;
-    `stability`, for each of `seeds` `matched`, `low`, `high`, `n`, `median_cosine` and `matched_active`, the share among
-    all active latents, to compare with. Checks: "decoder" (SAE(x) is z W_dec + b_dec), "clean row".
+    `stability`, for each of `seeds` `matched`, `low`, `high`, `n`, `median_cosine` and `matched_active`, the share
+    among all active latents, to compare with. Checks: "decoder" (SAE(x) is z W_dec + b_dec), "clean row".
     Raises `DataError` for a dictionary of another width or site.
     """
     pairs, where = data.as_pairs(pairs), site_of(rm, sae, site, "response")
@@ -117,7 +117,8 @@ def sae_report(
     value, low, high = (xr.DataArray(cube[..., i], dims=("measure", "at"), coords=coords) for i in range(3))
     meta = rm.describe(
         "sae_report", pairs, seed=seed, title=f"Dictionary at {where}", sae=described(sae, where),
-        interval={"level": 0.95, "unit": "prompt"}, settings={"n_relevant": n_relevant, "matched": f"cosine > {MATCHED}"},
+        interval={"level": 0.95, "unit": "prompt"},
+        settings={"n_relevant": n_relevant, "matched": f"cosine > {MATCHED}"},
         dead={at: {"latents": int((~used[k]).sum()), "of": sae.d_sae, "positions": int(cells[:, k, 0].sum())}
               for k, at in enumerate(PLACES)},
         stability=_stability(rm, sae, pairs, seeds, n_relevant, where, used[1]) if seeds else [],

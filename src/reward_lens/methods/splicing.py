@@ -76,14 +76,13 @@ class Means:
 def splice(
     rm: RewardModel, sae: SAE, tokens: list[Tokens], site: Site, means: Means, max_rows: int | None
 ) -> tuple[Float[np.ndarray, "text run"], float]:
-    """Rewards by run, and the clean rows' largest gap. The changed runs are measured against the clean row beside them."""
+    """Rewards by run, the clean one being the row that walked beside the others, and the clean rows' largest gap."""
     whole = Source("sae", lambda x, site, run, positions: reconstructed(sae, x))
     out, gaps = np.empty((len(tokens), len(RUNS))), []
     for i, text in enumerate(tokens):
         rows = [(Edit(site, positions_of(text, at), source),)
                 for k, at in enumerate(PLACES) for source in (whole, constant(means.at(k)))]  # fmt: skip
         found = patch_rows(rm, text, rows, max_rows=max_rows)
-        out[i] = found.alone
-        out[i, 1:] += found.change.numpy()
+        out[i] = [float(found.clean[0]), *found.rewards.tolist()]
         gaps.append(found.clean_gap)
     return out, max(gaps)
