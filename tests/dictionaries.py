@@ -4,6 +4,8 @@ import torch
 
 from reward_lens.sae.dictionary import SAE
 
+_PLAIN: dict = {"activation": "relu", "apply_b_dec_to_input": False}
+
 
 def random_sae(d_model: int = 32, d_sae: int = 48, site: str | None = "L2.resid_post", seed: int = 0, k=6) -> SAE:
     rng = torch.Generator().manual_seed(seed)
@@ -19,10 +21,10 @@ def identity_sae(d_model: int = 32, site: str | None = "L2.resid_post") -> SAE:
     """relu(x) - relu(-x) = x: every state is its own reconstruction."""
     eye = torch.eye(d_model)
     both = torch.cat([eye, -eye])
-    return SAE(both.T, torch.zeros(2 * d_model), both, torch.zeros(d_model), site=site)
+    return SAE(both.T, torch.zeros(2 * d_model), both, torch.zeros(d_model), **_PLAIN, site=site)
 
 
 def constant_sae(state: torch.Tensor, site: str | None = "L2.resid_post", d_sae: int = 4) -> SAE:
     """Latents that are never active: the reconstruction is `state`."""
     d_model = len(state)
-    return SAE(torch.zeros(d_model, d_sae), torch.zeros(d_sae), torch.zeros(d_sae, d_model), state, site=site)
+    return SAE(torch.zeros(d_model, d_sae), torch.zeros(d_sae), torch.zeros(d_sae, d_model), state, **_PLAIN, site=site)

@@ -17,6 +17,7 @@ from reward_lens.engine.intervention import values
 from reward_lens.methods.latent_clamping import clamp_latent
 from reward_lens.methods.latent_contexts import latent_contexts
 from reward_lens.methods.latent_contributions import latent_contributions
+from reward_lens.methods.latent_tokens import latent_tokens
 from reward_lens.methods.prompt_ratios import prompt_ratio
 from reward_lens.methods.reward_latents import probe_latents, reward_latents
 from reward_lens.sae.dictionary import SAE
@@ -204,7 +205,13 @@ def planted() -> tuple[rl.RewardModel, SAE, list[rl.Pair]]:
     encoder[:, 7] = reader / (reader @ decoder[7])
     bias = -(h.mean(0) @ encoder)
     bias[7] = -(without @ encoder[:, 7])
-    return rm, SAE(encoder, bias, decoder, torch.zeros(32), site="L1.resid_post"), pairs
+    return (
+        rm,
+        SAE(
+            encoder, bias, decoder, torch.zeros(32), activation="relu", apply_b_dec_to_input=False, site="L1.resid_post"
+        ),
+        pairs,
+    )
 
 
 def test_the_keywords_latent_is_the_top_reward_latent():
@@ -311,6 +318,39 @@ def test_contexts_are_the_largest_activations():
     )
 
 
+@pytest.mark.parametrize(
+    ("family", "site"), [("llama", "L1.resid_post"), ("gpt2", "L2.resid_post"), ("bloom", "embed")]
+)
+def test_the_tokens_behind_a_latent_are_those_without_which_it_changes(family, site):
+    rm, sae = model(family), random_sae(site=site)
+    j = int(sae.encode(rl.capture(rm, PAIRS[:1], [site])[site])[0].argmax())
+    result = latent_tokens(rm, sae, PAIRS[:2], j)
+    text = (PAIRS[0].messages, PAIRS[0].chosen)
+    tokens = rm.tokenize(*text)
+    mean = rl.capture(rm, [text], ["embed"], "response")["embed"][0].mean(0)
+    clean = sae.encode(rl.capture(rm, [text], [site])[site])[0, j]
+    got = result.value.sel(side="chosen")[0]
+    assert (
+        float(got["activation"]) == pytest.approx(float(clean), abs=1e-5)
+        and np.isnan(got[: tokens.response.start]).all()
+    )
+    for p in (tokens.response.start, tokens.response.start + 2, tokens.reward_pos):
+        kept = []
+
+        def replaced(x, p=p):
+            x = x.clone()
+            x[:, p] = mean
+            return x
+
+        deep = rm.n_layers if site == "L2.resid_post" else 2 if site == "L1.resid_post" else 0
+        batch = next(iter(rm.batches([tokens])))
+        reads = rm.trunk.read_residual(deep, lambda x, kept=kept: kept.append(x[0, tokens.reward_pos].clone()))
+        with torch.no_grad():
+            rm.trunk.run(batch, rm.trunk.edit_residual(0, replaced), reads)
+        assert abs(float(got[p]) - float(clean - sae.encode(kept[0])[j])) < 2e-5
+        assert got["piece"].values[p] == tokens.pieces[p]
+
+
 # --- manners ------------------------------------------------------------------------------------------------
 
 
@@ -353,6 +393,7 @@ def test_saved_drawn_and_without_traces(tmp_path):
         (lambda rm: probe_latents(rm, random_sae(), PAIRS, at="response"), "replace='original', at='response'"),
         (lambda rm: latent_contexts(rm, random_sae(), PAIRS, [3, 3]), "different whole numbers"),
         (lambda rm: latent_contexts(rm, random_sae(), PAIRS, []), "none"),
+        (lambda rm: latent_tokens(rm, random_sae(site="L1.mlp"), PAIRS, 0), "the site L1.mlp.*resid_post"),
     ],
 )
 def test_bad_input(call, message):
@@ -363,6 +404,13 @@ def test_bad_input(call, message):
 def test_a_site_that_the_model_does_not_have():
     with pytest.raises(rl.StructureError, match="layers 0 to 2"):
         latent_contributions(model(), random_sae(site="L3.resid_post"), PAIRS)
+
+
+def test_a_transcoder_is_no_dictionary_of_one_site():
+    sae = random_sae()
+    object.__setattr__(sae, "skip", lambda x: x)
+    with pytest.raises(rl.DataError, match="does not reconstruct what it reads"):
+        latent_contributions(model(), sae, PAIRS)
 
 
 def test_two_names_of_one_residual_are_one_site():

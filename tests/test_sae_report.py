@@ -105,7 +105,7 @@ def test_latents_of_other_seeds():
     shuffled = SAE(sae.W_enc[:, order], sae.b_enc[order], sae.W_dec[order], sae.b_dec, activation="topk", k=6,
                    apply_b_dec_to_input=True, site=sae.site)  # fmt: skip
     eye = torch.eye(32)
-    other = SAE(eye, torch.zeros(32), eye, torch.zeros(32), site=sae.site)
+    other = SAE(eye, torch.zeros(32), eye, torch.zeros(32), activation="relu", site=sae.site)
     same, different = sae_report(rm, sae, PAIRS, seeds=[shuffled, other], n_relevant=6).meta["stability"]
     assert same["matched"] == 1 and same["median_cosine"] == pytest.approx(1, abs=1e-5) and same["n"] == 6
     assert same["low"] == pytest.approx(stats.wilson(6, 6)[0]) and same["matched_active"] == 1

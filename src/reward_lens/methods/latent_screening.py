@@ -55,8 +55,7 @@ def screened_effects(
         raise DataError(
             "The latents cannot be screened and tested",
             found=f"{len(keys)} prompts, top={top}",
-            expected=f"prompts for two halves (from {2 * stats.FEWEST} on, the tested half gives intervals), and top of "
-            "1 or more",
+            expected=f"prompts for two halves (with {2 * stats.FEWEST} the tested half has intervals), top 1 or more",
             do="pass more pairs",
         )
     drawn = np.random.default_rng(seed).permutation(len(keys))

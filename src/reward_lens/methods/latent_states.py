@@ -88,6 +88,13 @@ def site_of(rm: RewardModel, sae: SAE, site: Site | str | None, at: str) -> Site
             expected="equal widths",
             do="load a dictionary that was trained on this model or its base model",
         )
+    if hasattr(sae, "skip"):  # a transcoder: what it gives is not what it reads, so no error term closes the sum
+        raise DataError(
+            "The dictionary does not reconstruct what it reads",
+            found=type(sae).__name__,
+            expected="a sparse autoencoder of one site",
+            do="use an SAE of the site; a transcoder predicts another one",
+        )
     if at not in _TEXTS:
         raise DataError(
             "The positions were not understood",

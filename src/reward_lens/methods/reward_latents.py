@@ -146,7 +146,7 @@ def _over(values: np.ndarray, prompts: list[str], seed: int) -> dict[str, Any]:
 def _result(
     rm: RewardModel, name: str, sae: SAE, found: Screened, where: Site, adjust: Adjust, seed: int,
     by_latent: dict[str, np.ndarray], words: dict[str, Any], settings: dict[str, Any],
-    more: dict[str, Any] | None = None, **said: str,
+    more: dict[str, Any] | None = None, **said: Any,
 ) -> Result:  # fmt: skip
     prompts = [p.prompt_key for p in found.tested]
     effects = with_margin(found.effects)

@@ -126,7 +126,10 @@ def sae_report(
         cannot_show="That a latent means something, or what the dictionary keeps on other texts; a latent that is "
         "active on none of these texts may be on others.",
     )  # fmt: skip
-    checks = [Check("decoder", decoder, 1e-4), Check("clean row", clean, 2e-2 if rm.sixteen_bit else 1e-4)]
+    checks = [
+        Check("decoder", decoder, 1e-2 if sae.W_dec.dtype.itemsize < 4 else 1e-4),
+        Check("clean row", clean, 2e-2 if rm.sixteen_bit else 1e-4),
+    ]
     return Result("sae_report", value, unit="by measure", low=low, high=high, meta=meta, checks=checks,
                   undefined=_UNDEFINED)  # fmt: skip
 
