@@ -221,7 +221,7 @@ def test_the_keywords_latent_is_the_top_reward_latent():
     assert int(first["index"]) == 7 and float(first["p_adjusted"]) < 0.01
     assert float(result.low.sel(side="margin")[0]) > 0.5
     sizes = np.abs(result.mean.sel(side="margin").values)
-    assert (np.diff(sizes) <= 1e-12).all() and sizes[0] > 2 * sizes[1]
+    assert (np.diff(sizes) <= 1e-12).all() and sizes[0] > 10 * sizes[1]
     tested = set(result.value["pair"].values)
     assert result.meta["prompts"]["screened"] + result.meta["prompts"]["tested"] == len({p.prompt_key for p in pairs})
     ablated = latent_contributions(rm, sae, [p for p in pairs if p.id in tested], "ablation").value.sel(latent="F7")
@@ -238,8 +238,8 @@ def test_clamping_the_keywords_latent_moves_the_reward_by_what_was_planted():
     """The rule gives -1 without the keyword and +1 with it."""
     rm, sae, pairs = planted()
     moved = clamp_latent(rm, sae, pairs, 7, (0.0, 1.0), "final")
-    assert abs(float(moved.mean.sel(side="rejected", clamp=1.0)) - 2) < 0.5
-    assert abs(float(moved.mean.sel(side="chosen", clamp=0.0)) + 2) < 0.5
+    assert abs(float(moved.mean.sel(side="rejected", clamp=1.0)) - 2) < 0.1
+    assert abs(float(moved.mean.sel(side="chosen", clamp=0.0)) + 2) < 0.1
 
 
 def test_the_latent_that_carries_an_edit():
@@ -250,7 +250,7 @@ def test_the_latent_that_carries_an_edit():
     edited = rl.edited_pairs(pairs, edit)
     result = probe_latents(rm, sae, edited, top=4)
     first = result.value.isel(latent=0)
-    assert int(first["index"]) == 7 and 0.5 < float(first["share"]) < 1.5
+    assert int(first["index"]) == 7 and 0.9 < float(first["share"]) < 1.1
     assert float(first["share_low"]) < float(first["share"]) < float(first["share_high"])
     assert not result.value.sel(side="rejected").any()  # the text without the edit is left alone
     shift = result.value["shift"].values
