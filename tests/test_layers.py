@@ -49,6 +49,9 @@ SIBLINGS = tuple(f"methods.{name}" for name in (
     # two or more models: what is kept of one, and what is measured between two
     "model_summary", "compared_scores", "compared_states", "compared_models",
     "compared_curves",
+    # latents of a dictionary: read in texts, their slopes and settings, the splits of a reward, ratios over prompts
+    "latent_states", "latent_effects", "latent_splits", "latent_contributions", "latent_screening", "prompt_ratios",
+    "splicing",
 ))  # fmt: skip
 # The first row that a module falls under holds. The surface (cli, app, the front door) may import everything.
 MAY_IMPORT = {
@@ -59,6 +62,7 @@ MAY_IMPORT = {
     "engine": ENGINE,
     "sae": (*ENGINE, "sae"),
     "methods": (*ENGINE, *SIBLINGS),
+    "methods": (*ENGINE, "sae", *SIBLINGS),
     "report": (*PLAIN, "report"),
 }
 SURFACE = ("__init__", "__main__", "cli", "app", "analysis")
