@@ -1,5 +1,6 @@
 """What every test runs under: one thread, no network, no hub, and global torch state that stays as it was."""
 
+import gc
 import ipaddress
 import os
 import shutil
@@ -19,6 +20,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_collection_finish():
+    """statsmodels collects garbage at every adjustment of p: let it look past what the imports brought."""
+    gc.freeze()
+
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome")
 

@@ -60,8 +60,11 @@ def lines(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Dataset) 
         ]
     table, unit, limits = frame(data, x=axis, series=series), unit_of(result, data), span(whole)
     titles = {"series": series, "x": axis, "value": unit}
+    ticks = alt.Axis(grid=False)
+    if (table["x"] == table["x"].round()).all():
+        ticks = alt.Axis(grid=False, tickMinStep=1)  # half a layer is none
     base = alt.Chart(rows(table)).encode(
-        x=alt.X("x:Q", title=words(axis), scale=alt.Scale(nice=False), axis=alt.Axis(grid=False, tickMinStep=1)),
+        x=alt.X("x:Q", title=words(axis), scale=alt.Scale(nice=False), axis=ticks),
         y=alt.Y("value:Q", title=unit, scale=alt.Scale(domain=limits, zero=False)),
         tooltip=tooltip(table, titles),
     )
