@@ -61,7 +61,6 @@ MAY_IMPORT = {
     "model": MODEL,
     "engine": ENGINE,
     "sae": (*ENGINE, "sae"),
-    "methods": (*ENGINE, *SIBLINGS),
     "methods": (*ENGINE, "sae", *SIBLINGS),
     "report": (*PLAIN, "report"),
 }

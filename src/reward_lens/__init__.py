@@ -39,6 +39,9 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.engine.intervention import mean_of as mean_of
     from reward_lens.engine.intervention import project_out as project_out
     from reward_lens.engine.intervention import zeros as zeros
+    from reward_lens.engine.store import ActivationStore as ActivationStore
+    from reward_lens.engine.store import estimate_store as estimate_store
+    from reward_lens.engine.store import store_activations as store_activations
     from reward_lens.errors import AlignmentError as AlignmentError
     from reward_lens.errors import CheckFailed as CheckFailed
     from reward_lens.errors import DataError as DataError
@@ -76,6 +79,10 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.methods.head_editing import edit_head as edit_head
     from reward_lens.methods.head_editing import edit_report as edit_report
     from reward_lens.methods.knockout import attention_knockout as attention_knockout
+    from reward_lens.methods.latent_clamping import clamp_latent as clamp_latent
+    from reward_lens.methods.latent_contexts import latent_contexts as latent_contexts
+    from reward_lens.methods.latent_contributions import latent_contributions as latent_contributions
+    from reward_lens.methods.latent_tokens import latent_tokens as latent_tokens
     from reward_lens.methods.lens import crystallization_depth as crystallization_depth
     from reward_lens.methods.lens import random_weight_copy as random_weight_copy
     from reward_lens.methods.lens import reward_lens as reward_lens
@@ -85,9 +92,13 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.methods.path_patching import path_effects as path_effects
     from reward_lens.methods.pressure import optimisation_pressure as optimisation_pressure
     from reward_lens.methods.probes import probe_hacking as probe_hacking
+    from reward_lens.methods.reward_latents import probe_latents as probe_latents
+    from reward_lens.methods.reward_latents import reward_latents as reward_latents
+    from reward_lens.methods.sae_report import sae_report as sae_report
     from reward_lens.methods.screening import screen_then_verify as screen_then_verify
     from reward_lens.methods.sensitivity import DEFAULT_EDITS as DEFAULT_EDITS
     from reward_lens.methods.sensitivity import sensitivity_slopes as sensitivity_slopes
+    from reward_lens.methods.splicing import spliced_rewards as spliced_rewards
     from reward_lens.methods.steering import steer as steer
     from reward_lens.methods.style import style_matrix as style_matrix
     from reward_lens.methods.style import style_summary as style_summary
@@ -110,6 +121,10 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.result import Check as Check
     from reward_lens.result import Result as Result
     from reward_lens.result import load_result as load_result
+    from reward_lens.sae.dictionary import SAE as SAE
+    from reward_lens.sae.training import train_sae as train_sae
+    from reward_lens.sae.transcoder import Transcoder as Transcoder
+    from reward_lens.sae.transcoder import train_transcoder as train_transcoder
 
 _HOME = {
     "errors": ("RewardLensError", "LoadError", "StructureError", "AlignmentError", "DataError", "CheckFailed"),
@@ -168,6 +183,17 @@ _HOME = {
     "methods.fitted_weights": ("fitted_weights",),
     "data.concepts": ("ConceptText", "ConceptTexts", "load_concepts"),
     "data.counts": ("load_counts",),
+    "engine.store": ("ActivationStore", "estimate_store", "store_activations"),
+    "sae.dictionary": ("SAE",),
+    "sae.training": ("train_sae",),
+    "sae.transcoder": ("Transcoder", "train_transcoder"),
+    "methods.latent_contributions": ("latent_contributions",),
+    "methods.latent_clamping": ("clamp_latent",),
+    "methods.reward_latents": ("probe_latents", "reward_latents"),
+    "methods.latent_contexts": ("latent_contexts",),
+    "methods.latent_tokens": ("latent_tokens",),
+    "methods.splicing": ("spliced_rewards",),
+    "methods.sae_report": ("sae_report",),
     "report.html": ("write_report",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
