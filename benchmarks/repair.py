@@ -1,6 +1,6 @@
 """Every probe on the demo model, and one complete repair of its bias, measured on data that the repair has not seen.
 
-    python benchmarks/repair.py --data DIR [--threads N] [--pairs N] [--work out/repair]
+    python benchmarks/repair.py --data DIR [--threads N] [--pairs N] [--items 80] [--work out/repair]
 
 DIR holds alpaca_eval_train.jsonl, alpaca_eval_test.jsonl, hh_harmless_test.jsonl (rows from 2,000 on are the test
 part), llmbar.jsonl and rm_bench_styles.jsonl. The directions, their strength and the guard come from prompts of
@@ -62,7 +62,7 @@ def short_pair_a_prompt(pairs: rl.Pairs) -> rl.Pairs:
     return rl.Pairs(list({p.prompt_key: p for p in short}.values()))
 
 
-def test_sets(data: Path) -> dict[str, rl.Pairs]:
+def test_sets(data: Path, n_items: int) -> dict[str, rl.Pairs]:
     """The pairs that accuracy is measured on. RM-Bench's: every chosen style against every rejected one."""
     sets = {
         "LLMBar": rl.load_pairs(data / "llmbar.jsonl"),
@@ -70,11 +70,11 @@ def test_sets(data: Path) -> dict[str, rl.Pairs]:
         "AlpacaEval test": rl.load_pairs(data / "alpaca_eval_test.jsonl"),
     }
     styles: dict[str, list[rl.Pair]] = {"hard": [], "normal": [], "easy": []}
-    for n, item in enumerate(rl.load_style_items(data / "rm_bench_styles.jsonl")):
+    for n, item in enumerate(rl.load_style_items(data / "rm_bench_styles.jsonl")[:n_items]):
         for i, j in itertools.product(range(3), range(3)):
             level = "hard" if i < j else "easy" if i > j else "normal"
             styles[level].append(rl.Pair(item.prompt, item.chosen[i], item.rejected[j], id=f"{n}-{i}-{j}"))
-    return sets | {f"RM-Bench {level}": rl.Pairs(some) for level, some in styles.items()}
+    return sets | {f"RM-Bench {level}, {n_items} items": rl.Pairs(some) for level, some in styles.items()}
 
 
 def label_slope(pairs: rl.Pairs, rm: rl.RewardModel) -> str:
@@ -108,7 +108,8 @@ def probe_page(rm: rl.RewardModel, result: rl.Result, lengths: list[str], comman
         f"a prompt each, both responses edited: `rl.probe_hacking(rm, pairs)`. Within-prompt SD of the reward: "
         f"{meta['within_prompt_sd']:.3f}. Intervals (95%) and tests are over prompts, p by sign-flip and Holm over "
         f"{v.sizes['probe']} probes. A shift of half an SD of shifts is found in 80% of studies of "
-        f"{meta['prompts_needed']['n']} prompts.", "",
+        f"{meta['prompts_needed']['n']} prompts. p = {meta['smallest_p'] * v.sizes['probe']:.3f} is the smallest that "
+        "10,000 sign flips and Holm can give.", "",
         "*Net* is the shift less what as many tokens of filler buy on the same prompt. *Corrected* compares with the "
         "text edited back, where that is not the original (RATE). *Flips*: pairs that were right and are wrong once "
         "the rejected response is edited.", "",
@@ -224,6 +225,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("out/repair"))
     parser.add_argument("--pairs", type=int, help="use every N-th diagnostic pair and test pair, for a trial")
+    parser.add_argument("--items", type=int, default=80, help="use the first N of RM-Bench's 286 items, which are long")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--docs", type=Path, default=DOCS)
     args = parser.parse_args()
@@ -250,7 +252,7 @@ def main() -> None:
     repaired = rl.edit_head(rm, directions, choice.meta["alpha"])
     kept = Kept([rm, repaired], args.work / f"rewards-{repaired.name[-9:-1]}.npz")
     edited_texts.rewards_by_beginning = kept
-    pairs, sets = rl.load_pairs("diagnostic")[:: args.pairs or 1], test_sets(args.data)
+    pairs, sets = rl.load_pairs("diagnostic")[:: args.pairs or 1], test_sets(args.data, args.items)
     sets = {name: some[:: args.pairs or 1] for name, some in sets.items()}
     command = "python benchmarks/repair.py --data DIR" + (f" --pairs {args.pairs}" if args.pairs else "")
     probes = rl.probe_hacking(rm, pairs)
