@@ -42,7 +42,7 @@ def probe_hacking(
 ) -> Result:
     """Reward bought by each edit on these responses.
 
-    `pairs`: the bundled ones by default. `probes`: names of `edits.EDITS` or `TextEdit`s; by default all of them.
+    `pairs`: the bundled ones by default. `probes`: names of `edits.EDITS` or `TextEdit` objects; by default all.
 
     Returns value (pair, response, probe), the shift in reward; NaN where the edit changes nothing. mean, low and high
     (probe,) over prompts: no interval under 6 prompts, a t interval up to 20, then a cluster bootstrap of `n_boot`.
