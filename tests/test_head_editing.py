@@ -13,9 +13,10 @@ from families import TEXT_PAIRS, tiny_model
 from planted import KEYWORD, planted_model
 from reward_lens import stats
 from reward_lens.methods.alpha_selection import _needed, _paired_change, select_alpha
-from reward_lens.methods.bias_direction import _halves, _spearman_brown, bias_direction
+from reward_lens.methods.bias_direction import bias_direction
 from reward_lens.methods.erasure import erase_concept
 from reward_lens.methods.head_editing import edit_head, edit_report
+from reward_lens.methods.split_half import halves, spearman_brown
 
 PAIRS = [rl.Pair(*texts, id=f"p{i}") for i, texts in enumerate(TEXT_PAIRS)]
 TEXTS = [(p.prompt, r) for p in PAIRS for r in p.responses]
@@ -98,7 +99,7 @@ def test_the_direction_is_the_mean_over_prompts_of_the_differences(depth):
 
 def test_reliability_against_a_loop_over_halves_and_prompts_left_out():
     moves = np.random.default_rng(3).normal(0.4, 1, (9, 5))
-    value, without = _halves(moves @ moves.T, 60, np.random.default_rng(1))
+    value, without = halves(moves @ moves.T, 60, np.random.default_rng(1))
     order = np.argsort(np.random.default_rng(1).random((60, 9)), axis=1)
 
     def mean_cosine(left_out=None):
@@ -111,8 +112,8 @@ def test_reliability_against_a_loop_over_halves_and_prompts_left_out():
 
     assert value == pytest.approx(mean_cosine())
     np.testing.assert_allclose(without, [mean_cosine(i) for i in range(9)], atol=1e-12)
-    assert _spearman_brown(np.arctanh(0.5)) == pytest.approx(2 / 3)
-    assert _spearman_brown(-np.inf) == pytest.approx(-1)
+    assert spearman_brown(np.arctanh(0.5)) == pytest.approx(2 / 3)
+    assert spearman_brown(-np.inf) == pytest.approx(-1)
 
 
 def test_intervals_of_a_direction_are_the_jackknife_of_the_prompts():

@@ -94,7 +94,7 @@ def test_orthogonal_directions_leave_each_other_alone(monkeypatch):
     def fake(rm, pairs, sites):
         yield {sites[0]: states(pairs, of_set[pairs[0].prompt_key])}
 
-    monkeypatch.setattr("reward_lens.methods.transfer.captured", fake)
+    monkeypatch.setattr("reward_lens.methods.head_editing.captured", fake)
     result = transfer_matrix(other, {"sorry": axes[0], "hat": axes[1]}, SETS)
     changes, shares = result.mean.values, result.mean.share.values
     assert abs(changes[0, 1]) < 1e-5 and abs(changes[1, 0]) < 1e-5

@@ -25,13 +25,11 @@ import torch
 from jaxtyping import Float
 
 from reward_lens import data, stats
-from reward_lens.engine.activations import captured
 from reward_lens.errors import DataError
-from reward_lens.methods.head_editing import edited_row, unit_directions
+from reward_lens.methods.head_editing import edited_row, margins_read, unit_directions
 from reward_lens.methods.paired import paired_result
 from reward_lens.model.head import editable_readout, stored
 from reward_lens.model.reward_model import RewardModel
-from reward_lens.model.sites import Site
 from reward_lens.result import Check, Result
 
 ALPHAS = tuple(i / 4 for i in range(9))
@@ -103,10 +101,9 @@ def select_alpha(
 
 
 def _margins(rm: RewardModel, pairs: data.Pairs, rows: Float[torch.Tensor, "row d_model"]) -> np.ndarray:
-    """[pair, row] margins under each row of a head; a bias cancels."""
-    site, norm = Site("resid_post", rm.n_layers - 1), editable_readout(rm).norm
-    read = torch.cat([(norm(acts[site]) @ rows.T).double().cpu() for acts in captured(rm, pairs, [site])]).numpy()
-    return read[::2] - read[1::2]
+    """[pair, row] margins under each row of a head."""
+    norm = editable_readout(rm).norm
+    return margins_read(rm, pairs, lambda h: norm(h) @ rows.T)
 
 
 def _paired_change(change: Float[np.ndarray, " pair"], prompts: np.ndarray) -> tuple[float, float, float, float]:

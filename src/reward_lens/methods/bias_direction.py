@@ -27,16 +27,11 @@ from jaxtyping import Float
 from reward_lens import data, stats
 from reward_lens.engine.activations import captured
 from reward_lens.errors import DataError
-from reward_lens.methods.split_half import halves as _halves
-from reward_lens.methods.split_half import left_out_interval as _interval
-from reward_lens.methods.split_half import spearman_brown as _spearman_brown
+from reward_lens.methods.split_half import FEWEST_SPLITS, HELD_BACK, halves, left_out_interval, spearman_brown
 from reward_lens.model.head import editable_readout, trunk_name
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
 from reward_lens.result import Check, Result
-
-FEWEST_SPLITS = 50
-HELD_BACK = 0.5  # reliability under which nothing should be said about a direction
 
 
 @torch.no_grad()
@@ -88,9 +83,9 @@ def bias_direction(
     gram = moves @ moves.T
     along = moves @ (u / np.linalg.norm(u)) if u.any() else np.zeros(len(keys))
     norms = _left_out_norms(gram)
-    reliability = _interval(*_halves(gram, n_splits, rng), np.arctanh, _spearman_brown, n_boot, seed)
+    reliability = left_out_interval(*halves(gram, n_splits, rng), np.arctanh, spearman_brown, n_boot, seed)
     left_out = np.divide((along.sum() - along) / (len(keys) - 1), norms, out=np.zeros_like(norms), where=norms > 0)
-    cosine = _interval(float(along.mean() / norm), left_out, np.arctanh, np.tanh, n_boot, seed)
+    cosine = left_out_interval(float(along.mean() / norm), left_out, np.arctanh, np.tanh, n_boot, seed)
     value = reliability["value"]
     ends = "" if reliability["low"] is None else f", {reliability['low']:.2f} to {reliability['high']:.2f}"
     unit = xr.DataArray(mean / norm, dims=("d_model",), coords={"d_model": np.arange(rm.d_model)})
@@ -98,7 +93,7 @@ def bias_direction(
         "bias_direction", pairs, seed=seed, title=f"Direction of an edit at depth {depth}", trunk=trunk_name(rm),
         settings={"depth": depth, "site": str(site), "n_splits": n_splits, "n_boot": n_boot},
         interval={"level": 0.95, "unit": "prompt", "method": "jackknife values in stats.mean_interval"},
-        norm=_interval(norm, norms, np.log, np.exp, n_boot, seed), norm_share=norm / size,
+        norm=left_out_interval(norm, norms, np.log, np.exp, n_boot, seed), norm_share=norm / size,
         reliability=reliability, cosine_with_u=cosine,
         cosine_disattenuated=float(np.clip(cosine["value"] / np.sqrt(value), -1, 1)) if value > 0 else None,
         nulls=_against_flips(gram, norm, n_boot, rng), unchanged=int((np.diag(gram) == 0).sum()), prompts=keys,

@@ -31,13 +31,10 @@ from reward_lens.data.concepts import NEUTRAL, ConceptTexts, as_concept_texts
 from reward_lens.errors import DataError
 from reward_lens.methods.concept_states import POSITIONS, cell_means, site_at, text_states
 from reward_lens.methods.concept_statistics import neutral_basis
-from reward_lens.methods.split_half import halves, left_out_interval, spearman_brown
+from reward_lens.methods.split_half import FEWEST_SPLITS, HELD_BACK, halves, left_out_interval, spearman_brown
 from reward_lens.model.head import trunk_name
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.result import Check, Result
-
-FEWEST_SPLITS = 50
-HELD_BACK = 0.5  # reliability under which nothing should be said about a direction
 
 
 @torch.no_grad()

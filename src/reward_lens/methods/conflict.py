@@ -36,6 +36,7 @@ from reward_lens.errors import DataError
 from reward_lens.methods import direction_cosines as cosines
 from reward_lens.methods.direction_cosines import Measured
 from reward_lens.methods.reward_terms import Pool, Term, common_space, pool_of, prompts, reward_terms
+from reward_lens.methods.split_half import HELD_BACK
 from reward_lens.methods.term_table import TermTable
 from reward_lens.methods.term_tests import losses_at_best, measured, own_effect, whitened
 from reward_lens.model.reward_model import RewardModel
@@ -43,7 +44,6 @@ from reward_lens.result import Check, Result
 
 TESTS = ("score", "direction", "intervention", "optimisation")
 EDGE = 0.2
-HELD_BACK = 0.5  # reliability of a direction under which nothing is said about it
 UNITS = {
     "score": "rank correlation", "direction": "cosine", "intervention": "SD of the other score per SD of the own",
     "optimisation": "1 - share of the gap of shuffled responses",

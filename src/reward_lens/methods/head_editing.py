@@ -150,6 +150,13 @@ def unit_directions(rm: RewardModel, directions) -> Float[Tensor, "k d_model"]:
     return torch.stack(rows)
 
 
+def margins_read(rm: RewardModel, pairs: data.Pairs, read) -> Float[np.ndarray, "pair column"]:
+    """Margins of what `read` makes of the last residual, [text, d_model] to [text, column]; a bias cancels."""
+    site = Site("resid_post", rm.n_layers - 1)
+    found = torch.cat([read(acts[site]).double().cpu() for acts in captured(rm, pairs, [site])]).numpy()
+    return found[::2] - found[1::2]
+
+
 def edited_row(rm: RewardModel, vectors: Float[Tensor, "k d_model"], alpha: int | float) -> Float[Tensor, " d_model"]:
     """w' in float64, before it is rounded to the head's precision."""
     readout = editable_readout(rm)

@@ -16,6 +16,9 @@ from jaxtyping import Float
 
 from reward_lens import stats
 
+FEWEST_SPLITS = 50
+HELD_BACK = 0.5  # reliability under which nothing should be said about a direction
+
 
 def halves(gram: Float[np.ndarray, "g g"], n_splits: int, rng) -> tuple[float, Float[np.ndarray, " g"]]:
     """Mean cosine between the sums of two halves, with all units and without each of them (same halves)."""

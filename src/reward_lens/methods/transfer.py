@@ -30,12 +30,10 @@ import xarray as xr
 from jaxtyping import Float
 
 from reward_lens import data, stats
-from reward_lens.engine.activations import captured
 from reward_lens.errors import DataError
-from reward_lens.methods.head_editing import edited_row, unit_directions
+from reward_lens.methods.head_editing import edited_row, margins_read, unit_directions
 from reward_lens.model.head import editable_readout, stored
 from reward_lens.model.reward_model import RewardModel, pair_coords
-from reward_lens.model.sites import Site
 from reward_lens.result import Check, Result
 
 OPS = ("null", "steer")
@@ -89,7 +87,7 @@ def transfer_matrix(
     _require_control(names, biases)
     vectors = torch.cat([unit_directions(rm, v if isinstance(v, Result) else _one(n, v)) for n, v in given.items()])
     changed = _nulled(rm, vectors, alpha) if op == "null" else _steered(rm, vectors, strength)
-    margins = {name: _margins(rm, pairs, changed) for name, pairs in sets.items()}
+    margins = {name: margins_read(rm, pairs, changed) for name, pairs in sets.items()}
     changes = {name: m[:, 1:] - m[:, :1] for name, m in margins.items()}
     cells, before = _cells(sets, changes, {name: m[:, 0] for name, m in margins.items()}, seed)
     diagonal = np.array([[i == j for j in biases] for i in names])
@@ -155,12 +153,6 @@ def _steered(rm: RewardModel, vectors: Float[torch.Tensor, "k d_model"], strengt
         return torch.stack([readout.reward(x) for x in moved], -1)
 
     return rewards
-
-
-def _margins(rm: RewardModel, pairs: data.Pairs, rewards) -> Float[np.ndarray, "pair change"]:
-    site = Site("resid_post", rm.n_layers - 1)
-    read = torch.cat([rewards(acts[site]).double().cpu() for acts in captured(rm, pairs, [site])]).numpy()
-    return read[::2] - read[1::2]
 
 
 def _cells(sets, changes, margins, seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

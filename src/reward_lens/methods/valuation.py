@@ -37,7 +37,7 @@ from reward_lens.errors import DataError
 from reward_lens.methods import concept_statistics as over_topics
 from reward_lens.methods.concept_signs import sign_tests
 from reward_lens.methods.concept_states import POSITIONS, STEERED_AT, reward_direction, site_at
-from reward_lens.methods.split_half import left_out_interval
+from reward_lens.methods.split_half import HELD_BACK, left_out_interval
 from reward_lens.methods.steering import checked_doses, line_slopes, natural_directions, responses
 from reward_lens.model.head import trunk_name
 from reward_lens.model.reward_model import RewardModel
@@ -45,7 +45,6 @@ from reward_lens.model.tokens import Tokens
 from reward_lens.result import Check, Result
 
 FEWEST_CONCEPTS = 3
-HELD_BACK = 0.5  # reliability under which a cosine is not corrected for it
 _UNDEFINED = "the vector lies along the common direction of reward"
 
 
