@@ -1,5 +1,6 @@
 """Interventions in bfloat16: held against the slow loop in bfloat16 and the same weights in float32, E5 exactly 0."""
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -10,6 +11,7 @@ import reward_lens as rl
 from families import STRUCTURES, TEXT_PAIRS, tiny_model
 from planted import planted_pairs
 from reference.sweeps import patched_reward, values_at
+from reward_lens.model import checks
 
 EQUAL = rl.Pair("What is the capital of France?", "It is Paris, by the river", "It is Rybix, by a rive", id="equal")
 UNEQUAL = rl.Pair("Is 7 a prime number?", "Yes, it is one.", "No, because it is 1", id="unequal")
@@ -86,3 +88,17 @@ def test_every_intervention_runs_and_its_checks_hold(family, name):
     result = METHODS[name](model(family))
     assert np.isfinite(result.value.values).any()
     assert all(check.gap <= check.tolerance for check in result.checks)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_mask_that_is_ignored_is_refused_however_coarse_the_format(dtype, monkeypatch):
+    """The rounding of batches without padding is no excuse for padding that is read as text."""
+    make_batch = checks.make_batch
+
+    def unmasked(tokens, rows, pad_id, device, padding="right"):
+        batch = make_batch(tokens, rows, pad_id, device, padding)
+        return dataclasses.replace(batch, mask=torch.ones_like(batch.mask)) if padding == "left" else batch
+
+    monkeypatch.setattr(checks, "make_batch", unmasked)
+    with pytest.raises(rl.LoadError, match="failed the test 'padding'"):
+        rl.RewardModel(*tiny_model("llama", dtype=dtype))
