@@ -2,12 +2,14 @@
 
     python benchmarks/sae_training.py --work DIR --activations FILE [--peer sae-lens=PYTHON]
                                       [--peer eai-sparsify=PYTHON] [--d-sae N] [--k 32] [--n-train N] [--batch 2048]
-                                      [--rounds 5] [--threads 1] [--seeds 3] [--quick]
+                                      [--rounds 5] [--threads 1] [--seeds 3] [--device cpu] [--jobs 1] [--quick]
 
 FILE: safetensors with "activations" [n, d_model], or the folder of an activation store. The last tenth is held out. A
 peer is named with the interpreter of the environment it is installed in; each needs one of its own, made with
 `pip install -c constraints.txt torch==2.13.0 NAME`. Every run is a process of its own with the same rows, width, k,
-number of samples, batch and threads. Dictionaries are measured here, all by the same code, on the held-out rows.
+number of samples, batch, threads and device; `--jobs` of them at a time, but those that are timed one by one.
+Dictionaries are measured here, all by the same code, on the held-out rows. `--only-times` leaves out everything but
+the times, and writes them to DIR.
 
 A peer is trained with its documented settings and with a second set that favours it; the better one counts. Time a
 step comes from short runs in which the systems take turns, the order switching every round: the median over rounds of
@@ -21,6 +23,7 @@ import os
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -29,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from reward_lens.sae.dictionary import SAE
 
 ERROR_LIMIT, TIME_LIMIT, SAME = 1.05, 1.2, 1e-5
-TIMED_STEPS, ROWS = 100, 512
+UNTIMED_STEPS, TIMED_STEPS, ROWS = 20, 100, 512
 SCRIPTS = {name: Path(__file__).parent / "peers" / f"sae_with_{name.replace('-', '_')}.py"
            for name in ("reward-lens", "sae-lens", "eai-sparsify")}  # fmt: skip
 # What each system trains: variant and, for the peers, which rate ("adam": see the script).
@@ -47,19 +50,29 @@ def main() -> None:
     file, x = activations(Path(options.activations), work)
     n = len(x) - max(ROWS, len(x) // 10)
     common = {"activations": str(file), "n": n, "d_sae": options.d_sae or 8 * x.shape[1], "k": options.k,
-              "batch": options.batch, "n_train": options.n_train or 4 * n, "threads": options.threads}  # fmt: skip
+              "batch": options.batch, "n_train": options.n_train or 4 * n, "threads": options.threads,
+              "device": options.device}  # fmt: skip
     if options.quick:
         common |= {"d_sae": 2 * x.shape[1], "n_train": 50 * options.batch}
     systems = {"reward-lens": sys.executable, **dict(peer.split("=", 1) for peer in options.peer)}
+    if options.only_times:
+        lines = time_lines(timed(work, systems, common, options.rounds), options.device)
+        (work / "sae_times.md").write_text("\n".join(lines), encoding="utf-8")
+        return print("\n".join(lines))
+    runs = [(seed, system, variant, rate) for seed in range(1 if options.quick else options.seeds)
+            for system in systems for variant, rate in RUNS[system]]  # fmt: skip
+
+    def train(run) -> str:
+        seed, system, variant, rate = run
+        request = {**common, "task": "train", "variant": variant, "seed": seed, "lr": lr_of(rate, common)}
+        return ask(work, system, systems[system], request)[1]
+
     trained = []
-    for seed in range(1 if options.quick else options.seeds):
-        for system, python in systems.items():
-            for variant, rate in RUNS[system]:
-                request = {**common, "task": "train", "variant": variant, "seed": seed, "lr": lr_of(rate, common)}
-                folder = ask(work, system, python, request)[1]
-                trained.append({"system": system, "variant": variant, "settings": rate or "own", "seed": seed,
-                                "folder": folder, **measured(SAE.load(folder), x[n:])})  # fmt: skip
-                print(trained[-1], flush=True)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for (seed, system, variant, rate), folder in zip(runs, pool.map(train, runs), strict=True):
+            trained.append({"system": system, "variant": variant, "settings": rate or "own", "seed": seed,
+                            "folder": folder, **measured(SAE.load(folder), x[n:])})  # fmt: skip
+            print(trained[-1], flush=True)
     times = timed(work, systems, common, 2 if options.quick else options.rounds)
     exchanged = exchange(work, systems, common, trained, x[n:][:ROWS])
     page = report(common, x, trained, times, exchanged, options.quick)
@@ -74,8 +87,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--activations", required=True)
     parser.add_argument("--peer", action="append", default=[], help="NAME=PYTHON")
     for name, default in {"d-sae": None, "k": 32, "n-train": None, "batch": 2048, "rounds": 5, "threads": 1,
-                          "seeds": 3}.items():  # fmt: skip
+                          "seeds": 3, "jobs": 1}.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only-times", action="store_true")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     unknown = [peer for peer in options.peer if peer.split("=")[0] not in SCRIPTS or "=" not in peer]
@@ -129,14 +144,19 @@ def measured(sae: SAE, x: torch.Tensor) -> dict[str, float]:
 
 
 def timed(work: Path, systems: dict[str, str], common: dict, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds a step of TopK in every round."""
+    """Milliseconds a step of TopK in every round: a long run less a short one, so that what comes before the first step
+    (scales, compilation) is in neither."""
     seconds: dict[str, list[float]] = {name: [] for name in systems}
     for number in range(rounds):
         for system in list(systems)[:: 1 if number % 2 == 0 else -1]:
-            request = {**common, "task": "train", "variant": "topk", "seed": 1000 + number, "lr": None,
-                       "n_train": TIMED_STEPS * common["batch"]}  # fmt: skip
-            answer, _ = ask(work, system, systems[system], request)
-            seconds[system].append(answer["seconds"] / TIMED_STEPS * 1000)
+            short, long = (
+                ask(work, system, systems[system], {
+                    **common, "task": "train", "variant": "topk", "seed": 1000 + number, "lr": None,
+                    "n_train": steps * common["batch"],
+                })[0]["seconds"]
+                for steps in (UNTIMED_STEPS, UNTIMED_STEPS + TIMED_STEPS)
+            )  # fmt: skip
+            seconds[system].append((long - short) / TIMED_STEPS * 1000)
     return seconds
 
 
@@ -161,13 +181,26 @@ def exchange(work: Path, systems: dict[str, str], common: dict, trained: list[di
     return lines
 
 
+def time_lines(times: dict[str, list[float]], device: str) -> list[str]:
+    lines = [
+        f"Time a step of TopK on {device}; ours over theirs, at most {TIME_LIMIT} of the fastest is asked for.",
+        "",
+    ]
+    for name, values in times.items():
+        ratios = [a / b for a, b in zip(times["reward-lens"], values, strict=True)]
+        lines.append(f"- {name}: {statistics.median(values):.1f} ms; ours over it {statistics.median(ratios):.2f} "
+                     f"({min(ratios):.2f} to {max(ratios):.2f})")  # fmt: skip
+    return lines
+
+
 def report(common: dict, x: torch.Tensor, trained: list[dict], times: dict, exchanged: list[str], quick: bool) -> str:
     lines = [
         "# Training of dictionaries",
         "",
         f"{common['n']:,} activations of width {x.shape[1]}, {len(x) - common['n']:,} held out; {common['d_sae']:,} "
         f"latents, k = {common['k']}, {common['n_train']:,} samples in batches of {common['batch']:,}, "
-        f"{common['threads']} thread(s), float32.{' A quick run: no figure to quote.' if quick else ''}",
+        f"{common['threads']} thread(s), {common['device']}, float32."
+        f"{' A quick run: no figure to quote.' if quick else ''}",
         "",
         "Held-out figures, mean over seeds (range).",
         "",
@@ -183,11 +216,7 @@ def report(common: dict, x: torch.Tensor, trained: list[dict], times: dict, exch
         best[key[0]] = min(best.get(key[0], float("inf")), statistics.mean(run["fvu"] for run in runs))
     lines += ["", f"FVU of our best over a system's best; at most {ERROR_LIMIT} is asked for.", ""]
     lines += [f"- {name}: {best['reward-lens'] / value:.3f}" for name, value in best.items() if name != "reward-lens"]
-    lines += ["", f"Time a step of TopK; ours over theirs, at most {TIME_LIMIT} of the fastest is asked for.", ""]
-    for name, values in times.items():
-        ratios = [a / b for a, b in zip(times["reward-lens"], values, strict=True)]
-        lines.append(f"- {name}: {statistics.median(values):.1f} ms; ours over it {statistics.median(ratios):.2f} "
-                     f"({min(ratios):.2f} to {max(ratios):.2f})")  # fmt: skip
+    lines += ["", *time_lines(times, common["device"])]
     lines += ["", "Encodings of one file by its maker and by another library: largest gap over the largest latent.", "",
               "| written by | read by | gap | |", "| --- | --- | --- | --- |", *exchanged, ""]  # fmt: skip
     return "\n".join(lines)

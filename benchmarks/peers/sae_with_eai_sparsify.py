@@ -1,12 +1,11 @@
 """sparsify's trainer on saved activations: a network of one table, whose hook point gives row i for token i."""
 
 import shutil
-import time
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from sae_request import order, serve
+from sae_request import now, order, serve
 from sparsify import SparseCoder, SparseCoderConfig, TrainConfig, Trainer
 
 
@@ -49,10 +48,10 @@ def train(x: torch.Tensor, request: dict) -> float:
         hookpoints=["table"], init_seeds=[request["seed"]], save_every=10**9, log_to_wandb=False,
         save_dir=str(work), run_name="run", **(adam if request["lr"] == "adam" else {}),
     )  # fmt: skip
-    trainer = Trainer(config, data, Replay(x))
-    start = time.perf_counter()
+    trainer = Trainer(config, data, Replay(x).to(request["device"]))
+    start = now(request["device"])
     trainer.fit()
-    seconds = time.perf_counter() - start
+    seconds = now(request["device"]) - start
     shutil.move(work / "run" / "table", request["folder"])
     return seconds
 

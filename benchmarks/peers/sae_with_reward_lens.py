@@ -1,19 +1,17 @@
 """This library as a trainer of dictionaries."""
 
-import time
-
 import torch
-from sae_request import serve
+from sae_request import now, serve
 
 from reward_lens.sae.dictionary import SAE
 from reward_lens.sae.training import train_sae
 
 
 def train(x: torch.Tensor, request: dict) -> float:
-    start = time.perf_counter()
+    start = now(request["device"])
     sae = train_sae(x, request["d_sae"], request["k"], request["variant"], request["seed"], n_train=request["n_train"],
-                    batch_size=request["batch"])  # fmt: skip
-    seconds = time.perf_counter() - start
+                    batch_size=request["batch"], device=request["device"])  # fmt: skip
+    seconds = now(request["device"]) - start
     sae.save(request["folder"])
     if request["variant"] == "topk":
         sae.save(request["folder"] + "-sparsify", fmt="sparsify")
