@@ -121,6 +121,12 @@ def test_refusals_are_sentences_with_exit_code_1(model, tmp_path):
     assert "DataError" in run("lens", model, str(tmp_path / "none.jsonl"), code=1).stderr
 
 
+def test_the_device_is_an_option_and_a_variable(model, monkeypatch):
+    assert "cpu" in run("--device", "cpu", "check", model).output
+    monkeypatch.setenv("REWARD_LENS_DEVICE", "nowhere")
+    assert "could not be moved to nowhere" in run("check", model, code=1).stderr
+
+
 def test_a_wrong_command_line_is_exit_code_2(model):
     run("accuracy", model, "--limit", "0", code=2)
     run("no-such-command", code=2)

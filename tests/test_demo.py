@@ -27,6 +27,12 @@ def test_it_is_a_real_model_that_passed_its_report(demo):
     assert "pad == eos" in demo.load_report.value.sel(check="reward position").found.item()
 
 
+def test_settings_of_the_model_reach_it():
+    assert rl.load("demo", truncation="left").truncation == "left"
+    with pytest.raises(rl.LoadError, match="objective"):
+        rl.load("demo", objective="helpfulness")
+
+
 def test_a_second_load_neither_merges_nor_tests_again(demo, monkeypatch):
     def forbidden(*args):
         raise AssertionError("done twice")

@@ -291,3 +291,12 @@ class TestTexts:
         rm = rl.RewardModel(*tiny_model("llama", tokenizer=tokenizer))
         tokens = rm.tokenize("Hello", "  padded  ")
         assert "".join(tokens.pieces[i] for i in tokens.response) == "padded"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is such a device")
+def test_a_device_that_is_not_there_is_a_sentence(tmp_path):
+    module, tokenizer = tiny_model("llama")
+    module.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(rl.LoadError, match=r"could not be moved to cuda.*CUDA is not there.*device='cpu'"):
+        rl.load(tmp_path, device="cuda")

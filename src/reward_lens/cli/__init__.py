@@ -7,6 +7,3 @@ from reward_lens.cli import behaviour, looking, studies
 from reward_lens.cli.common import app
 
 __all__ = ["app", "behaviour", "looking", "studies"]
-
-if __name__ == "__main__":
-    app()

@@ -4,11 +4,13 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import wraps
 from pathlib import Path
 from typing import Annotated
 
 import pandas as pd
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -23,7 +25,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 out, err = Console(), Console(stderr=True)
+wanted_device: ContextVar[str | None] = ContextVar("wanted_device", default=None)
 COLUMNS = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+
+
+@app.callback()
+def settings(
+    device: Annotated[
+        str | None,
+        typer.Option(help="'cpu', 'cuda', 'cuda:1', ...; default: a CUDA device if there is one.",
+                     envvar="REWARD_LENS_DEVICE"),
+    ] = None,
+):  # fmt: skip
+    wanted_device.set(device)
+
 
 Model = Annotated[str, typer.Argument(help="'demo', a hub id, a folder or a PEFT adapter.")]
 PairsFile = Annotated[str, typer.Argument(help="'demo', a .jsonl, .json, .parquet or .csv file, or a hub id.")]
@@ -56,8 +71,9 @@ def load(model: str, objective: str | None = None, truncation: str | None = None
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("torchao").setLevel(logging.ERROR)
+    device = wanted_device.get() or ("cuda" if torch.cuda.is_available() else None)
     with err.status(f"Loading {model}"):
-        return rl.load(model, objective=objective, truncation=truncation)
+        return rl.load(model, device=device, objective=objective, truncation=truncation)
 
 
 def show(result: "rl.Result", as_json: bool, save: Path | None = None, top: int | None = None) -> None:

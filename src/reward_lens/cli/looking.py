@@ -33,7 +33,8 @@ def check(model: Model = "demo", objective: Objective = None, as_json: AsJson = 
     report = load(model, objective).load_report
     if as_json:
         return show(report, True)
-    typer.echo(f"{report.meta['model']}: {report.meta['architecture']}, {report.meta['layers']} layers")
+    m = report.meta
+    typer.echo(f"{m['model']}: {m['architecture']}, {m['layers']} layers, {m['dtype']} on {m['device']}")
     for row in report.value:
         name, found = row["check"].item(), row.found.item()
         typer.echo(f"  {name:20} {float(row):9.1e} <= {float(row.tolerance):7.1e}  {found}")

