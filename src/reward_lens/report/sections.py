@@ -67,7 +67,7 @@ def sections(results: Mapping[str, Result]) -> list[Section]:
                 open_table=form == "table",
                 checks=list(result.checks),
                 lists_checks="check" in result.value.dims,
-                settings=_settings(result),
+                settings=settings(result),
             )
         )
     return out
