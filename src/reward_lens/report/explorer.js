@@ -81,7 +81,7 @@
     const row = event.target.closest(".latents tbody tr");
     const link = event.target.closest("a");
     const label = row?.dataset.label ?? (detail.contains(link) ? link.hash.slice(1) : null);
-    if (!label) return;
+    if (!byLabel.has(label)) return;
     event.preventDefault();
     go(label);
     rowOf.get(label).scrollIntoView({ block: "nearest" });
@@ -133,6 +133,7 @@
       make("h3", {}, "Nearest decoder rows"), neighbours(latent),
       make("h3", {}, `Contexts, the largest activations of ${latent.contexts.length} texts`),
       ...latent.contexts.flatMap(context),
+      make("p", { class: "back" }, make("a", { href: "#list" }, "Back to the list")),
     ];
   }
 

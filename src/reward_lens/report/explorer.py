@@ -13,7 +13,7 @@ from reward_lens.errors import DataError
 from reward_lens.report import document, latents, numbers
 from reward_lens.report.latents import HALF, PLACES, Given
 from reward_lens.report.sections import provenance, settings
-from reward_lens.report.tables import check_rows, nearest
+from reward_lens.report.tables import check_rows, nearest, values_table
 from reward_lens.result import Result
 
 NEEDED = {"latent_contributions": "contributions", "latent_contexts": "contexts"}
@@ -69,6 +69,7 @@ def write_explorer(
         half=HALF,
         place=PLACES[meta["settings"]["at"]],
         margin=latents.margin_table(given),
+        stand_in=None if given.report is None else values_table(given.report),
         has_effects=given.effects is not None,
         measured=[_measured(where, result) for where, result in all_results.items()],
         checks=check_rows(checks),

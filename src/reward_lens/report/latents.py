@@ -18,8 +18,7 @@ from reward_lens.report.texts import token
 from reward_lens.result import Result
 
 PLACES = {"final": "at the reward position", "response": "in the response"}
-MEASURES = {"fvu": "FVU", "reward_recovered": "reward recovered", "sign_agreement": "margins that keep their sign",
-            "l0": "active latents a position"}  # fmt: skip
+MEASURES = {"fvu": "FVU", "reward_recovered": "reward recovered"}
 TAILS = {
     "other latents": "latents without a row", "error": "error term, what the dictionary lacks",
     "b_dec": "decoder bias", "rest": "rest, what depends on no latent", "norm": "difference of the norm's scale",
@@ -52,6 +51,10 @@ class Estimate(NamedTuple):
     @property
     def ends(self) -> str:
         return numbers.ends(self.low, self.high)
+
+    @property
+    def short_ends(self) -> str:
+        return numbers.ends(self.low, self.high, numbers.short)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,14 +105,16 @@ def margin_table(given: Given) -> Table:
 def head(given: Given) -> list[tuple[str, str]]:
     """The dictionary, how well it stands in for what it reads, and the texts."""
     sae, contexts = given.contributions.meta["sae"], given.contexts.meta
-    kept = f"{sae['k']} largest" if sae["activation"] == "topk" else sae["activation"]
+    k = sae["k"] or sae["trained"].get("k")
+    kept = sae["activation"] if k is None else f"{sae['activation']}, k {k}"
     out = [("site", sae["site"]), ("dictionary", f"{sae['d_sae']:,} latents, {kept}")]
     share = Estimate(*(_float(given.contributions.meta["error_share"]["margin"][k]) for k in ("mean", "low", "high")))
     out.append(("error term's share of the margin", _with_ends(share, numbers.share)))
     if given.report is None:
         out.append(("FVU, reward recovered", "not measured"))
     else:
-        out += [(words, _by_place(given.report, name)) for name, words in MEASURES.items()]
+        out += [(f"{words} {place}", _measured(given.report, name, at)) for name, words in MEASURES.items()
+                for at, place in PLACES.items()]  # fmt: skip
     texts = f"{contexts['n_texts']:,} different responses to {contexts['n_prompts']:,} prompts, "
     return [*out, ("texts", texts + f"{contexts['n_tokens']:,} positions")]
 
@@ -235,14 +240,9 @@ def _drawn(estimate: Estimate | None, limit: float) -> tuple[str, str, str] | No
     return low, middle, high
 
 
-def _by_place(report: Result, measure: str) -> str:
-    cells = report.dataset.sel(measure=measure)
-    parts = []
-    for at, place in PLACES.items():
-        cell = cells.sel(at=at)
-        found = Estimate(*(float(cell[k]) for k in ("value", "low", "high")))
-        parts.append(f"{_with_ends(found, numbers.number)} {place}")
-    return "; ".join(parts)
+def _measured(report: Result, measure: str, at: str) -> str:
+    cell = report.dataset.sel(measure=measure, at=at)
+    return _with_ends(Estimate(*(float(cell[k]) for k in ("value", "low", "high"))), numbers.number)
 
 
 def _with_ends(estimate: Estimate, write) -> str:

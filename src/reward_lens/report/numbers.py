@@ -14,6 +14,11 @@ def number(value: float, signed: bool = False) -> str:
     return _typeset(f"{value:+.4g}" if signed and value else f"{value:.4g}")
 
 
+def short(value: float) -> str:
+    """Two digits, for where many stand close together."""
+    return "\u2013" if math.isnan(value) else _typeset(f"{value:.2g}")
+
+
 def share(value: float) -> str:
     """A fraction as a percentage of three digits."""
     return "\u2013" if math.isnan(value) else f"{_typeset(f'{100 * value:.3g}')}%"
