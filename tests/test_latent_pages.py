@@ -11,12 +11,12 @@ import torch
 import reward_lens as rl
 from dictionaries import constant_sae, identity_sae, random_sae
 from families import STRUCTURES, TEXT_PAIRS, tiny_model
+from pages import Page
 from planted import KEYWORD, planted_model, planted_pairs
 from reward_lens.methods.latent_contexts import BINS
 from reward_lens.report import latents, numbers
 from reward_lens.report.explorer import write_explorer
 from reward_lens.sae.dictionary import SAE
-from test_report import Page
 
 HOSTILE = "</script><script>alert(1)</script> & <b>"
 PAIRS = [rl.Pair(*texts, id=f"p{i} {HOSTILE}") for i, texts in enumerate(TEXT_PAIRS)]

@@ -70,8 +70,8 @@ def train(
         task = bar.add_task("Training", total=None)
 
         def tell(now: dict[str, Any]) -> None:
-            said = f"Training: {now['samples']:,} samples, FVU {now['fvu']:.3f}, L0 {now['l0']:.1f}, dead {now['dead']:.1%}"
-            bar.update(task, description=said)
+            said = f"FVU {now['fvu']:.3f}, L0 {now['l0']:.1f}, dead {now['dead']:.1%}"
+            bar.update(task, description=f"Training: {now['samples']:,} samples, {said}")
 
         found = rl.train_sae(store, d_sae, k, variant, seed, n_train=n_train, device=rm.device,
                              checkpoint=output / TRAINING, progress=tell,

@@ -53,8 +53,8 @@ def latent_contexts(
     (latent, context, offset), the token's text, prompt and template included; (latent, context): `text` (the pair's id
     and side, "" where there is none) and `token` (position in the text); (latent): `index`, `density` with
     `density_low`, `density_high`, `frequency` (share of texts with any activation), `largest`. In `meta`: `n_texts`,
-    `n_tokens` (read positions), `histogram`: of every latent that is active, `width` of the bins and `counts`, positions
-    in each; what is 0 is in none.
+    `n_tokens` (read positions), and `histogram`: for every latent that is active the `width` of the bins and `counts`,
+    the positions in each; a 0 is in none.
     Raises `DataError` for latents that the dictionary does not have.
     """
     pairs, where = data.as_pairs(pairs), site_of(rm, sae, site, "response")

@@ -170,8 +170,10 @@
     const strip = make("div", {
       class: "strip", id, "data-out": `${id}-out`, dir: "auto", tabindex: 0, role: "group",
       "aria-label": `${where}, ${tokens.length} tokens. Left and right arrow keys read the values.`,
-    }, ...tokens.map(([text, shade, value, largest]) => make("span",
-      { class: [shade, largest ? "peak" : ""].join(" ").trim(), title: value }, text)));
+    }, ...tokens.map(([text, shade, value, largest]) => {
+      const kinds = [shade, largest ? "peak" : ""].filter(Boolean).join(" ");
+      return make("span", kinds ? { class: kinds, title: value } : { title: value }, text);
+    }));
     return [
       make("p", { class: "where" }, make("b", {}, peak), " ", make("small", {}, where)),
       strip, make("output", { class: "readout", id: `${id}-out` }),

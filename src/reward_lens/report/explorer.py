@@ -82,8 +82,8 @@ def write_explorer(
 
 
 def _measured(title: str, result: Result) -> Measured:
-    sentences = (str(result.meta.get(key, "")) for key in ("shows", "cannot_show"))
-    return Measured(title, *sentences, settings(result))
+    shows, cannot_show = (str(result.meta.get(key, "")) for key in ("shows", "cannot_show"))
+    return Measured(title, shows, cannot_show, settings(result))
 
 
 def _given(results: list[Result]) -> Given:

@@ -99,7 +99,9 @@ def margin_table(given: Given) -> Table:
     over = stats.mean_interval(np.column_stack(list(named.values())), prompts, seed=seed)
     cells = zip(named, *(np.asarray(end).tolist() for end in (over.mean, over.low, over.high)), strict=True)
     lines = [[name, *(numbers.number(v, signed=True) for v in ends)] for name, *ends in cells]
-    return Table("What the mean margin is the sum of", ["part", "mean", "low", "high"], lines, [False, True, True, True])
+    return Table(
+        "What the mean margin is the sum of", ["part", "mean", "low", "high"], lines, [False, True, True, True]
+    )
 
 
 def head(given: Given) -> list[tuple[str, str]]:
