@@ -267,6 +267,18 @@ def test_a_dictionary_is_trained_on_some_prompts_and_its_training_goes_on(model,
     assert "another training" in " ".join(refused.split())
 
 
+def test_training_on_all_prompts_says_so_and_seeds_hold_out_the_same(model, varied, dictionary, tmp_path):
+    options = ["sae", "train", model, "--site", "L2.resid_post", "--d-sae", "48", "--k", "4", "--n-train", "640"]
+    options += ["--pairs", varied]
+    said = run(*options, "--held-out", "0", "-o", str(tmp_path / "all")).output
+    assert "16 prompts it was trained on, which flatters it" in said
+    run(*options, "--held-out", "0.5", "--seed", "1", "-o", str(tmp_path / "other"))
+    hashes = {rl.SAE.load(f).meta["store"]["inputs_hash"] for f in (dictionary, tmp_path / "other")}
+    assert len(hashes) == 1
+    run(*options, "--site", "L1.H0", "-o", str(tmp_path / "heads"), code=2)
+    assert not (tmp_path / "heads").exists()
+
+
 def test_a_dictionary_is_measured_beside_another_seed(model, varied, dictionary, tmp_path):
     saved = tmp_path / "report.nc"
     printed = run("sae", "eval", model, dictionary, "--pairs", varied, "--seeds", dictionary, "--save", str(saved))

@@ -59,8 +59,12 @@ def train(
 
     A run that was stopped goes on from where it was when the same command is given again.
     """
+    from reward_lens.methods.latent_states import KINDS
+
+    if rl.Site.parse(site).kind not in KINDS:  # before the activations, not after the training
+        raise typer.BadParameter(f"{site!r}: expected a residual stream or a write, such as L20.resid_post or L3.mlp")
     rm, data = load(model, objective, truncation), rl.load_pairs(pairs, split=split, limit=limit)
-    fit, test = _halves(data, held_out, seed)
+    fit, test = _halves(data, held_out)
     estimate = rl.estimate_store(rm, fit, site, positions)
     size = f"{estimate.n_samples:,} samples of {estimate.n_texts:,} texts, {estimate.bytes / 2**20:,.1f} MiB"
     err.print(f"Activations at {site}: {'' if estimate.exact else 'about '}{size}, in {output / STORE}", markup=False)
@@ -81,8 +85,8 @@ def train(
         report = rl.sae_report(rm, found, test, seed=seed)
     _print(report, as_json, save)
     if not as_json:
-        whose = "prompts that were held out" if held_out else "the prompts it was trained on, which flatter it"
-        typer.echo(f"\nMeasured on {report.meta['n_prompts']} {whose}. {found.meta['trust']}")
+        whose = "that were held out" if held_out else "it was trained on, which flatters it"
+        typer.echo(f"\nMeasured on {report.meta['n_prompts']} prompts {whose}. {found.meta['trust']}")
         typer.echo(f"Dictionary: {output}")
 
 
@@ -136,10 +140,10 @@ def explore(
     typer.echo(f"Latents: {rl.write_explorer(results, output)}")
 
 
-def _halves(data: "rl.Pairs", held_out: float, seed: int) -> tuple["rl.Pairs", "rl.Pairs"]:
-    """Pairs to train on and pairs to measure on; whole prompts are in one or the other."""
+def _halves(data: "rl.Pairs", held_out: float) -> tuple["rl.Pairs", "rl.Pairs"]:
+    """Pairs to train on and pairs to measure on: whole prompts, and the same ones for dictionaries of every seed."""
     keys = sorted({pair.prompt_key for pair in data})
-    order = np.random.default_rng(seed).permutation(len(keys))
+    order = np.random.default_rng(0).permutation(len(keys))
     out = {keys[i] for i in order[: round(held_out * len(keys))]}
     if not out:
         return data, data
@@ -154,7 +158,7 @@ def _print(report: "rl.Result", as_json: bool, save: Path | None) -> None:
     if save is not None:
         report.save(save)
     table = report.dataset[["value", "low", "high"]].to_dataframe()[["value", "low", "high", "n"]]
-    typer.echo(table.to_string(float_format=lambda x: f"{x:.3g}"))
+    typer.echo(table.to_string(float_format=lambda x: f"{x:.3g}", na_rep=""))
     for check in report.checks:
         typer.echo(str(check))
 
