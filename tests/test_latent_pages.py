@@ -205,6 +205,8 @@ def test_effects_come_with_interval_and_adjusted_p_or_are_said_to_be_missing(pag
 def test_the_head_and_the_checks(page):
     share = of("latent_contributions").meta["error_share"]["margin"]
     assert f"{numbers.share(share['mean'])} ({numbers.share(share['low'])} to" in page.words
+    (whole,) = [c for c in of("latent_contributions").checks if c.name == "completeness"]
+    assert f"completeness gap {numbers.gap(whole.gap)} (tolerance 1e\u22125)" in page.words
     report = of("sae_report").value
     for measure in ("fvu", "reward_recovered"):
         assert numbers.number(float(report.sel(measure=measure, at="final"))) in page.words

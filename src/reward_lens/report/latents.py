@@ -112,6 +112,9 @@ def head(given: Given) -> list[tuple[str, str]]:
     out = [("site", sae["site"]), ("dictionary", f"{sae['d_sae']:,} latents, {kept}")]
     share = Estimate(*(_float(given.contributions.meta["error_share"]["margin"][k]) for k in ("mean", "low", "high")))
     out.append(("error term's share of the margin", _with_ends(share, numbers.share)))
+    (whole,) = [c for c in given.contributions.checks if c.name == "completeness"]
+    note = f", {whole.note}" if whole.note else ""
+    out.append(("completeness gap", f"{numbers.gap(whole.gap)} (tolerance {numbers.gap(whole.tolerance)}){note}"))
     if given.report is None:
         out.append(("FVU, reward recovered", "not measured"))
     else:
