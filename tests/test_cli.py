@@ -115,7 +115,8 @@ def test_refusals_are_sentences_with_exit_code_1(model, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a", "chosen": "b"}\n')
     result = run("accuracy", model, str(bad), code=1)
-    assert "DataError" in result.stderr and "line 1" in result.stderr and "What to do:" in result.stderr
+    said = " ".join(result.stderr.split())  # where a line breaks depends on the length of the path
+    assert "DataError" in said and "line 1" in said and "What to do:" in said
     assert "Traceback" not in result.output
     assert "LoadError" in run("check", str(tmp_path), code=1).stderr
     assert "DataError" in run("lens", model, str(tmp_path / "none.jsonl"), code=1).stderr
