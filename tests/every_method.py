@@ -80,6 +80,7 @@ METHODS = {
     ),
     "clamp": lambda rm, pairs: rl.clamp_latent(rm, sae(rm), pairs, 3, 0.5),
     "latent contexts": lambda rm, pairs: rl.latent_contexts(rm, sae(rm), pairs, [0, 3], top=2),
+    "latent neighbours": lambda rm, pairs: rl.latent_neighbours(rm, sae(rm), [0, 3], top=4),
     "latent tokens": lambda rm, pairs: rl.latent_tokens(rm, sae(rm), pairs, 3),
     "spliced": lambda rm, pairs: rl.spliced_rewards(rm, sae(rm, "L1.resid_post"), pairs),
     "dictionary": lambda rm, pairs: rl.sae_report(rm, sae(rm), pairs),

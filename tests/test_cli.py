@@ -115,7 +115,8 @@ def test_refusals_are_sentences_with_exit_code_1(model, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a", "chosen": "b"}\n')
     result = run("accuracy", model, str(bad), code=1)
-    assert "DataError" in result.stderr and "line 1" in result.stderr and "What to do:" in result.stderr
+    said = " ".join(result.stderr.split())  # where a line breaks depends on the length of the path
+    assert "DataError" in said and "line 1" in said and "What to do:" in said
     assert "Traceback" not in result.output
     assert "LoadError" in run("check", str(tmp_path), code=1).stderr
     assert "DataError" in run("lens", model, str(tmp_path / "none.jsonl"), code=1).stderr
@@ -219,3 +220,100 @@ def test_distortion_takes_weights(model):
     assert "expected name=number" in run("distortion", model, "demo", *options, "words=many", code=2).output
     refused = run("distortion", model, "demo", "--truncation", "right", "--limit", "12", code=1).output
     assert "DataError" in refused  # twelve pairs do not determine five weights
+
+
+# --- dictionaries
+
+
+@pytest.fixture(scope="module")
+def varied(tmp_path_factory) -> str:
+    """Sixteen prompts, so that a held-out part has intervals."""
+    path = tmp_path_factory.mktemp("varied") / "pairs.jsonl"
+    rows = [
+        {
+            "prompt": f"How many are {i} and {i + 1}?",
+            "chosen": f"They are {2 * i + 1}, as {i} is one less than {i + 1}.",
+            "rejected": f"I am not sure, perhaps {i}.",
+        }
+        for i in range(16)
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def dictionary(model, varied, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("dictionary") / "sae"
+    options = ("--site", "L2.resid_post", "--d-sae", "48", "--k", "4", "--n-train", "6400", "--pairs", varied)
+    result = run("sae", "train", model, *options, "--held-out", "0.5", "-o", str(folder))
+    said = " ".join(result.output.split())
+    assert "samples of 16 texts" in " ".join(result.stderr.split()) and "MiB" in result.stderr
+    assert "8 prompts that were held out" in said and "reward_recovered" in said and "completeness" not in said
+    return str(folder)
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "explore"])
+def test_help_of_dictionaries_has_an_example(command):
+    assert f"Example: reward-lens sae {command}" in " ".join(run("sae", command, "--help").output.split())
+
+
+def test_a_dictionary_is_trained_on_some_prompts_and_its_training_goes_on(model, varied, dictionary, tmp_path):
+    sae = rl.SAE.load(dictionary)
+    assert (sae.d_sae, sae.site, sae.meta["k"], sae.meta["held_out"]) == (48, "L2.resid_post", 4, 0.5)
+    folder = tmp_path / "sae"
+    options = ["sae", "train", model, "--site", "L2.resid_post", "--d-sae", "48", "--k", "4", "--n-train", "6400"]
+    options += ["--pairs", varied, "--held-out", "0.5", "-o", str(folder)]
+    body = json.loads(run(*options, "--json", "--save", str(tmp_path / "report.nc")).stdout)
+    assert body["name"] == "sae_report" == rl.load_result(tmp_path / "report.nc").name
+    assert body["meta"]["n_prompts"] == 8
+    (folder / "sae_weights.safetensors").unlink()  # as if stopped just before the end
+    run(*options)
+    for name, weight in rl.SAE.load(folder).state_dict().items():
+        assert weight.equal(sae.state_dict()[name]), name
+    refused = run(*options, "--variant", "topk", code=1).stderr
+    assert "another training" in " ".join(refused.split())
+
+
+def test_training_on_all_prompts_says_so_and_seeds_hold_out_the_same(model, varied, dictionary, tmp_path):
+    options = ["sae", "train", model, "--site", "L2.resid_post", "--d-sae", "48", "--k", "4", "--n-train", "640"]
+    options += ["--pairs", varied]
+    said = run(*options, "--held-out", "0", "-o", str(tmp_path / "all")).output
+    assert "16 prompts it was trained on, which flatters it" in said
+    run(*options, "--held-out", "0.5", "--seed", "1", "-o", str(tmp_path / "other"))
+    hashes = {rl.SAE.load(f).meta["store"]["inputs_hash"] for f in (dictionary, tmp_path / "other")}
+    assert len(hashes) == 1
+    run(*options, "--site", "L1.H0", "-o", str(tmp_path / "heads"), code=2)
+    assert not (tmp_path / "heads").exists()
+
+
+def test_a_dictionary_is_measured_beside_another_seed(model, varied, dictionary, tmp_path):
+    saved = tmp_path / "report.nc"
+    printed = run("sae", "eval", model, dictionary, "--pairs", varied, "--seeds", dictionary, "--save", str(saved))
+    assert "100% (" in printed.output and "clean row gap" in printed.output
+    assert len(rl.load_result(saved).meta["stability"]) == 1
+    body = json.loads(run("sae", "eval", model, dictionary, "--pairs", varied, "--limit", "4", "--json").stdout)
+    assert body["name"] == "sae_report" and body["meta"]["n_pairs"] == 4
+    assert "LoadError" in run("sae", "eval", model, str(tmp_path / "none"), code=1).stderr
+    assert "DataError" in run("sae", "eval", model, dictionary, "--site", "L0.mlp", "--pairs", varied, code=1).stderr
+
+
+def test_a_release_is_a_folder_in_a_folder(model, varied, dictionary):
+    whole, name = dictionary.rsplit("/", 1)
+    found = [
+        json.loads(run("sae", "eval", model, *where, "--pairs", varied, "--json").stdout)
+        for where in ((dictionary,), (whole, "--subfolder", name))
+    ]
+    assert found[0]["values"] == found[1]["values"]
+
+
+def test_explore_writes_a_page_and_its_results(model, varied, dictionary, tmp_path):
+    page, results = tmp_path / "latents.html", tmp_path / "results"
+    options = ("--pairs", varied, "--latents", "6", "--tested", "2", "--contexts", "3", "-o", str(page))
+    printed = run("sae", "explore", model, dictionary, *options, "--save", str(results)).output
+    assert f"Latents: {page}" in printed.replace("\n", "")
+    again = rl.write_explorer([rl.load_result(path) for path in results.glob("*.nc")], tmp_path / "again.html")
+    assert len(list(results.glob("*.nc"))) == 5 and again.stat().st_size > 20_000
+    run("sae", "explore", model, dictionary, "--at", "nowhere", code=2)
+    run("sae", "explore", model, dictionary, "--latents", "0", code=2)
+    few = run("sae", "explore", model, dictionary, "--limit", "1", *options, code=1).stderr
+    assert "cannot be screened and tested" in " ".join(few.split())

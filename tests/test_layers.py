@@ -64,7 +64,7 @@ MAY_IMPORT = {
     "methods": (*ENGINE, "sae", *SIBLINGS),
     "report": (*PLAIN, "report"),
 }
-SURFACE = ("__init__", "__main__", "cli", "app", "analysis")
+SURFACE = ("__init__", "__main__", "cli", "app", "analysis", "explorer")
 
 
 def under(module: str, prefix: str) -> bool:

@@ -3,18 +3,13 @@
 import json
 
 import pytest
-from playwright.sync_api import sync_playwright
 
 import shapes
+from browsing import CONTRAST, visits
 from reward_lens.report import write_report
 
 pytestmark = pytest.mark.browser
 
-LAUNCH = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-WATCH = """
-window.violations = [];
-document.addEventListener("securitypolicyviolation", (event) => violations.push(event.violatedDirective));
-"""
 CUT = """() => [...document.querySelectorAll(".chart svg")].flatMap((svg) => {
   const box = svg.getBoundingClientRect();
   return [...svg.querySelectorAll("text")].filter((text) => {
@@ -22,22 +17,6 @@ CUT = """() => [...document.querySelectorAll(".chart svg")].flatMap((svg) => {
     return width && (left < box.left - 2 || right > box.right + 2 || top < box.top - 2 || bottom > box.bottom + 2);
   }).map((text) => text.textContent);
 })"""
-CONTRAST = """() => {
-  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-  const luminance = (colour) => {
-    canvas.clearRect(0, 0, 1, 1);
-    canvas.fillStyle = colour;
-    canvas.fillRect(0, 0, 1, 1);
-    const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3)
-      .map((c) => c / 255).map((c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  return [...document.querySelectorAll(".strip span[class]:not(.u)")].map((token) => {
-    const style = getComputedStyle(token);
-    const [low, high] = [style.color, style.backgroundColor].map(luminance).sort((a, b) => a - b);
-    return (high + 0.05) / (low + 0.05);
-  });
-}"""
 
 
 @pytest.fixture(scope="module")
@@ -45,39 +24,10 @@ def path(tmp_path_factory):
     return write_report(shapes.all_shapes(), tmp_path_factory.mktemp("report") / "report.html")
 
 
-@pytest.fixture(scope="module")
-def browser(chromium):
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=chromium, args=[*LAUNCH, "--no-first-run"])
-        yield opened
-        opened.close()
-
-
 @pytest.fixture
 def visit(browser, path):
-    """Opens the page. In the end nothing was logged, asked or requested, but what the test itself cleared."""
-    opened, noise = [], []
-
-    def go(width: int = 1280, scheme: str = "light", script: bool = True, height: int = 900):
-        size = {"width": width, "height": height}
-        context = browser.new_context(viewport=size, color_scheme=scheme, java_script_enabled=script)
-        tab = context.new_page()
-        tab.add_init_script(WATCH)
-        tab.on("console", lambda message: noise.append(message.text))
-        tab.on("pageerror", lambda error: noise.append(str(error)))
-        tab.on("dialog", lambda dialog: noise.append(dialog.message))
-        tab.on("request", lambda request: None if request.url == path.as_uri() else noise.append(request.url))
-        tab.goto(path.as_uri())
-        if script:
-            tab.wait_for_selector(f"html[data-drawn={scheme}]")
-        opened.append(context)
-        return tab
-
-    go.noise = noise
-    yield go
-    for context in opened:
-        context.close()
-    assert noise == []
+    with visits(browser, path, lambda scheme: f"html[data-drawn={scheme}]") as go:
+        yield go
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

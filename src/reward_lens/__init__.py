@@ -48,6 +48,8 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.errors import LoadError as LoadError
     from reward_lens.errors import RewardLensError as RewardLensError
     from reward_lens.errors import StructureError as StructureError
+    from reward_lens.explorer import explorer_results as explorer_results
+    from reward_lens.explorer import latent_explorer as latent_explorer
     from reward_lens.features import text_features as text_features
     from reward_lens.methods.accuracy import accuracy as accuracy
     from reward_lens.methods.accuracy import calibration as calibration
@@ -82,6 +84,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.methods.latent_clamping import clamp_latent as clamp_latent
     from reward_lens.methods.latent_contexts import latent_contexts as latent_contexts
     from reward_lens.methods.latent_contributions import latent_contributions as latent_contributions
+    from reward_lens.methods.latent_neighbours import latent_neighbours as latent_neighbours
     from reward_lens.methods.latent_tokens import latent_tokens as latent_tokens
     from reward_lens.methods.lens import crystallization_depth as crystallization_depth
     from reward_lens.methods.lens import random_weight_copy as random_weight_copy
@@ -117,6 +120,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.model.sites import Site as Site
     from reward_lens.model.structure import Structure as Structure
     from reward_lens.model.tokens import Tokens as Tokens
+    from reward_lens.report.explorer import write_explorer as write_explorer
     from reward_lens.report.html import write_report as write_report
     from reward_lens.result import Check as Check
     from reward_lens.result import Result as Result
@@ -192,9 +196,12 @@ _HOME = {
     "methods.reward_latents": ("probe_latents", "reward_latents"),
     "methods.latent_contexts": ("latent_contexts",),
     "methods.latent_tokens": ("latent_tokens",),
+    "methods.latent_neighbours": ("latent_neighbours",),
     "methods.splicing": ("spliced_rewards",),
     "methods.sae_report": ("sae_report",),
     "report.html": ("write_report",),
+    "report.explorer": ("write_explorer",),
+    "explorer": ("explorer_results", "latent_explorer"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)

@@ -1,6 +1,7 @@
 """Where in the texts a latent is active: its density, and the tokens at which it is largest, with those around them.
 
     density_j     mean over texts of the share of read positions with z_pj > 0
+    histogram_j   number of read positions with z_pj in (i w, (i + 1) w], w the least power of two that needs 32 bins
     context       of each text the position of its largest activation; the `top` texts by that activation
 
 One context a text, so that a single text does not fill the list. Texts with the same tokens count once.
@@ -10,6 +11,7 @@ something else, and what it does to the reward is another question (`reward_late
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from reward_lens.model.tokens import Tokens
 from reward_lens.result import Result
 from reward_lens.sae.dictionary import SAE
 
+BINS = 32
 _EMPTY = "outside the response, or the latent is active in fewer texts than contexts asked for"
 
 
@@ -50,7 +53,8 @@ def latent_contexts(
     (latent, context, offset), the token's text, prompt and template included; (latent, context): `text` (the pair's id
     and side, "" where there is none) and `token` (position in the text); (latent): `index`, `density` with
     `density_low`, `density_high`, `frequency` (share of texts with any activation), `largest`. In `meta`: `n_texts`,
-    `n_tokens`.
+    `n_tokens` (read positions), and `histogram`: for every latent that is active the `width` of the bins and `counts`,
+    the positions in each; a 0 is in none.
     Raises `DataError` for latents that the dictionary does not have.
     """
     pairs, where = data.as_pairs(pairs), site_of(rm, sae, site, "response")
@@ -61,12 +65,14 @@ def latent_contexts(
     names, prompts, tokens = _different(rm, pairs)
     best: list[list[tuple[float, int, int, np.ndarray]]] = [[] for _ in wanted]
     density, frequency = np.empty((len(tokens), len(wanted))), np.empty((len(tokens), len(wanted)))
+    histograms = [_Histogram() for _ in wanted]
     n_tokens = 0
     for i, text in enumerate(read_latents(rm, sae, tokens, where, "response")):
         z = text.activations(wanted).numpy()
         density[i], frequency[i] = (z > 0).mean(0), (z > 0).any(0)
         n_tokens += len(z)
         for k in np.flatnonzero(z.any(0)):
+            histograms[k].add(z[:, k])
             at = int(z[:, k].argmax())
             strip = np.full(2 * around + 1, np.nan)
             some = z[max(0, at - around) : at + around + 1, k]
@@ -102,11 +108,37 @@ def latent_contexts(
         "latent_contexts", pairs, seed=seed, title=f"Contexts of latents at {where}", sae=described(sae, where),
         settings={"latents": wanted, "top": top, "around": around}, n_texts=len(tokens), n_tokens=n_tokens,
         interval={"level": 0.95, "unit": "prompt", "method": over.method},
+        histogram={f"F{j}": h.described() for j, h in zip(wanted, histograms, strict=True) if h.counts.any()},
         shows="The tokens at which each latent is largest, and how often it is active.",
         cannot_show="What a latent means at its usual activations, or what it does to the reward.",
     )  # fmt: skip
     value = xr.DataArray(values, dims=("latent", "context", "offset"), coords=coords)
     return Result("latent_contexts", value, unit="activation", meta=meta, undefined=_EMPTY)
+
+
+class _Histogram:
+    """Counts of positive values in equal bins from 0 on, whose width grows with the largest value.
+
+    Widths are powers of two, so two bins become one without a value changing sides, and the order of the texts does not
+    matter.
+    """
+
+    def __init__(self):
+        self.exponent, self.counts = -1074, np.zeros(BINS, dtype=int)  # the least exponent that a double has
+
+    def add(self, values: np.ndarray) -> None:
+        values = values[values > 0]
+        mantissa, exponent = np.frexp(values.max() / BINS)
+        needed = max(int(exponent) - int(mantissa == 0.5), self.exponent)
+        for _ in range(min(needed - self.exponent, BINS)):  # then all is in the first bin
+            self.counts = np.concatenate([self.counts.reshape(-1, 2).sum(1), np.zeros(BINS // 2, dtype=int)])
+        self.exponent = needed
+        places = np.ceil(np.ldexp(values, -needed)).astype(int) - 1
+        self.counts += np.bincount(places, minlength=BINS)
+
+    def described(self) -> dict[str, Any]:
+        used = np.flatnonzero(self.counts)[-1] + 1
+        return {"width": float(np.ldexp(1.0, self.exponent)), "counts": self.counts[:used].tolist()}
 
 
 def _different(rm: RewardModel, pairs: data.Pairs) -> tuple[list[str], list[str], list[Tokens]]:

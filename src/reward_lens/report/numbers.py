@@ -14,6 +14,21 @@ def number(value: float, signed: bool = False) -> str:
     return _typeset(f"{value:+.4g}" if signed and value else f"{value:.4g}")
 
 
+def short(value: float) -> str:
+    """Two digits, for where many stand close together."""
+    return "\u2013" if math.isnan(value) else _typeset(f"{value:.2g}")
+
+
+def share(value: float) -> str:
+    """A fraction as a percentage of three digits."""
+    return "\u2013" if math.isnan(value) else f"{_typeset(f'{100 * value:.3g}')}%"
+
+
+def ends(low: float, high: float, write=number) -> str:
+    """An interval in words; empty where there is none."""
+    return "" if math.isnan(low) or math.isnan(high) else f"{write(low)} to {write(high)}"
+
+
 def gap(value: float) -> str:
     """Two digits in exponent form, as in 3.1e-7; zero is exact and stays 0, an infinite tolerance is none."""
     if not math.isfinite(value):

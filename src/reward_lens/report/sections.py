@@ -67,7 +67,7 @@ def sections(results: Mapping[str, Result]) -> list[Section]:
                 open_table=form == "table",
                 checks=list(result.checks),
                 lists_checks="check" in result.value.dims,
-                settings=_settings(result),
+                settings=settings(result),
             )
         )
     return out
@@ -141,7 +141,8 @@ def _facts_of_data(result: Result) -> str:
     return ", ".join(f"{n:,} {name}{'' if n == 1 else 's'}" for n, name in counts if n is not None)
 
 
-def _settings(result: Result) -> list[tuple[str, str]]:
+def settings(result: Result) -> list[tuple[str, str]]:
+    """What a result was computed from and with, as names and text."""
     meta = result.meta
     rows = [("method", meta.get("method", result.name)), *(meta.get("settings") or {}).items()]
     rows += [(NAMES.get(key, key), meta[key]) for key in SHARED if meta.get(key) is not None]

@@ -87,7 +87,7 @@ def _pair(result: Result, pair: str, group: list[Block], limit: float, rewards: 
 
 
 def _text(block: Block, limit: float, reward: float | None) -> Text:
-    tokens = [_token(*entry, limit) for entry in zip(block.pieces, block.values, strict=True)]
+    tokens = [token(*entry, limit) for entry in zip(block.pieces, block.values, strict=True)]
     lead = len(list(itertools.takewhile(lambda role: role == "prompt", block.roles)))
     if lead == len(tokens):  # nothing but prompt: it is the text
         lead = 0
@@ -96,7 +96,8 @@ def _text(block: Block, limit: float, reward: float | None) -> Text:
     return Text(block.side, written, tokens[:lead], tokens[lead:], length > LONG)
 
 
-def _token(piece: str, value: float, limit: float) -> Token:
+def token(piece: str, value: float, limit: float) -> Token:
+    """A token in its shade, which is the strongest from `limit` on."""
     if not math.isfinite(value):
         return Token(readable(piece), "u", "no value")
     level = min(LEVELS, round(LEVELS * abs(value) / limit)) if limit else 0
