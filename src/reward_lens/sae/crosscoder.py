@@ -173,9 +173,9 @@ class Crosscoder(torch.nn.Module):
         W_enc, W_dec, b_dec = ([held[f"{name}.{m}"] for m in range(n)] for name in _OF_MODEL)
         return cls(W_enc, held["b_enc"], W_dec, b_dec, threshold=held["threshold"], scale=held["scale"], **about)
 
-    def extra_repr(self) -> str:
-        of = ", ".join(f"{name or 'model'} {width}" for name, width in zip(self.names, self.widths, strict=True))
-        return f"d_sae={self.d_sae}, {of}"
+    def __repr__(self) -> str:
+        of = ", ".join(f"{name or 'a model'} [{width}]" for name, width in zip(self.names, self.widths, strict=True))
+        return f"<Crosscoder {self.d_sae} latents of {of}>"
 
     def _require_two(self) -> None:
         if self.n_models != 2:

@@ -6,9 +6,9 @@
     loss      mean over models of |x'_m - x^'_m|^2  +  1/32 AuxK
 
 v_j is the published choice: the activation times the sum of the decoder rows' norms (the sum that the L1 crosscoder
-penalises). A latent of one model is then not at a disadvantage beside one of all of them; with the norm of the
-concatenated row, a latent that two models share at norms a and a would count a sqrt(2), and merging unrelated latents
-of the two models would pay. The map does not change when z_j grows and the rows shrink alike, so rows are kept at
+penalises), which is how much a latent writes in all. Of two latents that write equally much into one model, one that
+writes into both is thus kept first; a latent of one model has to be the larger, which errs towards shared latents, not
+towards differences. The map does not change when z_j grows and the rows shrink alike, so rows are kept at
 sum_m |W_dec_m[j]| = 1 after every step, and v_j = z_j: the dictionary is a BatchTopK autoencoder of the models'
 activations side by side with another norm of its rows. All else is the recipe of `sae.training`. At inference a
 threshold stands in for the selection (JumpReLU), the running mean of the smallest z kept.
@@ -167,5 +167,5 @@ def _of_stores(samples: JoinedSamples) -> dict[str, Any]:
     return {
         "names": [str(store.meta["model"]["name"]) for store in stores],
         "sites": [str(store.site) for store in stores],
-        "meta": {"models": [dict(store.meta["model"]) for store in stores], "stores": samples.store.meta["joined"]},
+        "meta": {"trained_on": [dict(store.meta["model"]) for store in stores], "stores": samples.store.meta["joined"]},
     }
