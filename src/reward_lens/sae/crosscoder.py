@@ -90,7 +90,7 @@ class Crosscoder(torch.nn.Module):
         """Number of latents."""
         return len(self.b_enc)
 
-    def encode(self, *xs: Float[Tensor, "*batch _"]) -> Float[Tensor, "*batch d_sae"]:
+    def encode(self, *xs: Float[Tensor, "..."]) -> Float[Tensor, "*batch d_sae"]:
         """Latents of the models' activations at the same positions of the same texts.
 
         `xs`: one tensor [*batch, d_m] a model, in the crosscoder's order. Returns z [*batch, d_sae], none negative.
@@ -113,7 +113,7 @@ class Crosscoder(torch.nn.Module):
         """Activations that latents stand for. Returns a tuple of [*batch, d_m], one a model."""
         return tuple(z @ w + b for w, b in zip(self.W_dec, self.b_dec, strict=True))
 
-    def forward(self, *xs: Float[Tensor, "*batch _"]) -> tuple[Tensor, ...]:
+    def forward(self, *xs: Float[Tensor, "..."]) -> tuple[Tensor, ...]:
         """The reconstructions. Returns `decode(encode(*xs))`."""
         return self.decode(self.encode(*xs))
 
