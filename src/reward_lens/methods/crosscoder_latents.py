@@ -140,7 +140,9 @@ def crosscoder_latents(
         "cannot_show": "What the crosscoder has not found (the row error), or that a latent with a small row is absent "
         "from a model where the latent scaling is near 1.",
     }  # fmt: skip
-    return Result("crosscoder_latents", value, unit=unit, checks=_checks(read, parts, values, units), meta=meta, **summary)
+    return Result(
+        "crosscoder_latents", value, unit=unit, checks=_checks(read, parts, values, units), meta=meta, **summary
+    )
 
 
 def _unit_of(one: Reading, unit: Unit) -> float:

@@ -1,8 +1,8 @@
 """What a crosscoder needs of two models on the same texts, read off one model after the other.
 
-    x   states at the site and the read positions
-    g   what a change of x is worth: the effective direction u, the norm's scale frozen (direct, at the last site), or
-        the gradient of the reward, nothing frozen
+x   states at the site and the read positions
+g   what a change of x is worth: the effective direction u, the norm's scale frozen (direct, at the last site), or
+    the gradient of the reward, nothing frozen
 """
 
 import dataclasses

@@ -17,7 +17,7 @@ arXiv 2504.02922.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,18 +54,19 @@ class Crosscoder(torch.nn.Module):
 
     def __init__(
         self,
-        W_enc: Sequence[Tensor],
-        b_enc: Tensor,
-        W_dec: Sequence[Tensor],
-        b_dec: Sequence[Tensor],
+        W_enc: Iterable[Tensor],
+        b_enc: Float[Tensor, "..."],
+        W_dec: Iterable[Tensor],
+        b_dec: Iterable[Tensor],
         *,
-        threshold: Tensor,
-        scale: Tensor | None = None,
+        threshold: Float[Tensor, "..."],
+        scale: Float[Tensor, " model"] | None = None,
         names: Sequence[str | None] | None = None,
         sites: Sequence[str | None] | None = None,
         meta: Mapping[str, Any] | None = None,
     ):
         super().__init__()
+        W_enc, W_dec, b_dec = list(W_enc), list(W_dec), list(b_dec)
         n = len(W_enc)
         scale = torch.ones(n) if scale is None else scale
         self.names, self.sites = tuple(names or [None] * n), tuple(sites or [None] * n)
