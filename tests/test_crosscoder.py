@@ -273,13 +273,22 @@ def test_stores_say_what_they_are_of(models):
         ({"pairs": PAIRS[:-1]}, "inputs_hash"),
         ({"positions": "all"}, "positions all"),
         ({"exclude": ("sinks",), "sink_multiple": 1.05}, "n_samples"),
-        ({"per_text": 10, "seed": 1}, "n_samples|position"),
+        ({"per_text": 10, "seed": 1}, r"position \d+ \(store 2\), \d+ \(store 1\) at sample"),
     ],
 )
 def test_stores_of_other_samples_are_refused(change, words, models):
     one = stored(models[0], **({"per_text": 10} if "per_text" in change else {}), positions="response")
     with pytest.raises(DataError, match=words):
         train_crosscoder((one, stored(models[1], **{"positions": "response", **change})), 24, 3, **SHORT)
+
+
+def test_stores_of_other_tokens_are_refused(models, monkeypatch):
+    """As of two tokenizers that cut a text into equally many tokens."""
+    one, other = (stored(rm) for rm in models)
+    column = other.column
+    monkeypatch.setattr(other, "column", lambda name, *rows: column(name, *rows) + (name == "token"))
+    with pytest.raises(DataError, match=r"token \d+ \(store 2\), \d+ \(store 1\) at sample 0.*one tokenizer"):
+        train_crosscoder((one, other), 24, 3, **SHORT)
 
 
 # bad input

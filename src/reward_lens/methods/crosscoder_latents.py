@@ -141,8 +141,9 @@ def crosscoder_latents(
         "from a model where the latent scaling is near 1.",
     }  # fmt: skip
     return Result(
-        "crosscoder_latents", value, unit=unit, checks=_checks(read, parts, values, units), meta=meta, **summary
-    )
+        "crosscoder_latents", value, unit=unit, checks=_checks(read, parts, values, units), meta=meta,
+        mean=summary["mean"], low=summary["low"], high=summary["high"],
+    )  # fmt: skip
 
 
 def _unit_of(one: Reading, unit: Unit) -> float:
@@ -200,7 +201,8 @@ def _fvu(crosscoder: Crosscoder, m: int, one: Reading, codes: Codes) -> float | 
     rows, bias = crosscoder.W_dec[m].double().cpu(), crosscoder.b_dec[m].double().cpu()
     left = sum(float((x.double() - z @ rows[torch.from_numpy(a)] - bias).square().sum())
                for x, (a, z) in zip(one.x, codes, strict=True))  # fmt: skip
-    spread = float((torch.cat(one.x).double() - torch.cat(one.x).double().mean(0)).square().sum())
+    every = torch.cat(one.x).double()
+    spread = float((every - every.mean(0)).square().sum())
     return plain(left / spread) if spread > 0 else None
 
 
