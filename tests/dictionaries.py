@@ -2,6 +2,7 @@
 
 import torch
 
+from reward_lens.sae.crosscoder import Crosscoder
 from reward_lens.sae.dictionary import SAE
 
 _PLAIN: dict = {"activation": "relu", "apply_b_dec_to_input": False}
@@ -28,3 +29,14 @@ def constant_sae(state: torch.Tensor, site: str | None = "L2.resid_post", d_sae:
     """Latents that are never active: the reconstruction is `state`."""
     d_model = len(state)
     return SAE(torch.zeros(d_model, d_sae), torch.zeros(d_sae), torch.zeros(d_sae, d_model), state, **_PLAIN, site=site)
+
+
+def random_crosscoder(d: int = 32, d_sae: int = 20, site: str | None = "L2.resid_post", seed: int = 0) -> Crosscoder:
+    """Of two models of one width."""
+    rng = torch.Generator().manual_seed(seed)
+    enc, dec = ([torch.randn(shape, generator=rng) / d**0.5 for _ in range(2)] for shape in ((d, d_sae), (d_sae, d)))
+    bias = [torch.randn(d, generator=rng) for _ in range(2)]
+    return Crosscoder(
+        enc, torch.randn(d_sae, generator=rng), dec, bias,
+        threshold=torch.full((d_sae,), 0.5), scale=torch.tensor([1.0, 0.7]), sites=[site] * 2,
+    )  # fmt: skip

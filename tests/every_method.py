@@ -3,7 +3,7 @@
 import torch
 
 import reward_lens as rl
-from dictionaries import random_sae
+from dictionaries import random_crosscoder, random_sae
 from planted import planted_pairs
 
 
@@ -84,6 +84,9 @@ METHODS = {
     "latent tokens": lambda rm, pairs: rl.latent_tokens(rm, sae(rm), pairs, 3),
     "spliced": lambda rm, pairs: rl.spliced_rewards(rm, sae(rm, "L1.resid_post"), pairs),
     "dictionary": lambda rm, pairs: rl.sae_report(rm, sae(rm), pairs),
+    "crosscoder latents": lambda rm, pairs: rl.crosscoder_latents(
+        {"one": rm, "other": rm}, random_crosscoder(rm.d_model), pairs, top=5
+    ),
     "vocabulary": lambda rm, pairs: rl.vocab_alignment(rm),
     "ov": lambda rm, pairs: rl.ov_pull(rm),
 }

@@ -52,6 +52,8 @@ SIBLINGS = tuple(f"methods.{name}" for name in (
     # latents of a dictionary: read in texts, their slopes and settings, the splits of a reward, ratios over prompts
     "latent_states", "latent_effects", "latent_splits", "latent_contributions", "latent_screening", "prompt_ratios",
     "splicing",
+    # two models under one crosscoder: what is read of each, and the splits of their rewards
+    "model_readings", "crosscoder_splits",
 ))  # fmt: skip
 # The first row that a module falls under holds. The surface (cli, app, the front door) may import everything.
 MAY_IMPORT = {

@@ -70,6 +70,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.methods.conflict import term_conflict as term_conflict
     from reward_lens.methods.contributions import contributions as contributions
     from reward_lens.methods.counterfactual import counterfactual_patch as counterfactual_patch
+    from reward_lens.methods.crosscoder_latents import crosscoder_latents as crosscoder_latents
     from reward_lens.methods.distortion import distortion_index as distortion_index
     from reward_lens.methods.divergence import divergence as divergence
     from reward_lens.methods.edges import edge_effects as edge_effects
@@ -125,6 +126,8 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.result import Check as Check
     from reward_lens.result import Result as Result
     from reward_lens.result import load_result as load_result
+    from reward_lens.sae.crosscoder import Crosscoder as Crosscoder
+    from reward_lens.sae.crosscoder_training import train_crosscoder as train_crosscoder
     from reward_lens.sae.dictionary import SAE as SAE
     from reward_lens.sae.training import train_sae as train_sae
     from reward_lens.sae.transcoder import Transcoder as Transcoder
@@ -188,10 +191,13 @@ _HOME = {
     "data.concepts": ("ConceptText", "ConceptTexts", "load_concepts"),
     "data.counts": ("load_counts",),
     "engine.store": ("ActivationStore", "estimate_store", "store_activations"),
+    "sae.crosscoder": ("Crosscoder",),
+    "sae.crosscoder_training": ("train_crosscoder",),
     "sae.dictionary": ("SAE",),
     "sae.training": ("train_sae",),
     "sae.transcoder": ("Transcoder", "train_transcoder"),
     "methods.latent_contributions": ("latent_contributions",),
+    "methods.crosscoder_latents": ("crosscoder_latents",),
     "methods.latent_clamping": ("clamp_latent",),
     "methods.reward_latents": ("probe_latents", "reward_latents"),
     "methods.latent_contexts": ("latent_contexts",),

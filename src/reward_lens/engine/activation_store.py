@@ -121,9 +121,8 @@ class ActivationStore:
         that JSON can hold.
         Raises `DataError` for a state of other batches and where there would be no batch.
         """
-        counts = [shard["rows"] for shard in self._index["shards"]]
         return Batches(
-            counts, lambda shard: self._tensor(shard, "activations"), self._identity, self.d_model, self._dtype,
+            self.shard_sizes, lambda shard: self._tensor(shard, "activations"), self.identity, self.d_model, self.dtype,
             size=size, seed=seed, epochs=epochs, buffer=buffer, drop_last=drop_last, start=start,
         )  # fmt: skip
 
@@ -141,6 +140,29 @@ class ActivationStore:
         for chunk in self.chunks():
             out[chunk.start : chunk.start + len(chunk.values)] = chunk.values
         return out
+
+    def column(self, name: str, start: int, stop: int) -> Tensor:
+        """Consecutive samples' "activations", "text", "position", "token" or "norm" as stored, read shard by shard."""
+        parts = []
+        for shard in range(bisect.bisect_right(self._starts, start) - 1, bisect.bisect_left(self._starts, stop)):
+            first = self._starts[shard]
+            parts.append(self._tensor(shard, name)[max(0, start - first) : stop - first].clone())
+        return torch.cat(parts)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision that the samples are stored in."""
+        return dtype_of(self._index["settings"]["dtype"])
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Samples in every shard."""
+        return [shard["rows"] for shard in self._index["shards"]]
+
+    @property
+    def identity(self) -> str:
+        """Tells the store's samples from those of another."""
+        return f"{self.site} {len(self)} {self._index['inputs_hash']} {self._index['model']['fingerprint']}"
 
     def at(self, sample: int) -> Place:
         """The text, the position and the token id of a sample (in the order of `chunks` and `tensor`)."""
@@ -169,14 +191,6 @@ class ActivationStore:
 
     def _tensor(self, shard: int, name: str) -> Tensor:
         return self._shelf.tensor(shard, self._index["shards"][shard], name)
-
-    @property
-    def _identity(self) -> str:
-        return f"{self.site} {len(self)} {self._index['inputs_hash']} {self._index['model']['fingerprint']}"
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return dtype_of(self._index["settings"]["dtype"])
 
     def __repr__(self) -> str:
         where = "in memory" if self.folder is None else f"in {self.folder}"

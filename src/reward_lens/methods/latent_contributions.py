@@ -79,8 +79,8 @@ def latent_contributions(
     parts: list[Part] = []
     for both in zip(texts, texts, strict=True):
         parts += split_pair(rm, sae, both, where, how, split, steps, max_rows)
-    tables = [_table(parts[::2], sae.d_sae, False), _table(parts[1::2], sae.d_sae, False)]
-    tables.append(_table(parts[::2], sae.d_sae, True) + _table(parts[1::2], sae.d_sae, True))
+    tables = [latent_table(parts[::2], sae.d_sae, False), latent_table(parts[1::2], sae.d_sae, False)]
+    tables.append(latent_table(parts[::2], sae.d_sae, True) + latent_table(parts[1::2], sae.d_sae, True))
     kept = _kept(tables[2], parts, top)
     values = np.stack([table[:, kept].toarray() for table in tables], 1)
     whole = np.stack([np.asarray(table.sum(1)).ravel() for table in tables], 1)
@@ -88,7 +88,7 @@ def latent_contributions(
                       ([p.tails for p in parts], [p.tails_to_margin for p in parts]))  # fmt: skip
     tails = np.concatenate([own, to_margin.sum(1, keepdims=True)], 1)
     columns, names = [values], []
-    if len(kept) < len(_active(parts)):
+    if len(kept) < len(active_latents(parts)):
         columns, names = [values, (whole - values.sum(-1))[..., None]], ["other latents"]
     columns, names = [*columns, tails], [*names, *TAILS]
     if split == "shared":
@@ -113,11 +113,12 @@ def latent_contributions(
     )  # fmt: skip
 
 
-def _active(parts: Sequence[Part]) -> np.ndarray:
+def active_latents(parts: Sequence[Part]) -> np.ndarray:
+    """The latents that are active in a text or more, in order."""
     return np.unique(np.concatenate([p.active for p in parts]))
 
 
-def _table(parts: Sequence[Part], width: int, margin: bool) -> csr_array:
+def latent_table(parts: Sequence[Part], width: int, margin: bool) -> csr_array:
     """[pair, latent] of one side, or of what it puts into the margin."""
     values = np.concatenate([p.to_margin if margin else p.own for p in parts])
     starts = np.cumsum([0, *(len(p.active) for p in parts)])
@@ -126,7 +127,7 @@ def _table(parts: Sequence[Part], width: int, margin: bool) -> csr_array:
 
 def _kept(margin: csr_array, parts: Sequence[Part], top: int | None) -> np.ndarray:
     """The latents with a row of their own, in the dictionary's order."""
-    active = _active(parts)
+    active = active_latents(parts)
     if top is None:
         return active
     size = np.asarray(abs(margin).mean(0)).ravel()[active]

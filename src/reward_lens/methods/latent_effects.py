@@ -21,17 +21,18 @@ from reward_lens.methods.latent_states import TextLatents
 from reward_lens.model.prefix import NO_PREFIX, keys_and_values
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
+from reward_lens.model.tokens import Tokens
 from reward_lens.sae.dictionary import SAE
 
 
-def slope(rm: RewardModel, text: TextLatents, site: Site) -> tuple[Float[Tensor, "pos d_model"], float]:
-    """Gradient of the reward at the read positions, nothing frozen, and the reward."""
-    start = text.positions.start if rm.reuses_prefix(text.tokens) else 0
+def slope(rm: RewardModel, tokens: Tokens, positions: range, site: Site) -> tuple[Float[Tensor, "pos d_model"], float]:
+    """Gradient of the reward at some positions, nothing frozen, and the reward."""
+    start = positions.start if rm.reuses_prefix(tokens) else 0
     with torch.no_grad():
-        known = keys_and_values(rm.trunk, text.tokens, start) if start else NO_PREFIX
-    found = gradients(rm, text.tokens, [site], start, known)
-    first = text.positions.start - start
-    return found.slopes[site][first : first + len(text.positions)].double().cpu(), found.reward
+        known = keys_and_values(rm.trunk, tokens, start) if start else NO_PREFIX
+    found = gradients(rm, tokens, [site], start, known)
+    first = positions.start - start
+    return found.slopes[site][first : first + len(positions)].double().cpu(), found.reward
 
 
 def path_slope(rm: RewardModel, sae: SAE, text: TextLatents, site: Site, steps: int, max_rows: int | None) -> Tensor:

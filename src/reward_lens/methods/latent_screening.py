@@ -97,7 +97,7 @@ def _first_order(rm: RewardModel, sae: SAE, pairs: data.Pairs, site: Site, at: A
         for i, text in enumerate(both):
             if replace == "other" and i == 1:
                 continue
-            g, _ = slope(rm, text, site)
+            g, _ = slope(rm, text.tokens, text.positions, site)
             some = [int(j) for j in text.active]
             if replace == "other":
                 some = sorted({*some, *(int(j) for j in both[1].active)})

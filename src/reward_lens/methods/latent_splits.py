@@ -79,7 +79,7 @@ def _direct(rm: RewardModel, sae: SAE, both: Both, scale: str) -> tuple[Part, Pa
 
 
 def _gradient(rm: RewardModel, sae: SAE, text: TextLatents, site: Site, steps: int, max_rows) -> Part:
-    g, reward = slope(rm, text, site)
+    g, reward = slope(rm, text.tokens, text.positions, site)
     own = latent_parts(text, g)
     error, b_dec = float((g * text.error).sum()), float((g @ sae.b_dec.double().cpu()).sum())
     along = float((g * text.x).sum())

@@ -24,7 +24,7 @@ from reward_lens.sae.dictionary import SAE
 
 At = Literal["final", "response"]
 KINDS = ("embed", "resid_pre", "resid_mid", "resid_post", "attn", "mlp")
-_TEXTS = {"final": 256, "response": 16}  # texts whose states are held at once
+TEXTS = {"final": 256, "response": 16}  # texts whose states are held at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +54,8 @@ class TextLatents:
 
 def read_latents(rm: RewardModel, sae: SAE, tokens: Sequence[Tokens], site: Site, at: At) -> Iterator[TextLatents]:
     """The texts in order, a few run at once."""
-    for start in range(0, len(tokens), _TEXTS[at]):
-        some = tokens[start : start + _TEXTS[at]]
+    for start in range(0, len(tokens), TEXTS[at]):
+        some = tokens[start : start + TEXTS[at]]
         held = capture(rm, some, [site], at)[site]
         states = [x.reshape(-1, rm.d_model) for x in held]
         if at == "final":
@@ -95,19 +95,29 @@ def site_of(rm: RewardModel, sae: SAE, site: Site | str | None, at: str) -> Site
             expected="a sparse autoencoder of one site",
             do="use an SAE of the site; a transcoder predicts another one",
         )
-    if at not in _TEXTS:
+    require_at(at)
+    return settled_site(rm, sae.site, site)
+
+
+def require_at(at: str) -> None:
+    """Raise `DataError` for positions that latents are not read at."""
+    if at not in TEXTS:
         raise DataError(
             "The positions were not understood",
             found=repr(at),
             expected="'final' (the reward position) or 'response' (its first token through the reward position)",
             do="pass either",
         )
-    own = None if sae.site is None else Site.parse(sae.site)
+
+
+def settled_site(rm: RewardModel, trained_at: str | None, site: Site | str | None) -> Site:
+    """The site that a dictionary says it is of, or the one given where it says none; `DataError` for neither or two."""
+    own = None if trained_at is None else Site.parse(trained_at)
     wanted = own if site is None else Site.parse(site)
     if wanted is None or wanted.kind not in KINDS or (own is not None and _same(own) != _same(wanted)):
         raise DataError(
             "The site to read the dictionary at is not known",
-            found=f"sae.site={sae.site!r}, site={None if site is None else str(site)!r}",
+            found=f"sae.site={trained_at!r}, site={None if site is None else str(site)!r}",
             expected="one residual stream or write, in the dictionary (sae.site) or in site=, not two different ones",
             do="pass site='L3.resid_post' or the like: the place whose activations the dictionary was trained on",
         )

@@ -13,7 +13,7 @@ import dataclasses
 import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from reward_lens.result import Check
 PROFILES = ("lens", "contributions", "states", "effects")
 KINDS = ("attn", "mlp")
 DEPTHS = np.linspace(0, 1, 11)
+T = TypeVar("T")
 Source = RewardModel | str | Path | Callable[[], RewardModel]
 
 
@@ -100,9 +101,14 @@ def summaries(
     models: Mapping[str, Source], pairs: data.Pairs, profiles: Sequence[str], probes, seed: int
 ) -> list[Summary]:
     """Summaries of the models in order. What is loaded here is gone before the next one is."""
+    return each_model(models, lambda name, rm: _summary(name, rm, pairs, profiles, probes, seed))
+
+
+def each_model(models: Mapping[str, Source], read: Callable[[str, RewardModel], T]) -> list[T]:
+    """What is read of every model, in order. What is loaded here is gone before the next one is."""
     out = []
     for name, source in models.items():
-        out.append(_summary(name, source, pairs, profiles, probes, seed))
+        out.append(read(name, _loaded(name, source)))
         if not isinstance(source, RewardModel):
             gc.collect()  # modules hold themselves in circles
             if torch.cuda.is_available():
@@ -152,8 +158,7 @@ def _loaded(name: str, source: Source) -> RewardModel:
 
 
 @torch.no_grad()
-def _summary(name: str, source: Source, pairs: data.Pairs, profiles: Sequence[str], probes, seed: int) -> Summary:
-    rm = _loaded(name, source)
+def _summary(name: str, rm: RewardModel, pairs: data.Pairs, profiles: Sequence[str], probes, seed: int) -> Summary:
     scores = rm.score_pairs(pairs)
     rewards = scores.value.values[:, :2]
     texts = [list(p.responses) for p in pairs]

@@ -31,18 +31,10 @@ def paired_result(
 
     The interval is over prompts (pairs of one prompt are resampled together); see `stats.mean_interval` for small n.
     """
-    coordinates = dict(pair_coords(pairs))
-    if "side" in dims:
-        coordinates["side"] = np.array(SIDES, dtype=object)
-    coordinates.update(coords or {})
-    value = xr.DataArray(np.asarray(values, dtype=np.float64), dims=tuple(dims), coords=coordinates)
+    value = labelled(pairs, values, dims, coords)
     summary = {}
     if interval:
-        over = stats.mean_interval(value.values, [p.prompt_key for p in pairs], seed=seed)
-        of_pairs = [name for name, coord in value.coords.items() if "pair" in coord.dims]
-        rest = value.drop_vars(of_pairs).isel(pair=0)
-        summary = {key: rest.copy(data=np.asarray(getattr(over, key))) for key in ("mean", "low", "high")}
-        meta["interval"] = {"level": 0.95, "unit": "prompt", "method": over.method}
+        summary, meta["interval"] = over_prompts(pairs, value, seed)
     return Result(
         name,
         value,
@@ -52,6 +44,26 @@ def paired_result(
         undefined=undefined,
         **summary,
     )
+
+
+def labelled(
+    pairs: data.Pairs, values: np.ndarray, dims: Sequence[str], coords: Mapping[str, Any] | None = None
+) -> xr.DataArray:
+    """`values` with the coordinates of pairs and, where there is that dim, sides."""
+    coordinates = dict(pair_coords(pairs))
+    if "side" in dims:
+        coordinates["side"] = np.array(SIDES, dtype=object)
+    coordinates.update(coords or {})
+    return xr.DataArray(np.asarray(values, dtype=np.float64), dims=tuple(dims), coords=coordinates)
+
+
+def over_prompts(pairs: data.Pairs, value: xr.DataArray, seed: int) -> tuple[dict[str, xr.DataArray], dict[str, Any]]:
+    """Mean, low and high over pairs, and what is said of the interval."""
+    over = stats.mean_interval(value.values, [p.prompt_key for p in pairs], seed=seed)
+    of_pairs = [name for name, coord in value.coords.items() if "pair" in coord.dims]
+    rest = value.drop_vars(of_pairs).isel(pair=0)
+    summary = {key: rest.copy(data=np.asarray(getattr(over, key))) for key in ("mean", "low", "high")}
+    return summary, {"level": 0.95, "unit": "prompt", "method": over.method}
 
 
 def margin_of(chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:

@@ -27,17 +27,20 @@ class Samples:
     `n`: how many different samples there are, None for an iterator. `d_in`, `d_out`: their widths.
     """
 
+    expected = "a tensor [n, d_model], an activation store, or an iterator of tensors [b, d_model]"
+    do = "for a transcoder pass (x, y), or an iterator of such pairs"
+
     def __init__(self, source: Any, seed: int, paired: bool, device: torch.device):
         self.seed, self.paired, self.device = seed, paired, device
-        self.tensors = _tensors(source, paired)
+        self.tensors = self._read(source)
         self.store = source if self.tensors is None and hasattr(source, "batches") and not paired else None
         self.one_pass = self.tensors is None and isinstance(source, Iterator)
         if self.tensors is None and self.store is None and not isinstance(source, Iterable):
             raise DataError(
                 "The samples were not understood",
                 found=f"a {type(source).__name__}",
-                expected="a tensor [n, d_model], an activation store, or an iterator of tensors [b, d_model]",
-                do="for a transcoder pass (x, y), or an iterator of such pairs",
+                expected=self.expected,
+                do=self.do,
             )
         self.source = source
         self.n = len(self.tensors[0]) if self.tensors else None if self.one_pass else _length(source)
@@ -115,21 +118,27 @@ class Samples:
         order = torch.randperm(len(self.tensors[0]), generator=generator)
         for some in order.split(4096):
             index = some.to(self.tensors[0].device)
-            x, *y = (t[index].detach().to(self.device, torch.float32) for t in self.tensors)
-            yield self._finite(x, y[0] if y else None)
+            yield self._chunk(*(t[index] for t in self.tensors))
 
     def _checked(self, chunks: Iterable) -> Iterator[Chunk]:
         for chunk in chunks:
-            tensors = _tensors(chunk, self.paired)
+            tensors = self._read(chunk)
             if tensors is None:
                 raise DataError(
                     "The stream gave something that is not a batch of samples",
                     found=f"a {type(chunk).__name__}",
-                    expected="pairs of tensors ([b, d_in], [b, d_out])" if self.paired else "tensors [b, d_model]",
+                    expected="pairs of tensors ([b, d_in], [b, d_out])" if self.paired else self.expected,
                     do="yield these",
                 )
-            x, *y = (t.detach().to(self.device, torch.float32) for t in tensors)
-            yield self._finite(x, y[0] if y else None)
+            yield self._chunk(*tensors)
+
+    def _read(self, value: Any) -> tuple[Tensor, ...] | None:
+        """The tensors that hold samples; None for anything else."""
+        return sample_tensors(value, 1 + self.paired)
+
+    def _chunk(self, *tensors: Tensor) -> Chunk:
+        x, *y = (t.detach().to(self.device, torch.float32) for t in tensors)
+        return self._finite(x, y[0] if y else None)
 
     def _take(self, chunks: Iterator[Chunk], n: int) -> list[Chunk]:
         taken, have = [], 0
@@ -158,11 +167,11 @@ def too_few(n: int) -> DataError:
     )
 
 
-def _tensors(value: Any, paired: bool) -> tuple[Tensor, ...] | None:
-    """The tensors of a sample tensor or pair of them; None for anything else."""
-    given = tuple(value) if paired and isinstance(value, tuple | list) and len(value) == 2 else (value,)
+def sample_tensors(value: Any, n: int) -> tuple[Tensor, ...] | None:
+    """The `n` tensors of samples that belong together; None for anything else."""
+    given = tuple(value) if n > 1 and isinstance(value, tuple | list) else (value,)
     tensors = tuple(t for t in given if isinstance(t, Tensor))
-    if len(given) != 1 + paired or len(tensors) != len(given):
+    if len(given) != n or len(tensors) != n:
         return None
     shapes = [list(t.shape) for t in tensors]
     floats = all(t.is_floating_point() for t in tensors)
@@ -170,7 +179,7 @@ def _tensors(value: Any, paired: bool) -> tuple[Tensor, ...] | None:
         raise DataError(
             "The samples do not have the shape of samples",
             found=" and ".join(f"{t.dtype} {shape}" for t, shape in zip(tensors, shapes, strict=True)),
-            expected="floating-point [n, d_model], for a transcoder two of them with the same n",
+            expected="floating-point [n, d_model], for a transcoder or a crosscoder several with the same n",
             do="flatten texts and positions into one dimension",
         )
     return tensors

@@ -107,18 +107,10 @@ class Run:
         x, y = samples.first(sample_size(max(samples.d_in, samples.d_out)))
         if len(x) < FEWEST_SAMPLES:
             raise too_few(len(x))
-        target = x if y is None else y
-        middle = geometric_median(target)
-        self.scale_out = scale_around(target, middle)
-        self.scale_in = self.scale_out if y is None else scale_around(x, torch.zeros_like(x[0]))
-        self.variance = float(target.var(0, correction=0).sum()) * self.scale_out**2
+        middle = self._measured(x, y)
         generator = torch.Generator().manual_seed(recipe.seed)
-        enc = torch.randn(recipe.d_sae, samples.d_in, generator=generator).to(x.device)
-        enc /= enc.norm(dim=1, keepdim=True)
-        # A transcoder's decoder begins at zero (its best guess is the mean), and has no norm to keep.
-        dec = enc.clone() if y is None else enc.new_zeros(recipe.d_sae, samples.d_out)
-        self.net = Net(enc, dec, middle * self.scale_out, jumps=recipe.variant == "jumprelu", skip=recipe.skip,
-                       centred=recipe.centred)  # fmt: skip
+        enc, dec = self._begun(torch.randn(recipe.d_sae, samples.d_in, generator=generator).to(x.device), y is None)
+        self.net = Net(enc, dec, middle, jumps=recipe.variant == "jumprelu", skip=recipe.skip, centred=recipe.centred)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=0.0, eps=6.25e-10, fused=True)
         self.silent = torch.zeros(recipe.d_sae, dtype=torch.int64, device=x.device)
         """Samples since each latent was last active."""
@@ -128,6 +120,29 @@ class Run:
         self.history: list[dict[str, Any]] = []
         self.sums = torch.zeros(4, dtype=torch.float64)
         """Loss, FVU and L0, summed over the steps since the last report, and the number of these."""
+
+    def _measured(self, x: Tensor, y: Tensor | None) -> Tensor:
+        """Set the scales and the scaled variance. Returns where b_dec begins, scaled."""
+        target = x if y is None else y
+        middle = geometric_median(target)
+        self.scale_out: float | Tensor = scale_around(target, middle)
+        self.scale_in = self.scale_out if y is None else scale_around(x, torch.zeros_like(x[0]))
+        self.variance = float(target.var(0, correction=0).sum()) * self.scale_out**2
+        return middle * self.scale_out
+
+    def _begun(self, rows: Tensor, same: bool) -> tuple[Tensor, Tensor]:
+        """Encoder and decoder that the training begins with, from random rows."""
+        enc = rows / rows.norm(dim=1, keepdim=True)
+        # A transcoder's decoder begins at zero (its best guess is the mean), and has no norm to keep.
+        return enc, enc.clone() if same else enc.new_zeros(self.recipe.d_sae, self.samples.d_out)
+
+    def _sizes(self, dec: Tensor) -> Tensor:
+        """What every row of the decoder is kept at 1 in, [d_sae, 1]."""
+        return dec.norm(dim=1, keepdim=True)
+
+    def _along(self, dec: Tensor) -> Tensor:
+        """The rows' directions, of norm 1."""
+        return dec
 
     def train(self, checkpoint, checkpoint_every: int, progress, evaluate, report_every: int | None, current) -> None:
         """All steps that are left."""
@@ -205,15 +220,15 @@ class Run:
             loss = loss + eager * (done.active / recipe.k - 1) ** 2
         net.zero_grad(set_to_none=True)
         loss.backward()
-        if recipe.centred:  # rows have norm 1: what is along them would be undone below
-            grad = _grad(net.dec)
-            grad -= (grad * net.dec.detach()).sum(1, keepdim=True) * net.dec.detach()
+        if recipe.centred:  # rows keep their size: what is along them would be undone below
+            grad, along = _grad(net.dec), self._along(net.dec.detach())
+            grad -= (grad * along).sum(1, keepdim=True) * along
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         self.optimizer.param_groups[0]["lr"] = recipe.rate(self.step)
         self.optimizer.step()
         with torch.no_grad():
             if recipe.centred:
-                net.dec.div_(net.dec.norm(dim=1, keepdim=True))
+                net.dec.div_(self._sizes(net.dec))
             if net.threshold is not None:
                 net.threshold.clamp_(min=0)
         if done.lowest is not None:
@@ -272,8 +287,7 @@ class Run:
         tensors = {**dict(self.net.named_parameters()), "silent": self.silent, "sums": self.sums}
         checkpoints.write(folder, tensors, self.optimizer, {
             "settings": self._settings(), "step": self.step, "level": self.level, "width": self.width,
-            "stream": self.samples.state(), "scales": [self.scale_in, self.scale_out, self.variance],
-            "history": self.history,
+            "stream": self.samples.state(), "scales": self._scales(), "history": self.history,
         })  # fmt: skip
 
     def _resume(self, folder: Path) -> None:
@@ -287,8 +301,14 @@ class Run:
         self.silent, self.sums = tensors["silent"].to(self.silent.device), tensors["sums"]
         checkpoints.restore(self.optimizer, tensors)
         self.step, self.level, self.width, self.history = (state[n] for n in ("step", "level", "width", "history"))
-        self.scale_in, self.scale_out, self.variance = state["scales"]
+        self._take_scales(state["scales"])
         self.stream = state["stream"]
+
+    def _scales(self) -> list[Any]:
+        return [self.scale_in, self.scale_out, self.variance]
+
+    def _take_scales(self, held: list[Any]) -> None:
+        self.scale_in, self.scale_out, self.variance = held
 
 
 def _of_store(store: Any) -> dict[str, Any]:
