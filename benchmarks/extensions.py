@@ -1,8 +1,9 @@
 """Every extension once on the demo model: distortion, cascade, transfer, conflict, concepts, probes, comparison.
 
-    python benchmarks/extensions.py [--work out/extensions] [--threads N]
+    python benchmarks/extensions.py [--work out/extensions] [--threads N] [--adapter STEP=FOLDER ...] [--demo-step N]
 
-Bundled texts only. Writes docs/extensions.md, with the calls, the sizes and the figures, and a page of all results
+Bundled texts only. The comparison of checkpoints is of adapters that training/train_demo.py wrote at other steps; it is
+made where `--adapter` names some, and where its result is kept under --work. Writes docs/extensions.md, with the calls, the sizes and the figures, and a page of all results
 under --work. Half an hour; every result is kept under --work, so that a stopped run goes on.
 """
 
@@ -14,8 +15,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from transformers import AutoModelForSequenceClassification, GgufConfig
 
 import reward_lens as rl
+from reward_lens.model.demo import GGUF, _gguf
 
 PAGE = Path(__file__).parents[1] / "docs" / "extensions.md"
 BIASES = ("add_emoji", "append_thanks", "append_great", "add_citations")
@@ -55,9 +58,19 @@ def columns(result: rl.Result, names: list[str], keys: list[str]) -> pd.DataFram
     return frame[[*keys, frame.columns[frame.columns.isin(["mean", "value"])][0], "low", "high", *names]]
 
 
+def language_model():
+    """The base of the demo model from the file in its wheel, with a random head that nobody reads."""
+    file = _gguf()
+    settings = {"gguf_file": GGUF, "num_labels": 1, "quantization_config": GgufConfig(dequantize=True)}
+    return AutoModelForSequenceClassification.from_pretrained(file.parent, dtype=torch.float32, **settings).eval()
+
+
 class Studies:
-    def __init__(self, rm: rl.RewardModel, kept: Callable[[str, Callable[[], rl.Result]], rl.Result]):
-        self.rm, self.kept = rm, kept
+    def __init__(
+        self, rm: rl.RewardModel, kept: Callable[[str, Callable[[], rl.Result]], rl.Result], adapters: dict[int, str],
+        demo_step: int,
+    ):  # fmt: skip
+        self.rm, self.kept, self.adapters, self.demo_step = rm, kept, adapters, demo_step
         self.demo, self.diagnostic = rl.load_pairs("demo"), rl.load_pairs("diagnostic")
         self.texts = rl.load_concepts("concepts")
 
@@ -109,6 +122,24 @@ class Studies:
         models = {"demo": self.rm, "repaired": rl.edit_head(self.rm, [self.direction(b) for b in BIASES])}
         return rl.compare(models | {"random weights": rl.random_weight_copy(self.rm)}, self.demo)
 
+    def base(self) -> rl.RewardModel:
+        """The network that the demo model was trained from, under its head."""
+        return rl.base_under_head(self.rm, language_model())
+
+    def compared_with_base(self) -> rl.Result:
+        return rl.compare({"demo": self.rm, "base under its head": self.base()}, self.demo)
+
+    def checkpoints(self) -> rl.Result:
+        by_step = {0: self.base(), self.demo_step: self.rm, **{s: self.adapted(f) for s, f in self.adapters.items()}}
+        steps = sorted(by_step)
+        return rl.compare_checkpoints({f"step {s}": by_step[s] for s in steps}, self.diagnostic[::4], steps)
+
+    def adapted(self, folder: str) -> rl.RewardModel:
+        from peft import PeftModel
+
+        module = PeftModel.from_pretrained(language_model(), folder).merge_and_unload()
+        return rl.RewardModel(module.eval(), self.rm.tokenizer.hf, name=folder, truncation="left")
+
     def all(self) -> list[Study]:
         rm, tenth = self.rm, self.diagnostic[::8]
         correct = rl.Pairs([p for p in self.diagnostic if p.subset in ("correctness", "factuality", "arithmetic")])
@@ -156,6 +187,14 @@ class Studies:
             Study("compare", "Comparison of models",
                   'rl.compare({"demo": rm, "repaired": edited, "random weights": rl.random_weight_copy(rm)}, demo)',
                   self.compared, lambda r: table(columns(r, ["expected", "p_holm", "n"], ["models", "measure"]))),
+            Study("base", "The model beside its base",
+                  'rl.compare({"demo": rm, "base under its head": rl.base_under_head(rm, base)}, demo)',
+                  self.compared_with_base,
+                  lambda r: table(columns(r, ["expected", "p_holm", "n"], ["models", "measure"]))),
+            Study("checkpoints", "Checkpoints of the training",
+                  'rl.compare_checkpoints({"step 0": base, "step 124": rm, "step 247": last}, diagnostic[::4], '
+                  "steps=[0, 124, 247])",
+                  self.checkpoints, lambda r: table(columns(r, ["unit_of"], ["step", "measure"]))),
         ]  # fmt: skip
 
     def distortion_lines(self, result: rl.Result) -> list[str]:
@@ -187,6 +226,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("out/extensions"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--docs", type=Path, default=PAGE)
+    parser.add_argument("--adapter", action="append", default=[], help="STEP=FOLDER of another checkpoint")
+    parser.add_argument("--demo-step", type=int, default=124, help="the step that the demo model's adapter is of")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
@@ -198,7 +239,8 @@ def main() -> None:
             run().save(path)
         return rl.load_result(path)
 
-    studies = Studies(rl.load("demo", truncation="left"), kept)
+    adapters = {int(step): folder for step, folder in (one.split("=", 1) for one in args.adapter)}
+    studies = Studies(rl.load("demo", truncation="left"), kept, adapters, args.demo_step)
     lines = [
         "# The extensions on the demo model", "",
         "`python benchmarks/extensions.py`, bundled texts only: `demo` (48 pairs), `diagnostic` (480), `misalignment` "
@@ -206,6 +248,8 @@ def main() -> None:
     ]  # fmt: skip
     results = {}
     for study in studies.all():
+        if study.name == "checkpoints" and not (adapters or (args.work / "checkpoints.nc").exists()):
+            continue
         results[study.name] = result = kept(study.name, study.run)
         lines += [f"## {study.title}", "", "```python", study.call, "```", "", *study.lines(result), "",
                   f"Shows: {result.meta['shows']} Cannot show: {result.meta['cannot_show']}", ""]  # fmt: skip
