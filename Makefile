@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -c constraints.txt
 
-.PHONY: setup report test test-full conformance bench bench-effects bench-stats bench-repair bench-extensions docs lint
+.PHONY: setup report test test-full conformance bench bench-effects bench-gpu bench-stats bench-repair bench-extensions bench-dictionary docs lint
 
 setup: .venv/.setup
 
@@ -50,6 +50,10 @@ PEERS ?=
 bench-effects: .venv/.setup
 	$(BIN)/python benchmarks/effects.py --work out/bench $(PEERS)
 
+# One CUDA device with 40 GB or more.
+bench-gpu: .venv/.setup
+	$(BIN)/python benchmarks/effects_gpu.py
+
 # How often tests err on noise and intervals hold the truth, in full; the tests run small versions. Hours.
 bench-stats: .venv/.setup
 	for one in probe distortion cascade conflict concept linear_probe compare; do \
@@ -61,6 +65,9 @@ bench-repair: .venv/.setup
 
 bench-extensions: .venv/.setup
 	$(BIN)/python benchmarks/extensions.py
+
+bench-dictionary: .venv/.setup
+	$(BIN)/python benchmarks/dictionary.py --data $(DATA)
 
 docs: .venv/.docs
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html

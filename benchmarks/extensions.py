@@ -3,8 +3,9 @@
     python benchmarks/extensions.py [--work out/extensions] [--threads N] [--adapter STEP=FOLDER ...] [--demo-step N]
 
 Bundled texts only. The comparison of checkpoints is of adapters that training/train_demo.py wrote at other steps; it is
-made where `--adapter` names some, and where its result is kept under --work. Writes docs/extensions.md, with the calls, the sizes and the figures, and a page of all results
-under --work. Half an hour; every result is kept under --work, so that a stopped run goes on.
+made where `--adapter` names some, and shown where its result is kept under --work. Writes docs/extensions.md, with the
+calls, the sizes and the figures, and a page of all results under --work. Half an hour; every result is kept under
+--work, so that a stopped run goes on.
 """
 
 import argparse
