@@ -10,7 +10,9 @@ import reward_lens as rl
 from every_method import METHODS
 from families import FAMILIES, STRUCTURES, TEXT_PAIRS, tiny_model
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
 PAIRS = [rl.Pair(*texts) for texts in TEXT_PAIRS]
 REFUSING = ("mixtral", "qwen2_moe", "gpt_oss")
 
