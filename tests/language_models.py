@@ -7,13 +7,13 @@ from transformers import AutoModelForCausalLM
 from families import randomise, tiny_config, tiny_tokenizer
 
 LANGUAGE_FAMILIES = ("llama", "qwen2", "gemma2", "granite", "cohere", "gpt2", "gpt_neox", "phi")
-TIED = ("gpt2", "gemma2")
+TIED = ("gpt2", "gemma2", "cohere")
 EXTRA = {
     "gemma2": {"final_logit_softcapping": 3.0},  # low enough to bend logits of this size
     "granite": {"logits_scaling": 6.0},
     "cohere": {"logit_scale": 0.3},
 }
-JUDGE = "Question: {prompt}\nAnswer: {response}\nIs that {\"json\": 1} right?"
+JUDGE = 'Question: {prompt}\nAnswer: {response}\nIs that {"json": 1} right?'
 PAIR_JUDGE = "Question: {prompt}\n[A] {a}\n[B] {b}\nWhich is right?"
 
 

@@ -38,12 +38,12 @@ def pair_judge(rm: RewardModel, pairs, batch_size: int | None = None, seed: int 
     rm: a model with `rl.VocabReadout(" A", " B", template=...)` whose template has {prompt}, {a} and {b}.
     batch_size: texts run together; None chooses by length.
 
-    Returns value (pair, reading) in log-odds; reading = "chosen is a", "chosen is b" (log-odds for the chosen response in
-    that order), "preference" (their mean) and "position bias" (half their difference, positive towards a). Mean, low and
-    high over prompts. `meta["summary"]`, each with its interval over prompts: `accuracy`, the share of pairs with a
-    preference for the chosen response (a tie counts half); `consistent`, the share of pairs in which both orders prefer
-    the same response; `says_a`, the share of texts in which a is preferred. Check: "own logits", the log-odds of the
-    first pair against the model's own logits.
+    Returns value (pair, reading) in log-odds; reading = "chosen is a", "chosen is b" (log-odds for the chosen response
+    in that order), "preference" (their mean) and "position bias" (half their difference, positive towards a); mean, low
+    and high over prompts. `meta["summary"]`, each share with its interval over prompts: `accuracy`, the pairs with a
+    preference for the chosen response (a tie counts half); `consistent`, the pairs in which both orders prefer the same
+    response; `says_a`, the texts in which a is preferred. Check: "own logits", the log-odds of the first pair against
+    the model's own logits.
 
     Raises `StructureError` for a model that is no judge of pairs.
     """

@@ -200,7 +200,7 @@ def trunk_module(module: nn.Module, blocks_path: str) -> nn.Module:
 
 
 def rotary_threshold(config) -> int | None:
-    """The length from which a model with such factors (longrope, dynamic) turns positions by others; None: it has none."""
+    """The length past which a model's rotary factors change (longrope, dynamic); None where they do not."""
     scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else None
     if kind not in ("longrope", "dynamic"):

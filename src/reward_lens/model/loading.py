@@ -102,22 +102,30 @@ def _load_classifier(path: str, options: dict, settings: dict):
 
     config = AutoConfig.from_pretrained(path, **options)
     architectures = getattr(config, "architectures", None) or []
-    module, info = AutoModelForSequenceClassification.from_pretrained(
-        path, config=config, output_loading_info=True, **options, **settings
-    )
+    causal = next((a for a in architectures if a.endswith(("ForCausalLM", "LMHeadModel"))), None)
+    try:
+        module, info = AutoModelForSequenceClassification.from_pretrained(
+            path, config=config, output_loading_info=True, **options, **settings
+        )
+    except ValueError as error:
+        if causal is None:
+            raise
+        raise _no_reward_head(path, f"no such class with a head ({_first_lines(error)})", causal) from error
     missing = sorted(info["missing_keys"])
     if missing:
-        causal = [a for a in architectures if a.endswith(("ForCausalLM", "LMHeadModel"))]
-        raise LoadError(
-            f"{path} has no trained reward head" if not causal else f"{path} is a language model, not a reward model",
-            found=f"the checkpoint lacks {', '.join(missing[:5])}"
-            + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-            + (f"; its architecture is {causal[0]}" if causal else ""),
-            expected="every weight of the reward model in the checkpoint: a head of random numbers scores noise",
-            do="load the reward model itself (its config names ...ForSequenceClassification), or pass "
-            "readout=rl.VocabReadout(' Yes', ' No') for a reward read from a language model's vocabulary",
-        )
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise _no_reward_head(path, f"the checkpoint lacks {', '.join(missing[:5])}{more}", causal)
     return module, missing
+
+
+def _no_reward_head(path: str, found: str, causal: str | None) -> LoadError:
+    return LoadError(
+        f"{path} has no trained reward head" if causal is None else f"{path} is a language model, not a reward model",
+        found=found + (f"; its architecture is {causal}" if causal else ""),
+        expected="every weight of the reward model in the checkpoint: a head of random numbers scores noise",
+        do="load the reward model itself (its config names ...ForSequenceClassification), or pass "
+        "readout=rl.VocabReadout(' Yes', ' No') for a reward read from a language model's vocabulary",
+    )
 
 
 def _load_language_model(path: str, options: dict, settings: dict):
@@ -132,7 +140,8 @@ def _load_language_model(path: str, options: dict, settings: dict):
         if str(adapter.task_type).endswith("SEQ_CLS"):
             raise _not_a_language_model(path, f"an adapter of task type {adapter.task_type}")
     own = options if base is None else {"trust_remote_code": options["trust_remote_code"]}
-    module, info = AutoModelForCausalLM.from_pretrained(base or path, output_loading_info=True, **own, **settings)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(base or path, output_loading_info=True, **own, **settings)
+    module, info = loaded
     heads = sorted(key for key in info["unexpected_keys"] if key.endswith(_HEAD_SUFFIXES))
     if heads:  # a tied unembedding is never missing: the weights left over tell what the checkpoint is
         raise _not_a_language_model(base or path, f"a reward head in the checkpoint ({', '.join(heads)})")

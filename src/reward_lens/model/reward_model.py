@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from reward_lens import data
 from reward_lens.errors import LoadError
@@ -24,7 +24,7 @@ from reward_lens.model.prefix import keys_and_values
 from reward_lens.model.readout import LinearReadout, linear_readout, objective_names
 from reward_lens.model.structure import Structure
 from reward_lens.model.tokens import Tokenizer, Tokens
-from reward_lens.model.vocab_readout import VocabReadout, refuse_change
+from reward_lens.model.vocab_readout import refuse_change, vocabulary_of
 from reward_lens.result import Result
 
 SIDES = ("chosen", "rejected", "margin")
@@ -39,8 +39,7 @@ class RewardModel:
     tokenizer: its fast tokenizer, with the chat template the model was trained with.
     objective: name or index of the head's row, for heads with several; their mean is never called a reward.
     structure: paths of an unusual network's parts; put to the same proof as what the search finds.
-    readout: a `Readout` for a reward that is not a linear head, or a `VocabReadout` for one read from a language model's
-        logits.
+    readout: a `Readout` for a reward that is not a linear head; a `VocabReadout` for one in a language model's logits.
     truncation: what to do with a conversation longer than the model reads: None raises, "left" cuts the prompt's
         beginning, "right" the response's end.
     edits: records of what was done to the head (`edit_head` and `erase_concept` write them).
@@ -74,7 +73,7 @@ class RewardModel:
         text_config = self.config.get_text_config()
         pad_id = self.config.pad_token_id if self.config.pad_token_id is not None else text_config.pad_token_id
         limit = getattr(text_config, "max_position_embeddings", None)
-        self.vocabulary = readout.resolved(module, tokenizer) if isinstance(readout, VocabReadout) else None
+        self.vocabulary = vocabulary_of(readout, module, tokenizer)
         self.tokenizer = (self.vocabulary.tokenizer(tokenizer, limit) if self.vocabulary
                           else Tokenizer(tokenizer, pad_id, limit))  # fmt: skip
         self._rotary_threshold = rotary_threshold(text_config)
@@ -101,9 +100,8 @@ class RewardModel:
             }
             base = trunk_module(module, found.blocks)
             self.trunk = Trunk(base, blocks, self._norm, writers, found.write_scale)
-            if self.vocabulary:
-                readout = self.vocabulary.readout(self._norm)
-            self.readout = readout or self._linear_readout(objective)
+            own = self.vocabulary.readout(self._norm) if self.vocabulary else None
+            self.readout = own or readout or self._linear_readout(objective)
             self.load_report: Result = checks.confirmed(self, kept) or checks.load_report(self)
 
     @property
@@ -165,15 +163,16 @@ class RewardModel:
         own = float(self.load_report.value.sel(check="own reward").tolerance) / (2e-2 if self.sixteen_bit else 1e-5)
         return max(own, *map(abs, rewards))
 
-    def tokenize(self, prompt: "str | Sequence[Mapping]", response: str) -> Tokens:
-        """Tokens of a conversation: ids, pieces, spans of prompt, response and template tail, reward position."""
+    def tokenize(self, prompt: "str | Sequence[Mapping]", response: "str | Sequence[str]") -> Tokens:
+        """Tokens of a conversation: ids, pieces, spans of prompt, response and template tail, reward position. For a
+        judge of pairs `response` is the ordered pair (a, b)."""
         return self.tokenizer.conversation(data.as_messages(prompt), response, self.truncation)
 
-    def score(self, prompt: "str | Sequence[Mapping]", response: str) -> float:
+    def score(self, prompt: "str | Sequence[Mapping]", response: "str | Sequence[str]") -> float:
         """Reward of one response (trunk in the model's precision; norm and head in float32)."""
         return float(self.rewards([self.tokenize(prompt, response)])[0])
 
-    def hf_score(self, prompt: "str | Sequence[Mapping]", response: str) -> float:
+    def hf_score(self, prompt: "str | Sequence[Mapping]", response: "str | Sequence[str]") -> float:
         """The wrapped model's own output on the same tokens, unpadded."""
         return sum(self.own_terms(self.tokenize(prompt, response)))
 

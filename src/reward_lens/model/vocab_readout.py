@@ -74,8 +74,12 @@ class VocabReadout:
         if self.template is not None:
             check_template(self.template)
         elif not self.chat:
-            raise DataError("A text without a chat template needs a template of its own", found="chat=False alone",
-                            expected="template= with {prompt} and {response}", do="pass template=, or chat=True")  # fmt: skip
+            raise DataError(
+                "A text without a chat template needs a template of its own",
+                found="chat=False and no template",
+                expected="template= with {prompt} and {response}",
+                do="pass template=, or leave chat=True",
+            )
 
     @torch.no_grad()
     def resolved(self, module: Any, tokenizer: Any) -> "VocabRows":
@@ -177,6 +181,11 @@ class VocabRows:
 
     def _signed(self, values):
         return values[0] if len(values) == 1 else values[0] - values[1]
+
+
+def vocabulary_of(readout: Any, module: Any, tokenizer: Any) -> VocabRows | None:
+    """The rows that a `VocabReadout` names on a module; None for every other readout."""
+    return readout.resolved(module, tokenizer) if isinstance(readout, VocabReadout) else None
 
 
 def unembedding(module: Any) -> Any:
