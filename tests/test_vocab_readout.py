@@ -8,7 +8,7 @@ import torch
 
 import reward_lens as rl
 from every_method import METHODS
-from families import TEXT_PAIRS, tiny_model, tiny_tokenizer
+from families import FAMILIES, TEXT_PAIRS, tiny_model, tiny_tokenizer
 from language_models import EXTRA, JUDGE, LANGUAGE_FAMILIES, TIED, plain_log_odds, tiny_language_model
 from reward_lens.model.checks import PROBES
 
@@ -64,6 +64,19 @@ def test_the_reward_is_the_models_own(family, kind):
         assert abs(rm.hf_score(prompt, response) - expected) <= 1e-6 * max(1, abs(expected))
 
 
+others = [f for f in FAMILIES if f not in LANGUAGE_FAMILIES]
+others = [pytest.param(f, marks=[] if f in ("mixtral", "falcon", "opt") else pytest.mark.full) for f in others]
+
+
+@pytest.mark.parametrize("family", others)
+def test_the_reward_is_the_models_own_on_every_other_backbone(family):
+    rm = model(family)
+    for prompt, response in PROBES[:3]:
+        ids = rendered(rm.tokenizer.hf, prompt, response)
+        expected = plain_log_odds(rm.module, ids, rows_of(rm.tokenizer.hf))
+        assert abs(rm.score(prompt, response) - expected) <= 1e-6 * max(1, abs(expected))
+
+
 @every
 def test_bfloat16_passes_its_load_report(family):
     rm = model(family, dtype=torch.bfloat16)
@@ -85,7 +98,8 @@ def test_what_the_load_report_and_the_readout_say(family):
     plus, minus = rows_of(rm.tokenizer.hf)
     scale = {"granite": 1 / 6, "cohere": 0.3}.get(family, 1.0)
     torch.testing.assert_close(rm.readout.weight, scale * (weight[plus] - weight[minus]), rtol=1e-6, atol=1e-7)
-    assert rl.contributions(rm, PAIRS[:1]).meta["reads"]["rows"] == [plus, minus]
+    reads = rl.contributions(rm, PAIRS[:1]).meta["reads"]
+    assert reads["rows"] == [plus, minus] and reads["pieces"] == ["the", "\u0120the"]
 
 
 @every

@@ -100,7 +100,8 @@ class VocabReadout:
                 do="pass before_cap=True to read the logits before the cap: exact, of the same sign, and for one token "
                 "in the same order as the model's own",
             )
-        return VocabRows(self, head, rows, " - ".join(names), logits)
+        pieces = tuple(str(piece) for piece in tokenizer.convert_ids_to_tokens(list(rows)))
+        return VocabRows(self, head, rows, pieces, " - ".join(names), logits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +128,8 @@ class VocabRows:
     head: nn.Module
     rows: tuple[int, ...]
     """Positive, then negative if there is one."""
+    pieces: tuple[str, ...]
+    """What the tokenizer calls them; "None" for a row without a token."""
     name: str
     logits: Logits
 
@@ -176,8 +179,14 @@ class VocabRows:
 
     def describe(self) -> dict[str, Any]:
         """What is read, for `meta`."""
-        return {"rows": list(self.rows), "template": self.spec.template, "chat": self.spec.chat,
-                "logit": self.logits.words(), "before_cap": self.logits.cap is not None}  # fmt: skip
+        return {
+            "rows": list(self.rows),
+            "pieces": list(self.pieces),
+            "template": self.spec.template,
+            "chat": self.spec.chat,
+            "logit": self.logits.words(),
+            "before_cap": self.logits.cap is not None,
+        }
 
     def _signed(self, values):
         return values[0] if len(values) == 1 else values[0] - values[1]
