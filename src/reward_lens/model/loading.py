@@ -130,11 +130,12 @@ def _no_reward_head(path: str, found: str, causal: str | None) -> LoadError:
 
 def _load_language_model(path: str, options: dict, settings: dict):
     """A causal language model, or a PEFT adapter of one merged into its base."""
-    from peft import PeftConfig, PeftModel
     from transformers import AutoModelForCausalLM
 
     base = None
     if _is_adapter(path, options["revision"]):
+        from peft import PeftConfig
+
         adapter = PeftConfig.from_pretrained(path, revision=options["revision"])
         base = str(adapter.base_model_name_or_path)
         if str(adapter.task_type).endswith("SEQ_CLS"):
@@ -149,6 +150,8 @@ def _load_language_model(path: str, options: dict, settings: dict):
     if missing:
         raise _not_a_language_model(base or path, f"no weights for {', '.join(missing[:5])}")
     if base is not None:
+        from peft import PeftModel
+
         module = PeftModel.from_pretrained(module, path, revision=options["revision"]).merge_and_unload()
     return module, missing, base
 
