@@ -93,6 +93,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.methods.linear_probes import linear_probes as linear_probes
     from reward_lens.methods.margin_features import margin_debug as margin_debug
     from reward_lens.methods.margin_features import margin_features as margin_features
+    from reward_lens.methods.pair_judge import pair_judge as pair_judge
     from reward_lens.methods.path_patching import path_effects as path_effects
     from reward_lens.methods.pressure import optimisation_pressure as optimisation_pressure
     from reward_lens.methods.probes import probe_hacking as probe_hacking
@@ -121,6 +122,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.model.sites import Site as Site
     from reward_lens.model.structure import Structure as Structure
     from reward_lens.model.tokens import Tokens as Tokens
+    from reward_lens.model.vocab_readout import VocabReadout as VocabReadout
     from reward_lens.report.explorer import write_explorer as write_explorer
     from reward_lens.report.html import write_report as write_report
     from reward_lens.result import Check as Check
@@ -144,6 +146,7 @@ _HOME = {
     "model.sites": ("Site",),
     "model.structure": ("Structure",),
     "model.tokens": ("Tokens",),
+    "model.vocab_readout": ("VocabReadout",),
     "engine.activations": ("Activations", "capture"),
     "engine.editing": ("Source",),
     "engine.intervention": ("add", "constant", "from_run", "intervene", "mean_of", "project_out", "zeros"),
@@ -157,6 +160,7 @@ _HOME = {
     "methods.effects": ("effects",),
     "methods.knockout": ("attention_knockout",),
     "methods.lens": ("crystallization_depth", "random_weight_copy", "reward_lens"),
+    "methods.pair_judge": ("pair_judge",),
     "methods.path_patching": ("path_effects",),
     "methods.margin_features": ("margin_debug", "margin_features"),
     "methods.pressure": ("optimisation_pressure",),

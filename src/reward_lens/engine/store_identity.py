@@ -14,9 +14,10 @@ NUMBERS = 64  # of every parameter; a training step changes nearly all
 
 def identity(rm: RewardModel) -> dict[str, Any]:
     """What the activations of a text depend on, as JSON can hold it."""
+    asked = rm.vocabulary.asked if rm.vocabulary else None  # a judge's template is part of every text
     return {
         "name": trunk_name(rm), **rm.surroundings(), "d_model": rm.d_model, "n_layers": rm.n_layers,
-        "truncation": rm.truncation, "fingerprint": fingerprint(rm),
+        "truncation": rm.truncation, "fingerprint": fingerprint(rm), "asked": asked,
     }  # fmt: skip
 
 

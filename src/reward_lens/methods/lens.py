@@ -105,7 +105,7 @@ def random_weight_copy(rm: RewardModel, seed: int = 0) -> RewardModel:
                 drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
                 parameter.copy_(drawn * parameter.float().std().cpu() + parameter.float().mean().cpu())
     return RewardModel(
-        module, rm.tokenizer.hf, objective=rm.row, structure=rm.structure, truncation=rm.truncation,
+        module, rm.tokenizer.hf, **rm.read_as, structure=rm.structure, truncation=rm.truncation,
         name=f"{rm.name} (random weights, seed {seed})", revision=rm.revision,
     )  # fmt: skip
 

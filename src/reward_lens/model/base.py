@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from reward_lens.errors import LoadError
+from reward_lens.model.head import require_own_head
 from reward_lens.model.reward_model import RewardModel
 
 
@@ -21,9 +22,11 @@ def base_under_head(rm: RewardModel, base: Any, revision: str | None = None) -> 
     `base`: a hub id or folder of a language model of the same architecture, or a loaded one. Rows of the embedding that
     only the reward model has (added tokens) stay the reward model's; their number is in `edits`.
 
-    Raises `LoadError` where a weight of the trunk is missing in the base or has another shape. What this cannot show:
+    Raises `LoadError` where a weight of the trunk is missing in the base or has another shape, `DataError` where the
+    head is part of the trunk (a tied unembedding). What this cannot show:
     what the base would prefer; its rewards are the reading of a head that was never trained with it.
     """
+    require_own_head(rm)
     name = base if isinstance(base, str) else getattr(base.config, "name_or_path", "") or type(base).__name__
     given = _trunk(_loaded(rm, base, revision)).state_dict()
     module = copy.deepcopy(rm.module)
@@ -50,7 +53,7 @@ def base_under_head(rm: RewardModel, base: Any, revision: str | None = None) -> 
         )
     record = {"method": "base_under_head", "model": rm.name, "base": name, "rows_kept": added}
     return RewardModel(
-        module, rm.tokenizer.hf, objective=rm.row, structure=rm.structure, truncation=rm.truncation,
+        module, rm.tokenizer.hf, **rm.read_as, structure=rm.structure, truncation=rm.truncation,
         name=f"{name} under the head of {rm.name}", edits=(*rm.edits, record),
     )  # fmt: skip
 

@@ -89,12 +89,16 @@ def require_usable_weights(module: nn.Module, name: str) -> None:
 
 def load_report(rm: "RewardModel") -> Result:
     """Run the tests; returns value (check,) = gaps, with tolerances and findings as coordinates, or raises."""
-    tokens = [rm.tokenize(prompt, response) for prompt, response in PROBES]
+    texts = rm.tokenizer.probes(PROBES)
+    tokens = [rm.tokenize(prompt, response) for prompt, response in texts]
     rows: list[tuple[str, float, float, str]] = list(_from_checkpoint(rm))
     rows += _tokenisation(rm, tokens)
     alone = torch.stack([rm.rewards([t])[0] for t in tokens]).double()
-    scale = torch.maximum(alone.abs(), alone.std())
-    rows += _own_reward(rm, alone[:COMPARED], scale)
+    terms = [rm.own_terms(t) for t in tokens[:COMPARED]]
+    # A difference of logits is no more exact than the logits are.
+    floor = max((max(map(abs, some)) for some in terms if len(some) > 1), default=0.0)
+    scale = torch.maximum(alone.abs(), alone.std()).clamp_min(floor)
+    rows += _own_reward(rm, alone[:COMPARED], scale, terms)
     rows += _padding(rm, tokens, alone, scale)
     rows += _residuals(rm, tokens[0])
     rows.append(_prefix(rm, tokens[0], float(alone[0]), float(scale[0])))
@@ -168,16 +172,19 @@ def _from_checkpoint(rm):
         yield "head in checkpoint", float(len(missing)), 0.0, f"missing keys: {', '.join(missing) or 'none'}"
     else:
         yield "head in checkpoint", 0.0, math.inf, "not tested: the module was built by the caller"
+    if rm.vocabulary:
+        logits = rm.vocabulary.logits
+        read = "what is read is z" if logits.cap is not None else "measured on a ramp in place of z"
+        yield "logits", logits.gap, logits.tolerance, f"logit = {logits.words()}, z the unembedding's output; {read}"
     yield "head not quantised", 0.0, 0.0, f"{type(rm.head).__name__} in {linear_weight(rm.head).dtype}"
 
 
 def _tokenisation(rm, tokens: list[Tokens]):
     hf = rm.tokenizer.hf
-    prompt, response = PROBES[0]
-    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-    official = rm.tokenizer.official_ids(messages)
+    prompt, response = rm.tokenizer.probes(PROBES)[0]
+    official = rm.tokenizer.official_ids([{"role": "user", "content": prompt}], response)
     differing = sum(a != b for a, b in zip(official, tokens[0].ids, strict=False)) + abs(len(official) - len(tokens[0]))
-    yield "template tokens", float(differing), 0.0, f"{len(official)} tokens of the official chat template"
+    yield "template tokens", float(differing), 0.0, f"{len(official)} tokens of Hugging Face's own rendering"
     bos = hf.bos_token_id
     doubled = bos is not None and len(tokens[0]) > 1 and tokens[0].ids[0] == tokens[0].ids[1] == bos
     opening = hf.decode(list(tokens[0].ids[:3]))
@@ -189,10 +196,10 @@ def _tokenisation(rm, tokens: list[Tokens]):
     yield "reward position", 0.0, math.inf, found
 
 
-def _own_reward(rm, alone: Tensor, scale: Tensor):
-    own = torch.tensor([rm.hf_score(*probe) for probe in PROBES[:COMPARED]], dtype=torch.float64)
+def _own_reward(rm, alone: Tensor, scale: Tensor, terms: list[list[float]]):
+    own = torch.tensor([sum(some) for some in terms], dtype=torch.float64)
     gap = (alone - own).abs()
-    allowed = [reward_tolerance(rm, float(r), float(s)) for r, s in zip(own, scale, strict=False)]
+    allowed = [reward_tolerance(rm, max(map(abs, some)), float(s)) for some, s in zip(terms, scale, strict=False)]
     worst = int(torch.argmax(gap / torch.tensor(allowed)))
     found = f"{alone[worst]:.6g} here, {own[worst]:.6g} from the model"
     yield "own reward", float(gap[worst]), allowed[worst], found

@@ -189,3 +189,23 @@ def at_rows(positions: Int[Tensor, " batch"]) -> Callable[[Tensor], Tensor]:
         return x[torch.arange(x.shape[0], device=x.device), index]
 
     return pick
+
+
+def trunk_module(module: nn.Module, blocks_path: str) -> nn.Module:
+    """The headless network: what Hugging Face calls the base model."""
+    base = getattr(module, "base_model", module)
+    if base is module:
+        base = module.get_submodule(blocks_path.split(".")[0])
+    return base
+
+
+def rotary_threshold(config) -> int | None:
+    """The length past which a model's rotary factors change (longrope, dynamic); None where they do not."""
+    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else None
+    if kind not in ("longrope", "dynamic"):
+        return None
+    original = scaling.get("original_max_position_embeddings") or getattr(
+        config, "original_max_position_embeddings", None
+    )
+    return original or config.max_position_embeddings

@@ -19,6 +19,7 @@ from reward_lens.errors import DataError
 from reward_lens.model.readout import LinearReadout
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.structure import linear_bias, linear_weight
+from reward_lens.model.vocab_readout import refuse_change
 
 
 def trunk_name(rm: RewardModel) -> str:
@@ -53,9 +54,10 @@ def with_row(
     model, the objective, the sizes of the rows and this library's version are added. The given model is unchanged.
     Raises `DataError` for a row that leaves nothing of the reward, and for a head that another part of the model uses.
     """
+    refuse_change(rm, "An edit of the head")
     before = editable_readout(rm)
     after = stored(rm, row)
-    _require_own_head(rm)
+    require_own_head(rm)
     size, left = (float((w * before.norm.gain).double().norm()) for w in (before.weight, after))
     if not left > 1e-6 * size:
         raise DataError(
@@ -98,7 +100,8 @@ def sharing_copy(module: Any, but: nn.Module | None = None) -> Any:
     return copy.deepcopy(module, {id(t): t for t in shared})
 
 
-def _require_own_head(rm: RewardModel) -> None:
+def require_own_head(rm: RewardModel) -> None:
+    """Raise `DataError` where another part of the model uses the head's weights too."""
     own = {id(p) for p in rm.head.parameters()}
     inside = rm.structure.head + "."
     named = rm.module.named_parameters(remove_duplicate=False)

@@ -8,6 +8,7 @@ import torch
 from reward_lens.errors import LoadError
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.structure import Structure
+from reward_lens.model.vocab_readout import VocabReadout
 
 
 def load(
@@ -32,7 +33,8 @@ def load(
     device, device_map: where to put it; `device_map="auto"` shards it over what there is.
     dtype: default is the checkpoint's own.
     objective: row of a head with several.
-    structure, readout: describe an unusual network; both are put to the same proof.
+    structure, readout: describe an unusual network; both are put to the same proof. A `VocabReadout` loads a language
+        model and reads the reward from its logits.
     truncation: None raises on a conversation longer than the model reads, "left" cuts the prompt, "right" the response.
 
     Returns a `RewardModel` whose `load_report` holds the tests it passed.
@@ -52,7 +54,9 @@ def load(
     settings = {"dtype": dtype or "auto", "device_map": device_map, "attn_implementation": attn_implementation}
     settings = {k: v for k, v in settings.items() if v is not None}
     try:
-        if _is_adapter(path, revision):
+        if isinstance(readout, VocabReadout):
+            module, missing, base = _load_language_model(path, options, settings)
+        elif _is_adapter(path, revision):
             module, missing, base = _load_adapter(path, options, settings)
         else:
             module, missing = _load_classifier(path, options, settings)
@@ -98,22 +102,67 @@ def _load_classifier(path: str, options: dict, settings: dict):
 
     config = AutoConfig.from_pretrained(path, **options)
     architectures = getattr(config, "architectures", None) or []
-    module, info = AutoModelForSequenceClassification.from_pretrained(
-        path, config=config, output_loading_info=True, **options, **settings
-    )
+    causal = next((a for a in architectures if a.endswith(("ForCausalLM", "LMHeadModel"))), None)
+    try:
+        module, info = AutoModelForSequenceClassification.from_pretrained(
+            path, config=config, output_loading_info=True, **options, **settings
+        )
+    except ValueError as error:
+        if causal is None:
+            raise
+        raise _no_reward_head(path, f"no such class with a head ({_first_lines(error)})", causal) from error
     missing = sorted(info["missing_keys"])
     if missing:
-        causal = [a for a in architectures if a.endswith(("ForCausalLM", "LMHeadModel"))]
-        raise LoadError(
-            f"{path} has no trained reward head" if not causal else f"{path} is a language model, not a reward model",
-            found=f"the checkpoint lacks {', '.join(missing[:5])}"
-            + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-            + (f"; its architecture is {causal[0]}" if causal else ""),
-            expected="every weight of the reward model in the checkpoint: a head of random numbers scores noise",
-            do="load the reward model itself (its config names ...ForSequenceClassification), or pass readout= for a "
-            "reward read from a language model's vocabulary",
-        )
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise _no_reward_head(path, f"the checkpoint lacks {', '.join(missing[:5])}{more}", causal)
     return module, missing
+
+
+def _no_reward_head(path: str, found: str, causal: str | None) -> LoadError:
+    return LoadError(
+        f"{path} has no trained reward head" if causal is None else f"{path} is a language model, not a reward model",
+        found=found + (f"; its architecture is {causal}" if causal else ""),
+        expected="every weight of the reward model in the checkpoint: a head of random numbers scores noise",
+        do="load the reward model itself (its config names ...ForSequenceClassification), or pass "
+        "readout=rl.VocabReadout(' Yes', ' No') for a reward read from a language model's vocabulary",
+    )
+
+
+def _load_language_model(path: str, options: dict, settings: dict):
+    """A causal language model, or a PEFT adapter of one merged into its base."""
+    from transformers import AutoModelForCausalLM
+
+    base = None
+    if _is_adapter(path, options["revision"]):
+        from peft import PeftConfig
+
+        adapter = PeftConfig.from_pretrained(path, revision=options["revision"])
+        base = str(adapter.base_model_name_or_path)
+        if str(adapter.task_type).endswith("SEQ_CLS"):
+            raise _not_a_language_model(path, f"an adapter of task type {adapter.task_type}")
+    own = options if base is None else {"trust_remote_code": options["trust_remote_code"]}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(base or path, output_loading_info=True, **own, **settings)
+    module, info = loaded
+    heads = sorted(key for key in info["unexpected_keys"] if key.endswith(_HEAD_SUFFIXES))
+    if heads:  # a tied unembedding is never missing: the weights left over tell what the checkpoint is
+        raise _not_a_language_model(base or path, f"a reward head in the checkpoint ({', '.join(heads)})")
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise _not_a_language_model(base or path, f"no weights for {', '.join(missing[:5])}")
+    if base is not None:
+        from peft import PeftModel
+
+        module = PeftModel.from_pretrained(module, path, revision=options["revision"]).merge_and_unload()
+    return module, missing, base
+
+
+def _not_a_language_model(name: str, found: str) -> LoadError:
+    return LoadError(
+        f"{name} is not a language model whose vocabulary can be read",
+        found=found,
+        expected="a causal language model with every weight in the checkpoint, its unembedding included",
+        do="leave readout= out for a model with a reward head, or load the language model itself",
+    )
 
 
 def _load_adapter(path: str, options: dict, settings: dict):

@@ -12,18 +12,19 @@ import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from reward_lens import data
 from reward_lens.errors import LoadError
 from reward_lens.model import checks
 from reward_lens.model import structure as structures
-from reward_lens.model.forward import Batch, Trunk, batches
+from reward_lens.model.forward import Batch, Trunk, batches, rotary_threshold, trunk_module
 from reward_lens.model.norm import measure_norm
 from reward_lens.model.prefix import keys_and_values
 from reward_lens.model.readout import LinearReadout, linear_readout, objective_names
 from reward_lens.model.structure import Structure
 from reward_lens.model.tokens import Tokenizer, Tokens
+from reward_lens.model.vocab_readout import refuse_change, vocabulary_of
 from reward_lens.result import Result
 
 SIDES = ("chosen", "rejected", "margin")
@@ -38,7 +39,7 @@ class RewardModel:
     tokenizer: its fast tokenizer, with the chat template the model was trained with.
     objective: name or index of the head's row, for heads with several; their mean is never called a reward.
     structure: paths of an unusual network's parts; put to the same proof as what the search finds.
-    readout: a `Readout` for a reward that is not a linear head.
+    readout: a `Readout` for a reward that is not a linear head; a `VocabReadout` for one in a language model's logits.
     truncation: what to do with a conversation longer than the model reads: None raises, "left" cuts the prompt's
         beginning, "right" the response's end.
     edits: records of what was done to the head (`edit_head` and `erase_concept` write them).
@@ -72,11 +73,14 @@ class RewardModel:
         text_config = self.config.get_text_config()
         pad_id = self.config.pad_token_id if self.config.pad_token_id is not None else text_config.pad_token_id
         limit = getattr(text_config, "max_position_embeddings", None)
-        self.tokenizer = Tokenizer(tokenizer, pad_id, limit)
-        self._rotary_threshold = _rotary_threshold(text_config)
+        self.vocabulary = vocabulary_of(readout, module, tokenizer)
+        self.tokenizer = (self.vocabulary.tokenizer(tokenizer, limit) if self.vocabulary
+                          else Tokenizer(tokenizer, pad_id, limit))  # fmt: skip
+        self._rotary_threshold = rotary_threshold(text_config)
         self.pad_id = next((i for i in (pad_id, tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
-        probe = functools.partial(checks.run_probe, module, self.device)
+        run = self.vocabulary.probe if self.vocabulary else checks.run_probe
+        probe = functools.partial(run, module, self.device)
         kept = checks.kept_report(self)
         with torch.no_grad():
             if kept is not None:
@@ -94,9 +98,10 @@ class RewardModel:
                 kind: [block.get_submodule(path) for block in blocks]
                 for kind, path in (("attn", found.attn), ("mlp", found.mlp))
             }
-            trunk_module = _trunk_module(module, found.blocks)
-            self.trunk = Trunk(trunk_module, blocks, self._norm, writers, found.write_scale)
-            self.readout = readout or self._linear_readout(objective)
+            base = trunk_module(module, found.blocks)
+            self.trunk = Trunk(base, blocks, self._norm, writers, found.write_scale)
+            own = self.vocabulary.readout(self._norm) if self.vocabulary else None
+            self.readout = own or readout or self._linear_readout(objective)
             self.load_report: Result = checks.confirmed(self, kept) or checks.load_report(self)
 
     @property
@@ -140,7 +145,9 @@ class RewardModel:
 
     @property
     def objectives(self) -> tuple[str, ...]:
-        """Names of the head's rows."""
+        """Names of the head's rows; of a reward read from a vocabulary the one that is read."""
+        if self.vocabulary:
+            return (self.vocabulary.objective,)
         return objective_names(self.config, structures.linear_weight(self.head).shape[0])
 
     @property
@@ -156,24 +163,37 @@ class RewardModel:
         own = float(self.load_report.value.sel(check="own reward").tolerance) / (2e-2 if self.sixteen_bit else 1e-5)
         return max(own, *map(abs, rewards))
 
-    def tokenize(self, prompt: "str | Sequence[Mapping]", response: str) -> Tokens:
-        """Tokens of a conversation: ids, pieces, spans of prompt, response and template tail, reward position."""
+    def tokenize(self, prompt: "str | Sequence[Mapping]", response: "str | Sequence[str]") -> Tokens:
+        """Tokens of a conversation: ids, pieces, spans of prompt, response and template tail, reward position. For a
+        judge of pairs `response` is the ordered pair (a, b)."""
         return self.tokenizer.conversation(data.as_messages(prompt), response, self.truncation)
 
-    def score(self, prompt: "str | Sequence[Mapping]", response: str) -> float:
+    def score(self, prompt: "str | Sequence[Mapping]", response: "str | Sequence[str]") -> float:
         """Reward of one response (trunk in the model's precision; norm and head in float32)."""
         return float(self.rewards([self.tokenize(prompt, response)])[0])
 
-    @torch.no_grad()
-    def hf_score(self, prompt: "str | Sequence[Mapping]", response: str) -> float:
+    def hf_score(self, prompt: "str | Sequence[Mapping]", response: "str | Sequence[str]") -> float:
         """The wrapped model's own output on the same tokens, unpadded."""
-        ids = torch.tensor([self.tokenize(prompt, response).ids], device=self.device)
-        return float(self.module(input_ids=ids).logits[0, self.row])
+        return sum(self.own_terms(self.tokenize(prompt, response)))
+
+    @torch.no_grad()
+    def own_terms(self, tokens: Tokens) -> list[float]:
+        """What the wrapped model's own output is the sum of: one number, or two logits with their signs."""
+        ids = torch.tensor([tokens.ids], device=self.device)
+        if self.vocabulary:
+            return self.vocabulary.own_terms(self.module, ids)
+        return [float(self.module(input_ids=ids).logits[0, self.row])]
 
     @property
     def row(self) -> int:
-        """Index of the head's row that is read."""
+        """Index of the head's row that is read; `StructureError` where no head has one."""
+        refuse_change(self, "A row of a reward head")
         return self.objectives.index(self.readout.objective)
+
+    @property
+    def read_as(self) -> dict[str, Any]:
+        """The argument under which a `RewardModel` of another module is read as this one is."""
+        return {"readout": self.vocabulary.spec} if self.vocabulary else {"objective": self.row}
 
     @torch.no_grad()
     def rewards(self, tokens: Sequence[Tokens], batch_size: int | None = None) -> Float[Tensor, " n"]:
@@ -206,11 +226,8 @@ class RewardModel:
 
     def tokenize_pairs(self, pairs: Iterable["data.Pair"]) -> list[tuple[Tokens, Tokens]]:
         """(chosen, rejected) tokens of every pair."""
-
-        def tokens(pair: data.Pair, response: str) -> Tokens:
-            return self.tokenizer.conversation(pair.messages, response, self.truncation)
-
-        return [(tokens(p, p.chosen), tokens(p, p.rejected)) for p in data.as_pairs(pairs)]
+        pairs = data.as_pairs(pairs)
+        return [self.tokenizer.both(p.messages, p.chosen, p.rejected, self.truncation) for p in pairs]
 
     def score_pairs(self, pairs: Iterable["data.Pair"], batch_size: int | None = None) -> Result:
         """Rewards of both responses and their margin.
@@ -272,6 +289,7 @@ class RewardModel:
 
     def for_objective(self, objective: str | int) -> "RewardModel":
         """The same model read by another row of its head; weights are shared."""
+        refuse_change(self, "Another objective")
         other = object.__new__(RewardModel)
         other.__dict__.update(self.__dict__)
         with torch.no_grad():
@@ -301,6 +319,7 @@ class RewardModel:
         """Provenance that every result carries; `meta` adds settings, title, shows and cannot_show."""
         out: dict[str, Any] = {"method": method, "model": self.name, **self.surroundings()}
         out |= {"objective": self.readout.objective, "readout": self.readout.kind}
+        out |= {"reads": self.vocabulary.describe()} if self.vocabulary else {}
         if inputs is not None:
             kind = type(inputs[0]).__name__
             out[{"Pair": "n_pairs", "Group": "n_groups"}.get(kind, "n_items")] = len(inputs)
@@ -345,25 +364,6 @@ def pair_coords(pairs: "data.Pairs") -> dict[str, Any]:
         "prompt": [p.messages[-1]["content"] for p in pairs],
     }
     return {name: ("pair", np.array(values + [None], dtype=object)[:-1]) for name, values in texts.items()}
-
-
-def _trunk_module(module: nn.Module, blocks_path: str) -> nn.Module:
-    """The headless network: what Hugging Face calls the base model."""
-    base = getattr(module, "base_model", module)
-    if base is module:
-        base = module.get_submodule(blocks_path.split(".")[0])
-    return base
-
-
-def _rotary_threshold(config) -> int | None:
-    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else None
-    if kind not in ("longrope", "dynamic"):
-        return None
-    original = scaling.get("original_max_position_embeddings") or getattr(
-        config, "original_max_position_embeddings", None
-    )
-    return original or config.max_position_embeddings
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from reward_lens.errors import DataError
 from reward_lens.model.head import sharing_copy
+from reward_lens.model.vocab_readout import refuse_change
 
 if TYPE_CHECKING:
     from reward_lens.model.reward_model import RewardModel
@@ -31,8 +32,10 @@ FIGURES = (
 def save_pretrained(rm: "RewardModel", folder: str | Path) -> Path:
     """Write weights, configuration, tokenizer and a README.md; returns the folder.
 
-    Raises `DataError` for a path that is a file or a folder with something in it: nothing is ever overwritten.
+    Raises `DataError` for a path that is a file or a folder with something in it: nothing is ever overwritten; and
+    `StructureError` for a reward read from a language model's vocabulary.
     """
+    refuse_change(rm, "A checkpoint with a reward head")
     folder = Path(folder)
     taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if taken:

@@ -8,6 +8,7 @@ import dataclasses
 import datetime
 import re
 import uuid
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from reward_lens.errors import AlignmentError, DataError, LoadError
@@ -53,16 +54,21 @@ class Tokens:
 class Tokenizer:
     """A Hugging Face tokenizer seen as a map from conversations to `Tokens`."""
 
+    compares = False
+    """Whether a "response" is an ordered pair of them (`model.judge`)."""
+    adds_special = False
+    """Whether special tokens are the tokenizer's to add; a chat template writes them itself."""
+
     def __init__(self, tokenizer: Any, pooled_skips: int | None, max_length: int | None):
         self.hf = tokenizer
         self.pooled_skips = pooled_skips
         self.max_length = max_length
 
-    def conversation(self, messages: list[dict], response: str, truncation: str | None = None) -> Tokens:
+    def conversation(self, messages: list[dict], response: Any, truncation: str | None = None) -> Tokens:
         """Tokens of a prompt's messages and a response, rendered by the official chat template."""
-        check_text(response, "response")
-        before, after = self._frame(messages)
-        rendered = self.render([*messages, {"role": "assistant", "content": response}])
+        self.check_response(response)
+        before, after = self._frame(messages, response)
+        rendered = self.written(messages, response)
         if not (rendered.startswith(before) and rendered.endswith(after)):
             # The template changes its frame with the response's content (think blocks): no marker can find the span.
             raise DataError(
@@ -71,15 +77,31 @@ class Tokenizer:
                 expected="the same text around every response",
                 do="remove reasoning markup from the response, or set a plainer tokenizer.chat_template",
             )
-        return self._encode(rendered, len(before), len(rendered) - len(after), truncation)
+        return self._encode(rendered, len(before), len(rendered) - len(after), truncation, self.adds_special)
+
+    def both(self, messages: list[dict], chosen: str, rejected: str, truncation: str | None) -> tuple[Tokens, Tokens]:
+        """The two texts of a preference pair."""
+        return self.conversation(messages, chosen, truncation), self.conversation(messages, rejected, truncation)
+
+    def written(self, messages: list[dict], response: Any) -> str:
+        """The whole text that the model is shown."""
+        return self.render([*messages, {"role": "assistant", "content": response}])
+
+    def probes(self, texts: Sequence[tuple[str, str]]) -> list[tuple[str, Any]]:
+        """The load report's texts in the form that `conversation` takes."""
+        return list(texts)
+
+    def check_response(self, response: Any) -> None:
+        """Raise `DataError` for what is no response."""
+        check_text(response, "response")
 
     def text(self, text: str, truncation: str | None = None) -> Tokens:
         """Tokens of a raw text with the tokenizer's own special tokens and no template; all of it is `response`."""
         check_text(text, "text")
         return self._encode(text, 0, len(text), truncation, special=True)
 
-    def render(self, messages: list[dict]) -> str:
-        """The official chat template's text, with the date pinned."""
+    def render(self, messages: list[dict], answer: bool = False) -> str:
+        """The official chat template's text, with the date pinned; `answer` adds its generation prompt."""
         if getattr(self.hf, "chat_template", None) is None:
             raise LoadError(
                 "The tokenizer has no chat template",
@@ -88,22 +110,29 @@ class Tokenizer:
                 do="set tokenizer.chat_template to the Jinja template named by the model's authors and build "
                 "rl.RewardModel(module, tokenizer)",
             )
-        return self.hf.apply_chat_template(messages, tokenize=False, **self._settings())
+        return self.hf.apply_chat_template(messages, tokenize=False, **self._settings(answer))
 
-    def official_ids(self, messages: list[dict]) -> list[int]:
+    def official_ids(self, messages: list[dict], response: Any) -> list[int]:
         """What Hugging Face's own template call gives, to hold ours against."""
-        return list(self.hf.apply_chat_template(messages, tokenize=True, return_dict=False, **self._settings()))
+        return self._official([*messages, {"role": "assistant", "content": response}])
 
-    def _settings(self) -> dict[str, Any]:
+    def _official(self, messages: list[dict], answer: bool = False) -> list[int]:
+        return list(self.hf.apply_chat_template(messages, tokenize=True, return_dict=False, **self._settings(answer)))
+
+    def _settings(self, answer: bool) -> dict[str, Any]:
         date = TEMPLATE_DATE.strftime("%d %b %Y")
-        return {"add_generation_prompt": False, "date_string": date, **_pinned_dates(self.hf.chat_template)}
+        return {"add_generation_prompt": answer, "date_string": date, **_pinned_dates(self.hf.chat_template)}
 
-    def _frame(self, messages: list[dict]) -> tuple[str, str]:
+    def _frame(self, messages: list[dict], response: Any) -> tuple[str, str]:
         for message in messages:
             check_text(message["content"], f"{message['role']} message")
         marker = f"response{uuid.uuid4().hex}"
-        before, _, after = self.render([*messages, {"role": "assistant", "content": marker}]).partition(marker)
+        before, _, after = self.written(messages, self._marked(response, marker)).partition(marker)
         return before, after
+
+    def _marked(self, response: Any, marker: str) -> Any:
+        """The response with the marker in place of the text whose span is wanted."""
+        return marker
 
     def _encode(self, text: str, start: int, stop: int, truncation: str | None, special: bool = False) -> Tokens:
         encoded = self.hf(

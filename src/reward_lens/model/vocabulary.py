@@ -118,4 +118,4 @@ class ResponseSlot:
         return dataclasses.replace(self.reference, ids=ids, pieces=pieces, reward_pos=end)
 
     def _render(self, response: str) -> str:
-        return self.vocabulary.tokenizer.render([*self.messages, {"role": "assistant", "content": response}])
+        return self.vocabulary.tokenizer.written(self.messages, response)
