@@ -184,7 +184,7 @@ class Psi:
     @torch.no_grad()
     def change(self, added: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n evaluation"]:
         """psi(y + v) - psi(y) for every v in `added` and every evaluation state y."""
-        vectors = torch.from_numpy(np.ascontiguousarray(added)).to(self.rm.readout.weight)
+        vectors = torch.from_numpy(np.ascontiguousarray(added)).to(self.rm.like)
         if self.depth == self.rm.n_layers:
             return self._by_head(vectors)
         columns = []

@@ -52,7 +52,7 @@ def split_pair(
 
 def _direct(rm: RewardModel, sae: SAE, both: Both, scale: str) -> tuple[Part, Part]:
     h = torch.cat([text.x for text in both])
-    at = h.to(rm.readout.weight)
+    at = h.to(rm.like)
     direction = rm.readout.direction(at)
     u, constants = direction.u.double().cpu(), direction.constant.double().tolist()
     rewards = rm.readout.reward(at).double().tolist()

@@ -205,7 +205,7 @@ def _states(
     end = _site(rm, rm.n_layers)
     sites = list(dict.fromkeys([*(_site(rm, depth) for depth in depths), end]))
     states = np.empty((len(tokens), len(depths), len(at), rm.d_model), dtype=np.float32)
-    last = torch.empty(len(tokens), rm.d_model, dtype=rm.readout.weight.dtype, device=rm.device)
+    last = torch.empty(len(tokens), rm.d_model, dtype=rm.like.dtype, device=rm.device)
     everywhere = "response" in at
     cells = [(_site(rm, depth), d) for d, depth in enumerate(depths)]
     for batch, tensors in passes(rm, tokens, sites, everywhere=everywhere):

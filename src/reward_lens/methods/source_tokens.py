@@ -40,9 +40,11 @@ def source_token_contributions(rm: RewardModel, pairs, scale: str) -> Result:
     for i in range(len(pairs)):
         both = tokens[2 * i : 2 * i + 2]
         runs = {}
+        gates = rm.readout_inputs(both)
         for batch, rows, writes in attention_rows(rm, both):
             for place, run in enumerate(batch.rows):
-                runs[run] = _Run(rm, split, [_one(r, place) for r in rows], [w[place] for w in writes])
+                gate = None if gates is None else gates[run : run + 1]
+                runs[run] = _Run(rm, split, [_one(r, place) for r in rows], [w[place] for w in writes], gate)
         own = [runs[side].parts(runs[side].direction.u) for side in (0, 1)]
         n = prefixes[i]
         for side in (0, 1):
@@ -76,11 +78,13 @@ def source_token_contributions(rm: RewardModel, pairs, scale: str) -> Result:
 class _Run:
     """One run's attention rows and writes, ready to be projected on any direction."""
 
-    def __init__(self, rm: RewardModel, split: HeadSplit, rows: list[AttentionRow], writes: list[Tensor]):
+    def __init__(
+        self, rm: RewardModel, split: HeadSplit, rows: list[AttentionRow], writes: list[Tensor], gate: Tensor | None
+    ):
         self.rm, self.split, self.rows = rm, split, rows
         self.embed, *self.writes, self.h = writes
-        self.direction = rm.readout.direction(self.h[None])
-        self.reward = rm.readout.reward(self.h)
+        self.direction = rm.readout.direction(self.h[None], gate)
+        self.reward = rm.readout.reward(self.h[None], gate)[0]
 
     def parts(self, u: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """([layer, source] attention parts, [component] what stands at the reward position)."""

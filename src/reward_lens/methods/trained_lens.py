@@ -206,7 +206,7 @@ def _backward(rm: RewardModel, batch: Batch, at: str) -> tuple[Tensor, Tensor, T
     by shift is the gradient summed over the mask, the derivative by stretch the sum of g . h. No weight is
     asked for.
     """
-    like = rm.readout.weight
+    like = rm.like
     mask = torch.zeros_like(batch.mask) if at == "final" else batch.mask
     if at == "final":
         mask[torch.arange(len(batch.rows)), batch.reward_pos] = 1
