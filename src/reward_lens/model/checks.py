@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from reward_lens.engine import hooks
 from reward_lens.errors import LoadError
 from reward_lens.model.forward import at_rows, make_batch, record, replay
+from reward_lens.model.heads.own import OwnHead
 from reward_lens.model.prefix import pooled_with_prefix
 from reward_lens.model.structure import is_linear
 from reward_lens.model.tokens import Tokens
@@ -57,6 +58,8 @@ def run_probe(module: Any, device: torch.device) -> Tensor:
     pad = module.config.pad_token_id
     if pad is not None:
         ids[ids == pad] = (pad + 1) % vocabulary
+    ending = torch.tensor([module.probe_ending if isinstance(module, OwnHead) else ()], dtype=ids.dtype)
+    ids = torch.cat([ids, ending.expand(2, -1).to(device)], 1)
     arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if pad is None:  # Hugging Face refuses to pool a batch without a padding token
         arguments = {"input_ids": ids[:1]}

@@ -21,6 +21,11 @@ from reward_lens.model.tokens import Tokens
 
 Kind = Literal["linear", "vocabulary", "prompt_gated", "self_gated", "mlp", "log_ratio"]
 Exactness = Literal["exact", "local"]
+LOCAL = (
+    "The head is not linear in the residual stream: a direction is its gradient at each run's own state, with the norm "
+    "held, and the row 'bias' is what that leaves of the reward."
+)
+"""What a result says of a readout whose directions are local."""
 
 
 class Direction(NamedTuple):

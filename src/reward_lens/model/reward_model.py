@@ -21,16 +21,12 @@ from reward_lens.model.forward import Batch, Trunk, batches
 from reward_lens.model.heads.own import OwnHead, head_of, published_path
 from reward_lens.model.norm import measure_norm
 from reward_lens.model.prefix import keys_and_values
-from reward_lens.model.readout import PromptGated, Readout, chosen_row, linear_readout, objective_names
+from reward_lens.model.readout import LOCAL, PromptGated, Readout, chosen_row, linear_readout, objective_names
 from reward_lens.model.structure import Structure
 from reward_lens.model.tokens import Tokenizer, Tokens
 from reward_lens.result import Result
 
 SIDES = ("chosen", "rejected", "margin")
-LOCAL = (
-    "The head is not linear in the residual stream: a direction is its gradient at each run's own state, with the norm "
-    "held, and the row 'bias' is what that leaves of the reward."
-)
 
 
 class RewardModel:

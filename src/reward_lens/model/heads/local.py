@@ -8,6 +8,7 @@ the form is exact until a unit of the head switches on or off.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -46,6 +47,22 @@ class LocalReadout:
             (slope,) = torch.autograd.grad(reward.sum(), normed)
         u = self.norm.pull_back(slope, self.norm.scale(h))
         return Direction(u, reward.detach() - (u * h).sum(-1), "local")
+
+    def averaged(
+        self, h: Float[Tensor, "batch d_model"], nodes: Sequence[float], weights: Sequence[float]
+    ) -> Direction:
+        """The slope averaged along the straight line from an empty normed state (the norm's shift) to N(h), at these
+        nodes in (0, 1); the constant is the head's value at the beginning of the line."""
+        h = h.detach().to(self.norm.gain)
+        end, start = self.norm(h).detach(), self.norm.shift.detach()
+        slope = torch.zeros_like(end)
+        for node, weight in zip(nodes, weights, strict=True):
+            with torch.enable_grad():
+                at = (start + node * (end - start)).requires_grad_(True)
+                (found,) = torch.autograd.grad(self.head(at)[..., self.row].sum(), at)
+            slope += weight * found
+        beginning = self.head(start)[..., self.row].detach().expand(h.shape[0])
+        return Direction(self.norm.pull_back(slope, self.norm.scale(h)), beginning, "local")
 
 
 def local_readout(norm: Norm, head: nn.Module, row: int, objective: str, kind: Kind = "mlp") -> LocalReadout:

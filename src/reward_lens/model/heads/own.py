@@ -63,6 +63,11 @@ class OwnHead(nn.Module):
         return objective_names(self.config, self.n_columns)
 
     @property
+    def probe_ending(self) -> tuple[int, ...]:
+        """Tokens that a text must hold for the head to be read; put behind a probe of random ones."""
+        return ()
+
+    @property
     def width(self) -> int:
         """Width of the residual stream."""
         return self.config.get_text_config().hidden_size
@@ -71,7 +76,7 @@ class OwnHead(nn.Module):
         self, input_ids: Int[Tensor, "batch pos"], attention_mask: Tensor | None = None, **kwargs: Any
     ) -> SequenceClassifierOutput:
         states = self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)[0]
-        columns = self.columns(states, input_ids)
+        columns = self.columns(states.to(next(self.head_parts().parameters()).dtype), input_ids)
         rows = torch.arange(len(columns), device=columns.device)
         at = self.read_positions(input_ids, attention_mask).to(columns.device)
         return SequenceClassifierOutput(logits=columns[rows, at])

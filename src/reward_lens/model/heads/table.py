@@ -3,9 +3,14 @@
 import dataclasses
 from typing import Any
 
+import torch
+from transformers.utils import cached_file
+
 from reward_lens.errors import LoadError
+from reward_lens.model.heads.gated import GatedQuantiles, GatedRows
 from reward_lens.model.heads.local import OneScore, TwoLayerScore, ValueHeadScore
 from reward_lens.model.heads.own import OwnHead, class_for
+from reward_lens.model.heads.self_gated import LevelScore, NormalScore
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +24,8 @@ class Known:
     """Whether the config's `architectures` must name it; False: the key alone shows it."""
     key: str | None = None
     """A key that the config must have."""
+    files: tuple[str, ...] = ()
+    """Parts of the head that stand in files of their own, `<part>.pt`, in float32."""
 
     def fits(self, config: Any) -> bool:
         if self.key is not None and getattr(config, self.key, None) is None:
@@ -31,6 +38,10 @@ KNOWN = (
     Known(TwoLayerScore, "Qwen2ForRewardModel"),  # Qwen2.5-Math-RM-72B, WorldPM-72B
     Known(ValueHeadScore, "GRewardModel"),  # GRM-sftreg
     Known(ValueHeadScore, "GRewardModel", named=False, key="vhead_layer_type"),
+    Known(GatedQuantiles, "LlamaForRewardModelWithGating", key="num_quantiles"),  # QRM-Llama3-8B, QRM-Llama3.1-8B
+    Known(GatedRows, "LlamaForRewardModelWithGating"),  # ArmoRM-Llama3-8B-v0.1
+    Known(NormalScore, "LlamaForSequenceClassificationWithNormal_Weights"),  # URM-LLaMa-3.1-8B
+    Known(LevelScore, "LDLRewardModel27B", files=("regression_layer", "gating_layer")),  # LDL-Reward-Gemma-2-27B-v0.1
 )
 """The first row that fits holds."""
 
@@ -46,8 +57,22 @@ def load_known(path: str, config: Any, settings: dict[str, Any]) -> Any:
         return None
     settings = {name: value for name, value in settings.items() if name != "trust_remote_code"}
     model_class: Any = class_for(row.head, config, row.name)
-    module, info = model_class.from_pretrained(path, config=config, output_loading_info=True, **settings)
+    module, info = model_class.from_pretrained(
+        path, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+    )
+    if info["mismatched_keys"]:
+        key, found, expected = min(map(tuple, info["mismatched_keys"]))
+        raise LoadError(
+            f"The weights of {path} are not those of the published {row.name}",
+            found=f"{key} of shape {tuple(found)}",
+            expected=f"{tuple(expected)}, by its config",
+            do="look for a newer config.json, or pass structure= and readout= for this head",
+        )
     missing = sorted(info["missing_keys"])
+    for part in row.files:  # a checkpoint that this library wrote holds them with the others
+        if any(key.startswith(part + ".") for key in missing):
+            _load_part(module, part, path, settings.get("revision"))
+            missing = [key for key in missing if not key.startswith(part + ".")]
     if missing:
         raise LoadError(
             f"{path} has no trained reward head" if _of_head(module, missing) else f"{path} lacks weights of its trunk",
@@ -65,6 +90,20 @@ def load_known(path: str, config: Any, settings: dict[str, Any]) -> Any:
             do="look for a newer config.json, or pass structure= and readout= for this head",
         )
     return module
+
+
+def _load_part(module: Any, part: str, path: str, revision: str | None) -> None:
+    """Load one part of the head from its own file; raises `LoadError` for a file that is not there or does not fit."""
+    try:
+        file = cached_file(path, f"{part}.pt", revision=revision)
+        module.get_submodule(part).float().load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    except (OSError, RuntimeError, TypeError) as error:
+        raise LoadError(
+            f"{path} has no trained reward head",
+            found=f"{part}.pt: {' '.join(str(error).split())[:300]}",
+            expected=f"a file {part}.pt with every weight of that part: a head of random numbers scores noise",
+            do="download the checkpoint again, this file included",
+        ) from error
 
 
 def _of_head(module: Any, keys) -> list[str]:
