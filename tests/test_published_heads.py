@@ -10,18 +10,19 @@ import torch
 
 import published_heads as published
 import reward_lens as rl
+from every_method import METHODS
 from families import TEXT_PAIRS
 from published_heads import HEADS
 from reward_lens.engine import hooks
 from reward_lens.engine.gradients import gradients
-from reward_lens.model.heads.gated import USER_TURN_ENDS
 
 PAIRS = rl.Pairs([rl.Pair(*texts) for texts in TEXT_PAIRS])
 KINDS = {"inf_orm": "mlp", "qwen_math": "mlp", "grm": "mlp", "armo": "prompt_gated", "qrm": "prompt_gated",
          "urm": "self_gated", "ldl": "self_gated"}  # fmt: skip
 GATED = ("armo", "qrm")
 LOCAL = tuple(name for name in HEADS if name not in GATED)
-HELPFULNESS = "helpsteer-helpfulness"
+SLOW = ("conflict", "slopes", "dictionary", "calibration")
+ONE_ROW = ("direction", "conflict", "transfer", "compare", "vocabulary", "ov")
 every = pytest.mark.parametrize("name", HEADS)
 
 
@@ -167,101 +168,6 @@ def test_local_directions_are_the_slope_of_the_head_behind_the_norm(folders, nam
     assert moved.tolist() == pytest.approx((direction.u @ step).tolist(), rel=1e-3, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", GATED)
-def test_for_one_prompt_the_gated_reward_is_linear_in_the_state_of_the_response(folders, name):
-    rm = rl.load(folders[name], dtype=torch.float64)
-    readout = rm.readout
-    texts = [rm.tokenize("Is 7 a prime number?", r) for r in ("Yes, it is.", "No, it is 1", "Maybe")]
-    gates = rm.readout_inputs(texts)
-    assert bool((gates == gates[0]).all())
-    torch.manual_seed(0)
-    h = torch.randn(3 * rm.d_model, rm.d_model, dtype=torch.float64)
-    normed, rewards = readout.norm(h), readout.reward(h, gates[:1])
-    row = torch.linalg.lstsq(normed[: 2 * rm.d_model], rewards[: 2 * rm.d_model, None]).solution[:, 0]
-    assert (normed @ row - rewards).abs().max() < 1e-6
-    direction = readout.direction(h, gates[:1])
-    assert ((direction.u * h).sum(-1) + direction.constant - rewards).abs().max() < 1e-6
-    other = rm.readout_inputs([rm.tokenize("Write one word.", "Yes, it is.")])
-    assert (readout.reward(h, other) - rewards).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("name", GATED)
-def test_the_gate_is_read_where_the_user_turn_ends(folders, models, name):
-    rm = models[name]
-    for prompt, chosen, _ in TEXT_PAIRS[:3]:  # the third has two user turns
-        tokens = rm.tokenize(prompt, chosen)
-        at = rm.readout.gate_position(tokens)
-        assert at == published.published_gate(folders[name], tokens.ids) < tokens.response.start
-        assert tokens.pieces[at] == "<|end|>"
-    with pytest.raises(rl.DataError, match="end of the user turn was not found"):
-        rm.rewards([rm.tokenizer.text("no turns here")])
-    assert USER_TURN_ENDS["llama"] == (128009, 128006, 78191, 128007, 271)
-
-
-@pytest.mark.parametrize("name", GATED)
-def test_changes_that_would_move_the_gate_are_refused(models, name):
-    rm = models[name]
-    tokens = rm.tokenize(*TEXT_PAIRS[0][:2])
-    gate = rm.readout.gate_position(tokens)
-    for at in ("all", range(gate, gate + 1)):
-        with pytest.raises(rl.StructureError, match=f"the gate is read at position {gate}"):
-            rl.intervene(rm, [tokens], {"L1.attn": rl.zeros()}, at=at)
-    rl.intervene(rm, [tokens], {"L1.attn": rl.zeros()}, at=range(gate + 1, gate + 2))
-    assert rl.effects(rm, PAIRS[1:2], ["L1.attn"], at="all").value.shape == (1, 1)
-    assert rl.effects(rm, PAIRS[:2], ["L1.attn"], mode="mean", at="response").value.shape[:1] == (2,)
-
-
-@pytest.mark.parametrize("name", GATED)
-def test_slopes_in_the_prompt_hold_both_routes(models, name):
-    """A state before the gate moves the reward by what the response reads of it and by the weights."""
-    rm = models[name]
-    tokens = rm.tokenize(*TEXT_PAIRS[0][:2])
-    site, gate = rl.Site("resid_post", 1), rm.readout.gate_position(tokens)
-    torch.manual_seed(1)
-    step = 2e-3 * torch.randn(rm.d_model)
-    slope = gradients(rm, tokens, [site]).slopes[site][gate]
-    moved = []
-    for sign in (1, -1):
-
-        def push(x, sign=sign):
-            x = x.clone()
-            x[:, gate] += sign * step
-            return x
-
-        with torch.no_grad(), hooks.attached([rm.trunk.edit_residual(2, push)]):
-            moved.append(float(rm.module(input_ids=torch.tensor([tokens.ids])).logits[0, 0]))
-    assert (moved[0] - moved[1]) / 2 == pytest.approx(float(slope @ step), rel=0.05, abs=2e-5)
-
-
-@pytest.mark.parametrize("name", GATED)
-def test_gate_weights_are_the_published_ones(folders, models, name):
-    rm = models[name]
-    result = rl.gate_weights(rm, PAIRS)
-    assert result.value.dims == ("pair", "objective", "weight") and result.unit == "weight"
-    assert list(result.value.objective.values) == list(rm.objectives[1:])
-    for pair, row in zip(PAIRS[:3], result.value, strict=False):
-        columns = published.published_columns(folders[name], name, rm.tokenize(pair.prompt, pair.rejected).ids)
-        by = row.sel(weight="own" if name == "armo" else "transformed").values
-        assert float(by @ columns[1:].numpy()) == pytest.approx(float(columns[0]), abs=1e-5)
-    assert float(result.value.sel(weight="transformed").sum("objective").std()) < 1e-6  # a softmax times a factor
-    with pytest.raises(rl.StructureError, match="no gate that reads the prompt"):
-        rl.gate_weights(rm.for_objective(1), PAIRS)
-
-
-@pytest.mark.parametrize("name", GATED)
-def test_gate_attribution_sums_to_the_weights(models, name):
-    rm = models[name]
-    weights = rl.gate_weights(rm, PAIRS[:3]).value.sel(weight="transformed").values
-    by_part = rl.gate_attribution(rm, PAIRS[:3])
-    assert by_part.value.sum("component").values == pytest.approx(weights, abs=1e-5)
-    assert by_part.mean is not None
-    by_token = rl.gate_attribution(rm, PAIRS[:3], by="token").value
-    assert (by_token.sum("position") + by_token.constant).values == pytest.approx(weights, abs=1e-5)
-    lengths = [rm.readout.gate_position(rm.tokenize(p.prompt, p.chosen)) + 1 for p in PAIRS[:3]]
-    assert by_token.n_positions.values.tolist() == lengths
-    assert by_token.isel(pair=0, position=lengths[0] - 1).piece.item() == "<|end|>"
-
-
 @every
 @pytest.mark.parametrize("baseline", ["mean", "zero"])
 def test_integrated_contributions_close_from_their_baseline(models, name, baseline):
@@ -296,10 +202,18 @@ def test_what_asks_for_one_row_is_refused(models, name):
         rl.edit_head(rm, torch.ones(1, rm.d_model))
 
 
-@pytest.mark.parametrize("name", GATED)
-def test_a_method_that_does_not_hand_on_the_gate_is_refused(models, name):
-    with pytest.raises(rl.StructureError, match="weights of this reward depend on the prompt.*helpsteer-helpfulness"):
-        rl.gradient_lens(models[name], PAIRS)
+@pytest.mark.parametrize("name", ["armo", "urm"])
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in SLOW])
+def test_every_method_answers_or_refuses(models, name, method):
+    """Every result's own checks hold (a check out of tolerance raises), and what needs one row says so."""
+    if method in ONE_ROW:
+        with pytest.raises((rl.StructureError, rl.DataError), match="no answer for this reward|no head row to edit"):
+            METHODS[method](models[name], PAIRS)
+    else:
+        meta = METHODS[method](models[name], PAIRS).meta
+        assert (meta["models"]["one"] if method == "crosscoder latents" else meta).get("readout", KINDS[name]) == KINDS[
+            name
+        ]
 
 
 @every
@@ -370,14 +284,4 @@ def test_heads_in_files_of_their_own_must_be_there_and_fit(tmp_path):
         rl.load(folder)
     (folder / "gating_layer.pt").unlink()
     with pytest.raises(rl.LoadError, match="has no trained reward head.*gating_layer.pt"):
-        rl.load(folder)
-
-
-def test_an_unknown_template_of_a_gate_is_refused(tmp_path):
-    folder = published.save(tmp_path, "armo")
-    config = (
-        (folder / "config.json").read_text().replace("gating_token_pattern", "other").replace('"llama"', '"mistral"')
-    )
-    (folder / "config.json").write_text(config)
-    with pytest.raises(rl.StructureError, match="Where the gate of this head is read is not known.*'mistral'"):
         rl.load(folder)

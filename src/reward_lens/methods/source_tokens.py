@@ -51,7 +51,7 @@ def source_token_contributions(rm: RewardModel, pairs, scale: str) -> Result:
             gaps.append(runs[side].gaps(*own[side]))
         if scale == "shared":
             cross = [runs[side].parts(runs[1 - side].direction.u) for side in (0, 1)]
-            own = [tuple((a + b) / 2 for a, b in zip(own[s], cross[s], strict=True)) for s in (0, 1)]
+            own = [((a + x) / 2, (b + y) / 2) for (a, b), (x, y) in zip(own, cross, strict=True)]
         shared = [placed(own[side], both[side].reward_pos, len(both[side]))[:, :n] for side in (0, 1)]
         values[i, 2, :, :n] = shared[0] - shared[1]
     tolerance = 1e-2 if rm.sixteen_bit else 1e-5

@@ -54,10 +54,8 @@ class Readout(Protocol):
         """Name of what is read."""
         ...
 
-    @property
-    def exactness(self) -> Exactness:
-        """Whether a direction is the same wherever the norm's scale (and the gate) is, or the head's slope at one h."""
-        ...
+    exactness: ClassVar[Exactness]
+    """Whether a direction is the same wherever the norm's scale (and the gate) is, or the head's slope at one h."""
 
     @property
     def norm(self) -> Norm:
@@ -106,6 +104,10 @@ class LinearReadout:
 
     def reward(self, h: Float[Tensor, "*batch d_model"], inputs=None) -> Float[Tensor, "*batch"]:
         return self.norm(h) @ self.weight + self.bias
+
+    def frozen_reward(self, h: Float[Tensor, "*batch d_model"], scale: Float[Tensor, "*rows 1"]) -> Tensor:
+        """Reward of `h` with the norm's scale held at `scale`."""
+        return self.norm.frozen(h, scale) @ self.weight + self.bias
 
     def direction(self, h: Float[Tensor, "batch d_model"], inputs=None) -> Direction:
         u = self.norm.pull_back(self.weight, self.norm.scale(h))

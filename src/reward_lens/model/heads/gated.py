@@ -112,8 +112,10 @@ class NormedGate(Gate):
     def stacked(self, width: int, objectives: int, hidden: int, depth: int) -> list[nn.Module]:
         widths = [width, *[hidden] * depth]
         pairs = zip(widths, widths[1:], strict=False)
-        blocks = [(nn.Linear(a, b, bias=False), nn.ReLU(), nn.BatchNorm1d(b)) for a, b in pairs]
-        return [layer for block in blocks for layer in block] + [nn.Linear(widths[-1], objectives)]
+        layers: list[nn.Module] = []
+        for a, b in pairs:
+            layers += [nn.Linear(a, b, bias=False), nn.ReLU(), nn.BatchNorm1d(b)]
+        return [*layers, nn.Linear(widths[-1], objectives)]
 
     def logits(self, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "row objective"]:
         for layer in self.layers:

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 import torch
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from reward_lens.errors import LoadError
 from reward_lens.model.heads.gated import GatedQuantiles, GatedRows
@@ -95,7 +95,7 @@ def load_known(path: str, config: Any, settings: dict[str, Any]) -> Any:
 def _load_part(module: Any, part: str, path: str, revision: str | None) -> None:
     """Load one part of the head from its own file; raises `LoadError` for a file that is not there or does not fit."""
     try:
-        file = cached_file(path, f"{part}.pt", revision=revision)
+        file: Any = cached_file(path, f"{part}.pt", revision=revision)
         module.get_submodule(part).float().load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     except (OSError, RuntimeError, TypeError) as error:
         raise LoadError(
