@@ -27,6 +27,7 @@ METHODS = {
     "contributions": lambda rm, pairs: rl.contributions(rm, pairs),
     "by head": lambda rm, pairs: rl.contributions(rm, pairs, by="head"),
     "by neuron": lambda rm, pairs: rl.contributions(rm, pairs, by="neuron", top=5),
+    "integrated contributions": lambda rm, pairs: rl.integrated_contributions(rm, pairs),
     "by token": lambda rm, pairs: rl.contributions(rm, pairs, by="token"),
     "crystallization": lambda rm, pairs: rl.crystallization_depth(rm, pairs),
     "accuracy": lambda rm, pairs: rl.accuracy(rm, pairs),

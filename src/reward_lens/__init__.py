@@ -79,8 +79,11 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.methods.erasure import erase_concept as erase_concept
     from reward_lens.methods.exploits import find_exploits as find_exploits
     from reward_lens.methods.fitted_weights import fitted_weights as fitted_weights
+    from reward_lens.methods.gates import gate_attribution as gate_attribution
+    from reward_lens.methods.gates import gate_weights as gate_weights
     from reward_lens.methods.head_editing import edit_head as edit_head
     from reward_lens.methods.head_editing import edit_report as edit_report
+    from reward_lens.methods.integrated_contributions import integrated_contributions as integrated_contributions
     from reward_lens.methods.knockout import attention_knockout as attention_knockout
     from reward_lens.methods.latent_clamping import clamp_latent as clamp_latent
     from reward_lens.methods.latent_contexts import latent_contexts as latent_contexts
@@ -158,6 +161,8 @@ _HOME = {
     "methods.divergence": ("divergence",),
     "methods.edges": ("edge_effects",),
     "methods.effects": ("effects",),
+    "methods.gates": ("gate_attribution", "gate_weights"),
+    "methods.integrated_contributions": ("integrated_contributions",),
     "methods.knockout": ("attention_knockout",),
     "methods.lens": ("crystallization_depth", "random_weight_copy", "reward_lens"),
     "methods.pair_judge": ("pair_judge",),

@@ -50,7 +50,7 @@ def _pass(rm: RewardModel, batch: Batch) -> tuple[list[AttentionRow], list[Tenso
     recorder = _Recorder()
     rows: list[AttentionRow] = []
     writes: list[Tensor] = []
-    pick, like = at_rows(batch.reward_pos), rm.readout.weight
+    pick, like = at_rows(batch.reward_pos), rm.like
 
     def keep(x: Tensor) -> None:
         writes.append(pick(x).to(like))

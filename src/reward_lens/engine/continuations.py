@@ -85,14 +85,19 @@ def _read(
 ) -> Float[Tensor, "n head"]:  # fmt: skip
     """What every head reads at the end of every text. Texts of like length are run together, padded on the right."""
     start, past = len(known), PrefixCache(known, rm.n_layers)
-    out = torch.empty(len(texts), len(heads), dtype=rm.readout.weight.dtype)
+    out = torch.empty(len(texts), len(heads), dtype=rm.like.dtype)
     left = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
+    gates = [head.readout_inputs(texts) for head in heads]
     while left:
         longest = len(texts[left[0]])
         count = max_rows or row_budget(rm, longest - start, longest)
         rows, left = left[:count], left[count:]
         pooled = rm.trunk.pooled(_from(rm, [texts[i] for i in rows], start), past=past)
-        out[rows] = torch.stack([head.readout.reward(pooled) for head in heads], 1).cpu()
+        read = [
+            head.readout.reward(pooled, None if gate is None else gate[rows])
+            for head, gate in zip(heads, gates, strict=True)
+        ]
+        out[rows] = torch.stack(read, 1).cpu()
     return out
 
 

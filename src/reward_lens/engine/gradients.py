@@ -18,6 +18,7 @@ from reward_lens.engine.places import out_map
 from reward_lens.errors import DataError
 from reward_lens.model.forward import suffix_batch
 from reward_lens.model.prefix import NO_PREFIX, KeyValues, PrefixCache
+from reward_lens.model.readout import PromptGated
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
 from reward_lens.model.tokens import Tokens
@@ -61,9 +62,9 @@ def gradients(
     traced = _Trace(rm, sites)
     extra = rules.hooks(rm) if rules is not None else []
     with torch.enable_grad(), rules.active() if rules is not None else nullcontext():
-        h = traced.run(tokens, start, known, entering, extra)
+        h, gate = traced.run(tokens, start, known, entering, extra)
         held = h[0].detach() if rules is not None and frozen_at is None else frozen_at
-        reward = reward_at(rm, h, held)[0]
+        reward = reward_at(rm, h, held, gate)[0]
         return traced.gradients(reward, start)
 
 
@@ -95,19 +96,22 @@ def gradients_without(
         for writers in rm.trunk.writers.values() for layer, writer in enumerate(writers)
     ]  # fmt: skip
     with torch.enable_grad():
-        h = traced.run(tokens, start, known, None, gates)
-        reward = reward_at(rm, h, frozen_at)[0]
+        h, read = traced.run(tokens, start, known, None, gates)
+        reward = reward_at(rm, h, frozen_at, read)[0]
     for layer in range(rm.n_layers):
         dropped[:] = [layer]
         yield traced.gradients(reward, start, again=True)
 
 
-def reward_at(rm: RewardModel, h: Tensor, frozen_at: Tensor | None) -> Float[Tensor, " row"]:
-    """Reward of pre-norm residuals [row, d_model], the final norm's scale held at that of `frozen_at`, if given."""
-    h = h.to(rm.readout.weight)
+def reward_at(
+    rm: RewardModel, h: Tensor, frozen_at: Tensor | None, gate: Tensor | None = None
+) -> Float[Tensor, " row"]:
+    """Reward of pre-norm residuals [row, d_model], the final norm's scale (and a gate, and the slope of a head that is
+    not linear) held at that of `frozen_at`, if given; `gate` [1, d_model] is what a prompt-gated head reads."""
+    h = h.to(rm.like)
     if frozen_at is None:
-        return rm.readout.reward(h)
-    direction = rm.readout.direction(frozen_at[None].to(h))
+        return rm.readout.reward(h, gate)
+    direction = rm.readout.direction(frozen_at[None].to(h), None if gate is None else gate.detach())
     return h @ direction.u[0] + direction.constant[0]
 
 
@@ -127,8 +131,11 @@ class _Trace:
         self.sites = list(dict.fromkeys(dataclasses.replace(s, index=None) for s in sites))
         self.kept: dict[Site, Tensor] = {}
 
-    def run(self, tokens: Tokens, start: int, known: KeyValues, entering: Tensor | None, extra) -> Tensor:
-        """The pre-norm residual at the reward position, [1, d_model]."""
+    def run(
+        self, tokens: Tokens, start: int, known: KeyValues, entering: Tensor | None, extra
+    ) -> tuple[Tensor, Tensor | None]:
+        """The pre-norm residual at the reward position, [1, d_model], and the one that a gate reads: of this pass, or
+        a fixed one where the pass starts behind the gate and so cannot move it."""
         rm, kept = self.rm, self.kept
         self.batch = suffix_batch(tokens, start, rm.device, tokens.reward_pos + 1)
         past = PrefixCache(known.first(start), rm.n_layers) if start else None
@@ -146,9 +153,11 @@ class _Trace:
             if site.kind not in ("embed", "resid_mid") and site != Site("resid_pre", 0):
                 wanted.append(_keeping(rm, site, kept))
         at = tokens.reward_pos - start
-        wanted.append(rm.trunk.read_residual(rm.n_layers, lambda x: ends.append(x[:, at])))
+        inside = isinstance(rm.readout, PromptGated) and (gate := rm.readout.gate_position(tokens) - start) >= 0
+        read = [at, gate] if inside else [at]
+        wanted.append(rm.trunk.read_residual(rm.n_layers, lambda x: ends.extend(x[:, p] for p in read)))
         rm.trunk.run(self.batch, *wanted, *extra, past=past)
-        return ends[0]
+        return ends[0], ends[1].to(rm.like) if inside else rm.readout_inputs([tokens])
 
     def gradients(self, reward: Tensor, start: int, again: bool = False) -> Gradients:
         """Slopes and values at the sites; `again`: the graph is kept for another backward."""
@@ -162,13 +171,13 @@ class _Trace:
         for site, source in origin.items():
             scale = rm.trunk.write_scale if source.kind in ("attn", "mlp") else 1.0
             shape = (self.batch.ids.shape[1], -1)
-            g, x = (t.detach().reshape(shape).to(rm.readout.weight) for t in (slope[source], kept[source]))
+            g, x = (t.detach().reshape(shape).to(rm.like) for t in (slope[source], kept[source]))
             slopes[site], values[site] = g / scale, x * scale
             if site.kind == "head":
                 slopes[site], values[site] = (t.unflatten(-1, (rm.n_heads, -1)) for t in (slopes[site], values[site]))
             if site.kind == "resid_mid":
                 pre = kept[Site("resid_pre", site.layer) if site.layer else Site("embed")]
-                values[site] = values[site] + pre.detach()[0].to(rm.readout.weight)
+                values[site] = values[site] + pre.detach()[0].to(rm.like)
         return Gradients(slopes, values, float(reward.detach()), start)
 
 

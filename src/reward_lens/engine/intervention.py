@@ -10,7 +10,7 @@ from torch import Tensor
 from reward_lens.engine.activations import Activations, positions_of, runs_of
 from reward_lens.engine.attention_tap import AttentionTap
 from reward_lens.engine.editing import IN_ATTENTION, Edit, Placed, Source, hooks_of
-from reward_lens.engine.places import require_site
+from reward_lens.engine.places import require_behind_gate, require_site
 from reward_lens.errors import AlignmentError, DataError
 from reward_lens.model.forward import Batch
 from reward_lens.model.reward_model import SIDES, RewardModel, pair_coords
@@ -131,6 +131,9 @@ def intervene(
                         do="pass 1 to take the source, 0 to leave the value")  # fmt: skip
     tokens, pairs = runs_of(rm, texts_or_pairs)
     rewards = torch.empty(len(tokens), 2, dtype=torch.float64)
+    for text in tokens:
+        require_behind_gate(rm, text, positions_of(text, at))
+    gates = rm.readout_inputs(tokens)
     for batch in rm.batches(tokens, batch_size):
         for column, changed in enumerate(({}, sites)):
             edits = [p for site, source in changed.items() for p in _placed(batch, tokens, site, source, at, mask)]
@@ -138,7 +141,8 @@ def intervene(
             made = [*tap.hooks(), *hooks_of(rm, (batch.ids.shape[0], batch.ids.shape[1]), edits)]
             with tap.active():
                 pooled = rm.trunk.pooled(batch, *made)
-            rewards[list(batch.rows), column] = rm.readout.reward(pooled).double().cpu()
+            inputs = None if gates is None else gates[list(batch.rows)]
+            rewards[list(batch.rows), column] = rm.readout.reward(pooled, inputs).double().cpu()
     states = torch.cat([rewards, rewards[:, 1:] - rewards[:, :1]], 1).numpy()
     coords = {"state": np.array(["clean", "intervened", "change"], dtype=object)}
     settings = {"sites": {str(s): source.name for s, source in sites.items()}, "at": str(at), "mask": mask}

@@ -26,7 +26,7 @@ from reward_lens.engine import hooks
 from reward_lens.engine.attention_tap import AttentionTap
 from reward_lens.engine.editing import IN_ATTENTION, RESIDUALS, Edit, Placed, Source, block_hooks, depth_of, edited
 from reward_lens.engine.gradients import reward_at
-from reward_lens.engine.places import require_site
+from reward_lens.engine.places import require_behind_gate, require_site
 from reward_lens.errors import CheckFailed, DataError
 from reward_lens.model.forward import TOKENS_PER_BATCH, Recording, record, suffix_batch
 from reward_lens.model.prefix import NO_PREFIX, KeyValues, PrefixCache, keys_and_values
@@ -62,6 +62,8 @@ class Patched:
     """{depth: [row, d_model]} residual entering block `depth` at the reward position, for the depths asked for."""
     clean_states: dict[int, Tensor]
     """{depth: [d_model]}"""
+    gate: Tensor | None
+    """[1, d_model] what a prompt-gated head read of the prompt, the same in every row; None for other heads."""
     start: int
     """First position that was run; what is before came from its keys and values."""
     alone: float
@@ -123,7 +125,7 @@ def patch_rows(
     rows = [_joining_late(rm, row, i, writes, start) if _adds_last(rm, row) else row for i, row in enumerate(rows)]
     at = base.reward_pos - start
     walk = _Walk(rm, recording, at, -start, sorted(set(depths)))
-    out = _Collected(len(rows), rm, recording, at, walk.depths)
+    out = _Collected(len(rows), rm, base, recording, at, walk.depths)
     budget = max_rows or row_budget(rm, stop - start, stop)
     order = sorted(range(len(rows)), key=lambda i: _block(rows[i]))  # late rows together: early blocks are skipped
     for begin in range(0, len(order), budget):
@@ -149,6 +151,9 @@ def patch_gradients(
     `frozen_at`: the pre-norm residual [d_model] at which the final norm's scale is held. Returned besides: the rewards
     of the clean rows that walked with them.
     """
+    for edit, _ in rows:
+        require_behind_gate(rm, base, edit.positions)
+    gate = rm.readout_inputs([base])
     start = min(min(edit.positions) for edit, _ in rows) if rm.reuses_prefix(base) else 0
     stop = base.reward_pos + 1
     with torch.no_grad():
@@ -163,7 +168,7 @@ def patch_gradients(
         some = order[begin : begin + budget]
         with torch.enable_grad():
             final, _ = walk.down([(rows[i][0],) for i in some], some)
-            rewards = reward_at(rm, final, frozen_at)
+            rewards = reward_at(rm, final, frozen_at, gate)
             slopes = torch.autograd.grad(rewards[1:].sum(), [rows[i][1] for i in some])
         clean.append(float(rewards[0].detach()))
         for i, slope in zip(some, slopes, strict=True):
@@ -230,17 +235,18 @@ class _Walk:
 class _Collected:
     """The rows' outcomes, walk by walk."""
 
-    def __init__(self, n: int, rm: RewardModel, recording: Recording, at: int, depths: list[int]):
-        self.rm, like = rm, rm.readout.weight
+    def __init__(self, n: int, rm: RewardModel, base: Tokens, recording: Recording, at: int, depths: list[int]):
+        self.rm, like = rm, rm.like
         final = recording.last[:, at].to(like)
-        self.alone = float(rm.readout.reward(final)[0])
+        self.gate = rm.readout_inputs([base])
+        self.alone = float(rm.readout.reward(final, self.gate)[0])
         self.clean_final, self.final = (like.new_empty(n, like.shape[0]) for _ in range(2))
         self.clean_states = {d: recording.resid(d)[0, at].to(like) for d in depths}
         self.states = {d: s.repeat(n, 1) for d, s in self.clean_states.items()}
         self.clean, self.rewards = (torch.empty(n, dtype=torch.float64) for _ in range(2))
 
     def take(self, rows: list[int], final: Tensor, states: dict[int, tuple[list[int], Tensor]]) -> None:
-        rewards = self.rm.readout.reward(final.to(self.final)).double().cpu()
+        rewards = self.rm.readout.reward(final.to(self.final), self.gate).double().cpu()
         if not torch.isfinite(rewards).all():
             raise CheckFailed(
                 "An intervention gave rewards that are not finite",
@@ -264,6 +270,7 @@ class _Collected:
             self.clean_final,
             self.states,
             self.clean_states,
+            self.gate,
             start,
             self.alone,
             gap,
@@ -328,6 +335,7 @@ def _require(rm: RewardModel, base: Tokens, row: Row) -> None:
             expected=f"at least one position, within the text's {len(base)} tokens",
             do="choose positions of the text (rm.tokenize shows them)",
         )
+    require_behind_gate(rm, base, positions)
 
 
 def _free_bytes(device: torch.device) -> int:

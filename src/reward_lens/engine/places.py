@@ -1,11 +1,15 @@
-"""Which sites a model has, and the linear maps behind heads and neurons."""
+"""Which sites a model has, where they may be changed, and the linear maps behind heads and neurons."""
+
+from collections.abc import Iterable
 
 from torch import nn
 
 from reward_lens.errors import StructureError
+from reward_lens.model.readout import PromptGated
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
 from reward_lens.model.structure import linear_weight
+from reward_lens.model.tokens import Tokens
 
 
 def require_site(rm: RewardModel, site: Site) -> None:
@@ -28,6 +32,22 @@ def require_site(rm: RewardModel, site: Site) -> None:
             raise _no_site(rm, site, f"indices 0 to {count - 1}")
     elif site.kind in ("latent", "router"):
         raise _no_site(rm, site, "residual streams, writes, heads, neurons, queries, keys, values, patterns")
+
+
+def require_behind_gate(rm: RewardModel, tokens: Tokens, positions: Iterable[int]) -> None:
+    """Raise for a change at or before the position at which a prompt-gated head reads its weights: the change would
+    move the weights too, and what is computed here holds them fixed."""
+    if not isinstance(rm.readout, PromptGated):
+        return
+    gate, first = rm.readout.gate_position(tokens), min(positions)
+    if first <= gate:
+        raise StructureError(
+            "A change in the prompt would move the gate of the reward head",
+            found=f"a change at position {first}; the gate is read at position {gate}",
+            expected=f"changes from position {gate + 1} on, where the weights of the objectives stay as they are",
+            do="change the response, ask gate_attribution what sets the weights, or load one objective (objective=), "
+            "which has no gate",
+        )
 
 
 def out_map(rm: RewardModel, layer: int, kind: str) -> nn.Module:

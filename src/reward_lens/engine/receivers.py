@@ -46,7 +46,7 @@ def received(
     args, kwargs = grown(rm, *hooks.with_first_input(*recording.calls[layer], x), x.shape[0])
     with hooks.attached([*tap.hooks(), *made]), tap.active():
         rm.trunk.blocks[layer](*args, **kwargs)
-    like = rm.readout.weight
+    like = rm.like
     return kept | {s.kind: t.to(like) for s, t in tap.seen.items()}
 
 
@@ -76,7 +76,7 @@ def mixed(
         args, kwargs = grown(rm, *hooks.with_first_input(*recording.calls[layer], x), x.shape[0])
         with hooks.attached([*tap.hooks(), read]), tap.active():
             rm.trunk.blocks[layer](*args, **kwargs)
-        z = kept[0].to(rm.readout.weight).reshape(*x.shape[:2], rm.n_heads, -1)
+        z = kept[0].to(rm.like).reshape(*x.shape[:2], rm.n_heads, -1)
         out.append(z[1:] - z[:1])
     return torch.cat(out)
 
@@ -87,6 +87,6 @@ def _moved(delta: Tensor) -> Source:
 
 def _keep(kept: dict, kind: str, shape, rm: RewardModel):
     def keep(x: Tensor) -> None:
-        kept[kind] = x.reshape(shape).to(rm.readout.weight) * rm.trunk.write_scale
+        kept[kind] = x.reshape(shape).to(rm.like) * rm.trunk.write_scale
 
     return keep

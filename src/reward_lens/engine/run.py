@@ -51,14 +51,14 @@ def read_sites(
     with tap.active():
         rm.trunk.run(batch, *tap.hooks(), *reads, *wanted, past=past)
     for site in inside:
-        x = pick(tap.seen[Site(site.kind, site.layer)]).to(rm.readout.weight)
+        x = pick(tap.seen[Site(site.kind, site.layer)]).to(rm.like)
         kept[site] = x if site.index is None else x[..., site.index, :]
     return kept
 
 
 def _reading(rm: RewardModel, batch: Batch, site: Site, pick: Pick, kept: dict) -> Iterator[hooks.Hook]:
     """Hooks that put what stands at a site, cut by `pick` and in the readout's precision, into `kept`."""
-    like = rm.readout.weight
+    like = rm.like
 
     def keep(x: Tensor) -> None:
         kept[site] = pick(x).to(like)

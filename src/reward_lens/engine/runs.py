@@ -67,9 +67,9 @@ def run_text(
         return x[0, held_positions].clone()
 
     whole = list(dict.fromkeys(dataclasses.replace(site, index=None) for site in sites))
-    end = rm.trunk.read_residual(rm.n_layers, lambda x: final.append(x[0, at].to(rm.readout.weight)))
+    end = rm.trunk.read_residual(rm.n_layers, lambda x: final.append(x[0, at].to(rm.like)))
     held = read_sites(rm, batch, whole, pick, end, past=past)
-    reward = float(rm.readout.reward(final[0][None])[0])
+    reward = float(rm.readout.reward(final[0][None], rm.readout_inputs([tokens]))[0])
     return TextRun(tokens, first, held, final[0], reward, past.seen() if past is not None else NO_PREFIX)
 
 

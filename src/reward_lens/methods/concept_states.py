@@ -43,7 +43,8 @@ def text_states(rm: RewardModel, texts: Sequence[ConceptText], depth: int) -> Te
     for start in range(0, len(texts), _AT_ONCE):
         tokens = [rm.tokenize(t.messages, t.text) for t in texts[start : start + _AT_ONCE]]
         acts = capture(rm, tokens, list(dict.fromkeys([site, last])), "response")
-        rewards.append(rm.readout.reward(torch.stack([h[-1] for h in acts[last]])).double().cpu().numpy())
+        ends = torch.stack([h[-1] for h in acts[last]])
+        rewards.append(rm.readout.reward(ends, rm.readout_inputs(tokens)).double().cpu().numpy())
         for text, h in zip(tokens, acts[site], strict=True):
             h = h.double().cpu().numpy()
             said, size = h[: len(text.response)], np.linalg.norm(h, axis=1)
@@ -73,13 +74,14 @@ def reward_direction(
 ) -> Float[Tensor, " d_model"]:
     """The slope of the mean reward of these texts in a vector added at strength 0, in units of `norms` [text].
 
-    At depth n_layers the effective direction, the norm's scale frozen at each text: its direction is the same at every
-    input. Before it the gradient of the reward, summed over the positions that steering changes.
+    At depth n_layers the effective direction, the norm's scale frozen at each text (of a linear head the same direction
+    at every input). Before it the gradient of the reward, summed over the positions that steering changes.
     """
     site = site_at(rm, depth)
     total = torch.zeros(rm.d_model, dtype=torch.float64)
     if depth == rm.n_layers:
-        u = rm.readout.direction(capture(rm, list(tokens), [site])[site]).u
+        h = capture(rm, list(tokens), [site])[site]
+        u = rm.readout.direction(h, rm.readout_inputs(tokens)).u
         return (u.double().cpu() * torch.as_tensor(norms)[:, None]).mean(0)
     for text, norm in zip(tokens, norms.tolist(), strict=True):
         slopes = gradients(rm, text, [site]).slopes[site][list(positions_of(text, STEERED_AT[pos]))]

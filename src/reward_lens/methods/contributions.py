@@ -98,7 +98,8 @@ def contributions(
 def _of_chunk(rm: RewardModel, split: Split, acts: Activations, scale: str) -> tuple[np.ndarray, np.ndarray]:
     """[pair, side, component] of one chunk, and its gaps (completeness, margin, rounding, finer; NaN: no check)."""
     h = acts[split.sites[-1]]
-    reward, direction = rm.readout.reward(h), rm.readout.direction(h)
+    inputs = rm.readout_inputs(acts.tokens)
+    reward, direction = rm.readout.reward(h, inputs), rm.readout.direction(h, inputs)
     other = torch.arange(len(h)).view(-1, 2).flip(1).flatten()  # the same pair's other run
     bias = direction.constant[:, None]
     own = torch.cat([split.dots(acts, direction.u), bias], 1).double()

@@ -4,7 +4,8 @@ With h the pre-norm residual of the changed run, u its effective direction, c th
 replaced by, the loss of reward splits exactly:
 
     direct        u . (c - c')                                 the final norm's scale frozen
-    norm_rescale  [r(h) - r(h - c + c')] - u . (c - c')        what the norm's own answer adds
+    norm_rescale  [r(h) - r(h - c + c')] - u . (c - c')        what the norm's own answer adds (and the head's, where it
+                                                               is not linear)
     mediated      total - [r(h) - r(h - c + c')]               what later components do about it
     total         the total effect, everything after the site recomputed (`effects`)
 
@@ -29,6 +30,7 @@ from reward_lens.errors import DataError
 from reward_lens.methods.ablations import Ablation, drawn_references, prepare_ablation
 from reward_lens.methods.paired import paired_result
 from reward_lens.methods.splits import ComponentSplit, HeadSplit, NeuronSplit, Split
+from reward_lens.model.readout import read_size
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
 from reward_lens.result import Check, Result
@@ -130,9 +132,9 @@ def _of_pair(rm, writes: Writes, pair, mode: str, ablation: Ablation | None) -> 
     the scale of the head's sum."""
     acts = capture(rm, [pair], writes.needed)
     h = acts[Site("resid_post", rm.n_layers - 1)]
-    # As for the lens: the sizes of what the head sums, not of the sum, which may be near zero.
-    size = float(((rm.readout.norm(h) * rm.readout.weight).abs().sum(-1) + rm.readout.bias.abs()).max())
-    u = rm.readout.direction(h).u
+    inputs = rm.readout_inputs(acts.tokens)
+    size = float(read_size(rm.readout, h, inputs).max())
+    u = rm.readout.direction(h, inputs).u
     if ablation is None:
         base, source, sign = (0, 1, 1) if mode == "noise" else (1, 0, -1)
         cross = writes.dots(acts, u[[base, base]])
@@ -170,7 +172,8 @@ def _against_references(rm, writes, ablation, pair, acts, h, u, run, own):
 def _live(rm, writes: Writes, acts: Activations, h: Tensor, run: int, new: Sequence[Tensor]) -> Tensor:
     """[site]: reward of the run less that with one write replaced in what the head reads, norm live."""
     moved = torch.stack([writes.moved(s, acts, v, run) for s, v in zip(writes.sites, new, strict=True)])
-    both = rm.readout.reward(torch.cat([h[run][None], h[run] + moved])).double()
+    gate = rm.readout_inputs([acts.tokens[run]])
+    both = rm.readout.reward(torch.cat([h[run][None], h[run] + moved]), gate).double()
     return both[0] - both[1:]
 
 

@@ -62,14 +62,14 @@ def natural_states(
                         ([p.prompt_key for p in pairs], [p.subset or "" for p in pairs]))  # fmt: skip
     classes = np.tile(np.array(["chosen", "rejected"], dtype=object), len(pairs))[which]
     states = acts[here][which].double().cpu().numpy()
-    rewards = rm.readout.reward(acts[last][which]).double().cpu().numpy()
+    tokens = acts.tokens[which]
+    rewards = rm.readout.reward(acts[last][which], rm.readout_inputs(tokens)).double().cpu().numpy()
     order = rng.permutation(sorted(set(prompts)))
     reference = np.isin(prompts, order[: len(order) // 2])
     compared = {
         name: np.array([np.flatnonzero((prompts == p) & (classes == name))[0] for p in order[len(order) // 2 :]])
         for name in dict.fromkeys(classes)
     }
-    tokens = acts.tokens[which]
     return NaturalStates(
         tokens, states, rewards, prompts, subsets, reference, compared, natural_standard(states[reference])
     )
@@ -165,7 +165,7 @@ def downstream(
         out = patch_rows(rm, base, [*rows, *([reads[-1]] if reads[-1] else [])], (depth, rm.n_layers))
         rewards = out.rewards[: len(rows)]
         clean = out.clean.expand(len(out.rewards))[: len(rows)]
-        given = rm.readout.reward(out.states[rm.n_layers][: len(rows)]).double().cpu()
+        given = rm.readout.reward(out.states[rm.n_layers][: len(rows)], out.gate).double().cpu()
         size = max(spread, float(torch.cat([rewards, clean]).abs().max()))
         gaps.append(float((given - rewards).abs().max()) / size)
         after = torch.cat([out.states[depth][: len(rows)], out.clean_states[depth][None]])
@@ -184,7 +184,7 @@ class Psi:
     @torch.no_grad()
     def change(self, added: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n evaluation"]:
         """psi(y + v) - psi(y) for every v in `added` and every evaluation state y."""
-        vectors = torch.from_numpy(np.ascontiguousarray(added)).to(self.rm.readout.weight)
+        vectors = torch.from_numpy(np.ascontiguousarray(added)).to(self.rm.like)
         if self.depth == self.rm.n_layers:
             return self._by_head(vectors)
         columns = []
@@ -196,11 +196,11 @@ class Psi:
         return np.stack(columns, 1)
 
     def _by_head(self, vectors: Tensor) -> np.ndarray:
-        reward = self.rm.readout.reward
+        reward, gates = self.rm.readout.reward, self.rm.readout_inputs([self.natural.tokens[i] for i in self.chosen])
         states = torch.from_numpy(self.natural.states[list(self.chosen)]).to(vectors)
-        clean, parts = reward(states), []
+        clean, parts = reward(states, gates), []
         step = max(1, _ROWS_AT_ONCE // len(states))
         for start in range(0, len(vectors), step):
             moved = states + vectors[start : start + step, None]
-            parts.append((reward(moved) - clean).double().cpu())
+            parts.append((reward(moved, gates) - clean).double().cpu())
         return torch.cat(parts).numpy()

@@ -174,7 +174,7 @@ def _block_slopes(rm: RewardModel, recording, layer: int, slopes: dict[Site, Ten
         # A slope is for the scaled write; what the module gave is that over the scale.
         along = (slopes[Site(kind, layer)] * rm.trunk.write_scale).reshape(kept[kind].shape).to(kept[kind])
         (slope,) = torch.autograd.grad(kept[kind], leaf, along, retain_graph=kind == "attn")
-        out.append(slope[0].to(rm.readout.weight))
+        out.append(slope[0].to(rm.like))
     return out
 
 

@@ -111,7 +111,7 @@ def change_of(rm: RewardModel, out: Patched, norm: str) -> np.ndarray:
     """Change of the reward of every row; with the norm's scale held at the clean row's, if asked."""
     if norm == "live":
         return out.change.numpy()
-    direction = rm.readout.direction(out.clean_final)
+    direction = rm.readout.direction(out.clean_final, out.gate)
     return ((out.final.double() - out.clean_final.double()) * direction.u.double()).sum(-1).cpu().numpy()
 
 

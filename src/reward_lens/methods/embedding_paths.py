@@ -66,7 +66,7 @@ def baseline_residual(rm: RewardModel, length: int, baseline: Baseline) -> Float
     (GPT-2).
     """
     if baseline == "zero":
-        return rm.readout.weight.new_zeros(length, rm.d_model)
+        return rm.like.new_zeros(length, rm.d_model)
     filler = entering_block_0(rm, torch.full((1, length), rm.pad_id))[0]
     if baseline == "pad":
         return filler
@@ -172,12 +172,14 @@ def _walk(
     rewards = np.zeros(len(rows))
     values = [np.zeros(len(t.response)) for t in tokens]
     size = None if weights is None else max(1, GRADIENT_TOKENS // max(len(t) for t in tokens))
+    gates = rm.readout_inputs(tokens)  # only the response is moved
     for batch in rm.batches(rows, size):
         which = [divmod(row, count) for row in batch.rows]
         alphas = torch.tensor([nodes[at] for at in which])
         spans = _response_positions(batch, [tokens[text] for text, _ in which])
         with torch.set_grad_enabled(weights is not None):
-            reward, pulled = _on_the_line(rm, batch, base, alphas, spans, weights is not None)
+            inputs = None if gates is None else gates[[text for text, _ in which]]
+            reward, pulled = _on_the_line(rm, batch, base, alphas, spans, weights is not None, inputs)
         rewards[list(batch.rows)] = reward
         if weights is not None:
             for i, (text, node) in enumerate(which):
@@ -186,7 +188,7 @@ def _walk(
 
 
 def _on_the_line(
-    rm: RewardModel, batch: Batch, base: Tensor, alphas: Tensor, spans: Tensor, gradient: bool
+    rm: RewardModel, batch: Batch, base: Tensor, alphas: Tensor, spans: Tensor, gradient: bool, inputs: Tensor | None
 ) -> tuple[np.ndarray, Tensor]:
     """One pass: rewards [batch] and, if asked, (x - x') . gradient [batch, pos], on the CPU in float64."""
     points: list[tuple[Tensor, Tensor]] = []
@@ -204,7 +206,7 @@ def _on_the_line(
     pick = at_rows(batch.reward_pos)
     read = rm.trunk.read_residual(rm.n_layers, lambda x: ends.append(pick(x)))
     rm.trunk.run(batch, rm.trunk.edit_residual(0, move), read)
-    reward = rm.readout.reward(ends[0])
+    reward = rm.readout.reward(ends[0], inputs)
     pulled = torch.empty(0)
     if gradient:
         point, difference = points[0]
@@ -241,4 +243,4 @@ def entering_block_0(rm: RewardModel, ids: Int[Tensor, "batch pos"]) -> Float[Te
     batch = Batch(ids, torch.ones_like(ids), order, first, first + length - 1, tuple(range(count)))
     with contextlib.suppress(_Reached):
         rm.trunk.run(batch, rm.trunk.read_residual(0, stop))
-    return kept[0].to(rm.readout.weight)
+    return kept[0].to(rm.like)

@@ -41,7 +41,7 @@ def path_slope(rm: RewardModel, sae: SAE, text: TextLatents, site: Site, steps: 
     bias = sae.b_dec.double().cpu()
     rows = []
     for node in (nodes + 1) / 2:
-        leaf = (bias + float(node) * (text.x - bias)).to(rm.readout.weight).requires_grad_(True)
+        leaf = (bias + float(node) * (text.x - bias)).to(rm.like).requires_grad_(True)
         rows.append((Edit(site, text.positions, _leaf(leaf)), leaf))
     found, _ = patch_gradients(rm, text.tokens, rows, max_rows=max_rows)
     stacked = torch.stack([g.double().cpu() for g in found])

@@ -20,6 +20,7 @@ import xarray as xr
 
 from reward_lens.errors import DataError
 from reward_lens.methods.latent_states import described, is_last, require_latents, site_of
+from reward_lens.model.readout import LinearReadout
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
 from reward_lens.result import Check, Result
@@ -86,9 +87,9 @@ def latent_neighbours(
 
 def _with_the_reward(rm: RewardModel, sae: SAE, latents: list[int], site: Site) -> np.ndarray:
     """[latent] cosines with the effective direction; NaN where there is no fixed one."""
-    if not is_last(rm, site):
-        return np.full(len(latents), np.nan)
     readout = rm.readout
+    if not is_last(rm, site) or not isinstance(readout, LinearReadout):
+        return np.full(len(latents), np.nan)
     u = readout.norm.pull_back(readout.weight, readout.weight.new_ones(1, 1)).double().flatten().cpu()
     rows = sae.W_dec[latents].double().cpu()
     return ((rows @ u) / (rows.norm(dim=1) * u.norm())).numpy()

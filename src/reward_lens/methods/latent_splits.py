@@ -52,10 +52,11 @@ def split_pair(
 
 def _direct(rm: RewardModel, sae: SAE, both: Both, scale: str) -> tuple[Part, Part]:
     h = torch.cat([text.x for text in both])
-    at = h.to(rm.readout.weight)
-    direction = rm.readout.direction(at)
+    at = h.to(rm.like)
+    gates = rm.readout_inputs([text.tokens for text in both])
+    direction = rm.readout.direction(at, gates)
     u, constants = direction.u.double().cpu(), direction.constant.double().tolist()
-    rewards = rm.readout.reward(at).double().tolist()
+    rewards = rm.readout.reward(at, gates).double().tolist()
     bias = sae.b_dec.double().cpu()
     found = []
     for i, text in enumerate(both):

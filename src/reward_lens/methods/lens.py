@@ -1,7 +1,7 @@
 """The reward lens: the reward read off the residual stream at every depth.
 
     own norm      r_d = w . N(h_d) + b              the head as it stands, applied early (the logit-lens habit)
-    frozen norm   r_d = w . N_s(h_d) + b            at the final scale s(h_L): the running sum of contributions
+    frozen norm   r_d = u(h_L) . h_d + constant     at the final scale s(h_L): the running sum of contributions
 
 h_d is the residual that enters block d; d = n_layers is the pre-norm residual, where both equal the reward. The two
 differ by the norm's scale: residual norms grow with depth, so a frozen lens of an untrained network already rises.
@@ -24,6 +24,9 @@ from reward_lens import data
 from reward_lens.engine.activations import captured, pairs_of
 from reward_lens.errors import DataError
 from reward_lens.methods.paired import margin_of, paired_result
+from reward_lens.model.forward import Batch
+from reward_lens.model.heads.own import head_of
+from reward_lens.model.readout import Direction, read_size
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
 from reward_lens.model.tokens import Tokens, common_prefix
@@ -48,12 +51,15 @@ def reward_lens(rm: RewardModel, pairs, norm: Norms = "own", at: Literal["final"
     sites = [Site("embed"), *(Site("resid_post", layer) for layer in range(rm.n_layers))]
     values, gaps = [], []
     for acts in captured(rm, pairs, sites):
-        reward = rm.readout.reward(acts[sites[-1]])
+        h, inputs = acts[sites[-1]], rm.readout_inputs(acts.tokens)
+        reward = rm.readout.reward(h, inputs)
         depths = torch.stack([acts[site] for site in sites], 1)
-        scale = rm.readout.norm.scale(acts[sites[-1]])[:, None]
-        read = rm.readout.reward(depths) if norm == "own" else rm.readout.frozen_reward(depths, scale)
-        # The scale of E2 for a read-out: the sizes of what is summed (the head's products), not of the sum.
-        size = (rm.readout.norm(acts[sites[-1]]) * rm.readout.weight).abs().sum(-1) + rm.readout.bias.abs()
+        if norm == "own":
+            read = rm.readout.reward(depths, None if inputs is None else inputs[:, None])
+        else:
+            u, constant, _ = rm.readout.direction(h, inputs)
+            read = (depths * u[:, None]).sum(-1) + constant[:, None]
+        size = read_size(rm.readout, h, inputs)
         gaps.append(((read[:, -1] - reward).abs() / size).max())
         values.append(margin_of(read[::2].cpu().numpy(), read[1::2].cpu().numpy()))
     all_pairs = pairs_of(pairs)
@@ -98,7 +104,7 @@ def random_weight_copy(rm: RewardModel, seed: int = 0) -> RewardModel:
     """
     module = copy.deepcopy(rm.module)
     generator = torch.Generator().manual_seed(seed)
-    head = {id(p) for p in module.get_submodule(rm.structure.head).parameters()}
+    head = {id(p) for p in head_of(module, rm.structure).parameters()}
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.dim() >= 2 and id(parameter) not in head:
@@ -124,23 +130,21 @@ def _lens_everywhere(rm: RewardModel, pairs: data.Pairs, norm: Norms) -> Result:
     tokens = [t for both in rm.tokenize_pairs(pairs) for t in both]
     longest = max(len(t) for t in tokens)
     read = np.full((len(tokens), rm.n_layers + 1, longest), np.nan)
-    readout = rm.readout
-    constant = readout.weight @ readout.norm.shift + readout.bias
-    unit = readout.norm.pull_back(readout.weight, torch.ones_like(readout.weight[:1]))
     for batch in rm.batches(tokens):
+        gates = rm.readout_inputs([tokens[run] for run in batch.rows])
+        gates = None if gates is None else gates[:, None]
+        frozen = _at_own_state(rm, batch, gates) if norm == "frozen" else None
         rows: list[Tensor] = []
-        scales: list[Tensor] = []
 
-        def project(x: Tensor, rows=rows, scales=scales) -> None:
-            x = x.to(readout.weight)
-            rows.append(readout.reward(x) if norm == "own" else x @ unit)
-            if len(rows) == rm.n_layers + 1 and norm == "frozen":
-                scales.append(readout.norm.scale(x)[..., 0])
+        def project(x: Tensor, rows=rows, gates=gates, frozen=frozen) -> None:
+            x = x.to(rm.like)
+            if frozen is None:
+                rows.append(rm.readout.reward(x, gates))
+            else:
+                rows.append((x * frozen.u).sum(-1) + frozen.constant)
 
         rm.trunk.run(batch, *(rm.trunk.read_residual(d, project) for d in range(rm.n_layers + 1)))
         curves = torch.stack(rows, 1)
-        if norm == "frozen":
-            curves = curves * scales[0][:, None] + constant
         for i, run in enumerate(batch.rows):
             read[run, :, : len(tokens[run])] = curves[i, :, : len(tokens[run])].cpu()
     chosen, rejected = read[::2], read[1::2]
@@ -158,6 +162,16 @@ def _lens_everywhere(rm: RewardModel, pairs: data.Pairs, norm: Norms) -> Result:
         undefined="a margin exists only where both runs have the same tokens",
         **_words(norm, "all"),
     )  # fmt: skip
+
+
+def _at_own_state(rm: RewardModel, batch: Batch, gates: Tensor | None) -> Direction:
+    """The direction at every position's own final state, [batch, pos, d_model], from a pass of its own."""
+    last: list[Tensor] = []
+    rm.trunk.run(batch, rm.trunk.read_residual(rm.n_layers, lambda x: last.append(x.to(rm.like))))
+    shape = last[0].shape[:2]
+    flat = None if gates is None else gates.expand(*shape, -1).flatten(0, 1)
+    u, constant, exactness = rm.readout.direction(last[0].flatten(0, 1), flat)
+    return Direction(u.unflatten(0, shape), constant.unflatten(0, shape), exactness)
 
 
 def token_coords(tokens: list[Tokens], prefixes: list[int]) -> dict:

@@ -102,7 +102,7 @@ def linear_probes(
     value, low, high = (xr.DataArray(cells[k], dims=("depth", "at"), coords=coords) for k in ("value", "low", "high"))
     length = np.array([float(len(text.response)) for text in tokens])
     with torch.no_grad():
-        rewards = rm.readout.reward(last).double().cpu().numpy()
+        rewards = rm.readout.reward(last, rm.readout_inputs(tokens)).double().cpu().numpy()
     alone = _reading(task, targets[:1], length[:, None], seed)[0]
     metric = "AUC" if task.classes else "R2"
     meta = rm.describe(
@@ -205,7 +205,7 @@ def _states(
     end = _site(rm, rm.n_layers)
     sites = list(dict.fromkeys([*(_site(rm, depth) for depth in depths), end]))
     states = np.empty((len(tokens), len(depths), len(at), rm.d_model), dtype=np.float32)
-    last = torch.empty(len(tokens), rm.d_model, dtype=rm.readout.weight.dtype, device=rm.device)
+    last = torch.empty(len(tokens), rm.d_model, dtype=rm.like.dtype, device=rm.device)
     everywhere = "response" in at
     cells = [(_site(rm, depth), d) for d, depth in enumerate(depths)]
     for batch, tensors in passes(rm, tokens, sites, everywhere=everywhere):
@@ -244,7 +244,7 @@ def _gradients(
                 span = spans[where]
                 slope = slopes[_site(rm, depth)][span.start : span.stop]
                 mean[d, a] += slope.double().sum(0).cpu().numpy() / len(tokens)
-        u = rm.readout.direction(h[None]).u[0].double()
+        u = rm.readout.direction(h[None], rm.readout_inputs([text])).u[0].double()
         off = float((slopes[end][text.reward_pos].double() - u).norm())
         gap = max(gap, off / float(u.norm()) if float(u.norm()) > 0 else off)
     return mean, gap

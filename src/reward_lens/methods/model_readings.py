@@ -94,10 +94,11 @@ def _read(name: str, rm: RewardModel, pairs: data.Pairs, site: Site, at: At, est
         held = capture(rm, some, [site], at)[site]
         x += [states.reshape(-1, rm.d_model).cpu() for states in held]
         if estimator == "direct":
-            direction = rm.readout.direction(held)
+            gates = rm.readout_inputs(some)
+            direction = rm.readout.direction(held, gates)
             g += list(direction.u.cpu().split(1))
             constant += direction.constant.double().tolist()
-            reward += rm.readout.reward(held).double().tolist()
+            reward += rm.readout.reward(held, gates).double().tolist()
             continue
         for text in some:
             found, value = slope(rm, text, positions_of(text, at), site)

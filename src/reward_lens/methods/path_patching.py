@@ -120,15 +120,16 @@ def _of_pair(
     past = PrefixCache(base.keys.first(start), rm.n_layers) if start else None
     stop = base.tokens.reward_pos + 1
     recording = record(rm.trunk, suffix_batch(base.tokens, start, rm.device, stop), past=past)
-    clean = float(rm.readout.reward(recording.last[:, base.tokens.reward_pos - start].to(rm.readout.weight))[0])
+    gate = rm.readout_inputs([base.tokens])
+    clean = float(rm.readout.reward(recording.last[:, base.tokens.reward_pos - start].to(rm.like), gate)[0])
     gap = abs(clean - base.reward) / rm.effect_scale(base.reward, source.reward, base.reward - source.reward)
     rows, cells = [], []
     for r, name in enumerate(receivers):
         if name == REWARD:
-            h = recording.last[:, base.tokens.reward_pos - start].to(rm.readout.weight)
+            h = recording.last[:, base.tokens.reward_pos - start].to(rm.like)
             ends = where.base[-1] == base.tokens.reward_pos
             at_end = torch.stack([move[-1] if ends else torch.zeros_like(move[-1]) for move in moves])
-            both = rm.readout.reward(torch.cat([h, h + at_end])).double()
+            both = rm.readout.reward(torch.cat([h, h + at_end]), gate).double()
             out[:, r] = (both[0] - both[1:]).cpu().numpy()
             continue
         site = Site.parse(name)

@@ -41,7 +41,7 @@ class RelevanceRules(Rules):
     def __init__(self, rm: RewardModel):
         self.mode = _Mode()
         blocks = [m for block in rm.trunk.blocks for m in block.modules()]
-        like = rm.readout.weight
+        like = rm.like
         self.norms: list[tuple[nn.Module, Any]] = []
         for module in blocks:
             weight = getattr(module, "weight", None)

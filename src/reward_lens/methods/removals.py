@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from reward_lens.engine.places import require_behind_gate
 from reward_lens.errors import DataError
 from reward_lens.methods.units import Unit
 from reward_lens.model.forward import at_rows
@@ -67,6 +68,10 @@ def rewards(rm: RewardModel, variants: Sequence[Variant]) -> tuple[np.ndarray, i
     index = {(text.ids, hidden): i for i, (text, hidden) in enumerate(variants)}
     distinct = [variants[i] for i in index.values()]
     read = np.full(len(distinct), np.nan)
+    for text, hidden in distinct:
+        if len(hidden):
+            require_behind_gate(rm, text, hidden)
+    gates = rm.readout_inputs([text for text, _ in distinct])
     for batch in rm.batches([text for text, _ in distinct]):
         mask, kept = batch.mask.clone(), []
         for row, (run, first) in enumerate(zip(batch.rows, batch.offset.tolist(), strict=True)):
@@ -76,7 +81,8 @@ def rewards(rm: RewardModel, variants: Sequence[Variant]) -> tuple[np.ndarray, i
         read_end = rm.trunk.read_residual(rm.n_layers, lambda x, pick=pick, kept=kept: kept.append(pick(x)))
         # The position ids are those of the whole text: only attention is blocked.
         rm.trunk.run(dataclasses.replace(batch, mask=mask), read_end)
-        read[list(batch.rows)] = rm.readout.reward(kept[0]).double().cpu().numpy()
+        inputs = None if gates is None else gates[list(batch.rows)]
+        read[list(batch.rows)] = rm.readout.reward(kept[0], inputs).double().cpu().numpy()
     for i, (text, hidden) in enumerate(distinct):
         if text.reward_pos in hidden:
             read[i] = np.nan

@@ -22,6 +22,7 @@ from reward_lens.engine.activations import capture, captured
 from reward_lens.errors import DataError
 from reward_lens.methods.direction_cosines import Moves, moves_of, whitening
 from reward_lens.model.head import editable_readout
+from reward_lens.model.readout import require_linear
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
 from reward_lens.result import Result
@@ -172,8 +173,9 @@ def _term(rm: RewardModel, name: str, given: Any, pool: Pool | None, states) -> 
             raise DataError(f"The term {name!r} has nothing to score", found="a reward model, and responses=None",
                             expected="responses that it ranks", do="pass responses=[rl.Group(...), ...]")  # fmt: skip
         h, whiten = states(given)
-        rewards = given.readout.reward(torch.from_numpy(h).to(given.readout.weight)).double().cpu().numpy()
-        return Term(name, "model", _best_less_worst(pool, h, rewards), None, h, rewards, whiten, given.readout)
+        readout = require_linear(given.readout, "The reward term of a model")
+        rewards = readout.reward(torch.from_numpy(h).to(readout.weight)).double().cpu().numpy()
+        return Term(name, "model", _best_less_worst(pool, h, rewards), None, h, rewards, whiten, readout)
     pairs = data.as_pairs(given)
     both = np.concatenate(
         [acts[_last(rm)].double().cpu().numpy() for acts in captured(rm, pairs, [_last(rm)])]

@@ -8,6 +8,8 @@ says which tokens the reward was read from.
 What this cannot show: what a source token itself meant: v[s] already holds what earlier blocks moved there.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,9 +19,10 @@ from reward_lens.engine.attention import AttentionRow, attention_rows
 from reward_lens.methods.lens import token_coords
 from reward_lens.methods.paired import paired_result
 from reward_lens.methods.splits import HeadSplit
+from reward_lens.model.readout import Readout
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
-from reward_lens.model.tokens import common_prefix
+from reward_lens.model.tokens import Tokens, common_prefix
 from reward_lens.result import Check, Result
 
 
@@ -39,21 +42,18 @@ def source_token_contributions(rm: RewardModel, pairs, scale: str) -> Result:
     gaps: list[tuple[float, ...]] = []
     for i in range(len(pairs)):
         both = tokens[2 * i : 2 * i + 2]
-        runs = {}
-        for batch, rows, writes in attention_rows(rm, both):
-            for place, run in enumerate(batch.rows):
-                runs[run] = _Run(rm, split, [_one(r, place) for r in rows], [w[place] for w in writes])
+        runs = source_runs(rm, split, both, rm.readout, rm.readout_inputs(both))
         own = [runs[side].parts(runs[side].direction.u) for side in (0, 1)]
         n = prefixes[i]
         for side in (0, 1):
             length = len(both[side])
-            values[i, side, :, :length] = _placed(own[side], both[side].reward_pos, length)
+            values[i, side, :, :length] = placed(own[side], both[side].reward_pos, length)
             gaps.append(runs[side].gaps(*own[side]))
         if scale == "shared":
             cross = [runs[side].parts(runs[1 - side].direction.u) for side in (0, 1)]
-            own = [tuple((a + b) / 2 for a, b in zip(own[s], cross[s], strict=True)) for s in (0, 1)]
-        placed = [_placed(own[side], both[side].reward_pos, len(both[side]))[:, :n] for side in (0, 1)]
-        values[i, 2, :, :n] = placed[0] - placed[1]
+            own = [((a + x) / 2, (b + y) / 2) for (a, b), (x, y) in zip(own, cross, strict=True)]
+        shared = [placed(own[side], both[side].reward_pos, len(both[side]))[:, :n] for side in (0, 1)]
+        values[i, 2, :, :n] = shared[0] - shared[1]
     tolerance = 1e-2 if rm.sixteen_bit else 1e-5
     worst = np.max(gaps, axis=0)
     names = ["completeness", "finer split", *(["residual rounding"] if rm.sixteen_bit else [])]
@@ -73,14 +73,30 @@ def source_token_contributions(rm: RewardModel, pairs, scale: str) -> Result:
     )  # fmt: skip
 
 
-class _Run:
+def source_runs(
+    rm: RewardModel, split: HeadSplit, texts: Sequence[Tokens], readout: Readout, gates: Tensor | None = None
+) -> "list[SourceRun]":
+    """Each text's run, to be split for what `readout` reads at its reward position."""
+    runs = {}
+    for batch, rows, writes in attention_rows(rm, texts):
+        for place, run in enumerate(batch.rows):
+            gate = None if gates is None else gates[run : run + 1]
+            row = [_one(r, place) for r in rows]
+            runs[run] = SourceRun(rm, split, row, [w[place] for w in writes], readout, gate)
+    return [runs[i] for i in range(len(texts))]
+
+
+class SourceRun:
     """One run's attention rows and writes, ready to be projected on any direction."""
 
-    def __init__(self, rm: RewardModel, split: HeadSplit, rows: list[AttentionRow], writes: list[Tensor]):
+    def __init__(
+        self, rm: RewardModel, split: HeadSplit, rows: list[AttentionRow], writes: list[Tensor], readout: Readout,
+        gate: Tensor | None,
+    ):  # fmt: skip
         self.rm, self.split, self.rows = rm, split, rows
         self.embed, *self.writes, self.h = writes
-        self.direction = rm.readout.direction(self.h[None])
-        self.reward = rm.readout.reward(self.h)
+        self.direction = readout.direction(self.h[None], gate)
+        self.reward = readout.reward(self.h[None], gate)[0]
 
     def parts(self, u: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """([layer, source] attention parts, [component] what stands at the reward position)."""
@@ -106,7 +122,7 @@ class _Run:
         return float(whole), float(finer), float(rounding)
 
 
-def _placed(parts: tuple[np.ndarray, np.ndarray], reward_pos: int, length: int) -> np.ndarray:
+def placed(parts: tuple[np.ndarray, np.ndarray], reward_pos: int, length: int) -> np.ndarray:
     """[component, position]: attention over its sources, everything else at the reward position."""
     attention, local = parts
     n_layers = attention.shape[0]

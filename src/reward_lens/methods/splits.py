@@ -91,7 +91,7 @@ class _UnitSplit(ComponentSplit):
         writer = self.rm.trunk.writers[self.kind][layer]
         if is_linear(writer) or any(m is self.maps[layer] for m in writer.modules()):
             return None
-        return measure_norm(writer, self.rm.d_model, self.rm.readout.weight, f"post-norm of block {layer}")
+        return measure_norm(writer, self.rm.d_model, self.rm.like, f"post-norm of block {layer}")
 
     def n_units(self, layer: int) -> int:
         raise NotImplementedError

@@ -130,11 +130,13 @@ def token_attribution(
 def _prefix(rm: RewardModel, tokens: Sequence[Tokens], units: Sequence[list[Unit]]) -> Shares:
     values: list[np.ndarray] = [np.empty(0)] * len(tokens)
     start = np.zeros(len(tokens))
+    gates = rm.readout_inputs(tokens)
     for batch in rm.batches(tokens):
         kept: list[Tensor] = []
+        inputs = None if gates is None else gates[list(batch.rows), None]
 
-        def read(x: Tensor, kept=kept) -> None:
-            kept.append(rm.readout.reward(x.to(rm.readout.weight)).double().cpu())
+        def read(x: Tensor, kept=kept, inputs=inputs) -> None:
+            kept.append(rm.readout.reward(x.to(rm.like), inputs).double().cpu())
 
         rm.trunk.run(batch, rm.trunk.read_residual(rm.n_layers, read))
         for row, run in enumerate(batch.rows):

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from reward_lens import data
 from reward_lens.engine.activations import captured, pairs_of
+from reward_lens.engine.places import require_behind_gate
 from reward_lens.errors import DataError
 from reward_lens.methods.paired import margin_of, paired_result
 from reward_lens.model.forward import Batch, at_rows
@@ -115,8 +116,13 @@ def gradient_lens(
     # Sums over runs of the gradient at every depth and, in the last row, of the effective direction.
     sums = torch.zeros(rm.n_layers + 2, rm.d_model, dtype=torch.float64)
     gaps = []
+    if at == "all":
+        for text in tokens:
+            require_behind_gate(rm, text, range(1))
+    gates = rm.readout_inputs(tokens)
     for batch in rm.batches(tokens, batch_size):
-        read, gradients, u, gap = _backward(rm, batch, at)
+        inputs = None if gates is None else gates[list(batch.rows)]
+        read, gradients, u, gap = _backward(rm, batch, at, inputs)
         content[list(batch.rows)] = read.cpu()
         sums += torch.cat([gradients, u[:, None]], 1).double().cpu().sum(0)
         gaps.append(gap)
@@ -141,7 +147,8 @@ def _residuals(rm: RewardModel, pairs) -> tuple[np.ndarray, np.ndarray]:
     parts = []
     for acts in captured(rm, pairs, sites):
         residuals = torch.stack([acts[site] for site in sites], 1)
-        parts.append((residuals.cpu().numpy(), rm.readout.reward(residuals[:, -1]).double().cpu().numpy()))
+        rewards = rm.readout.reward(residuals[:, -1], rm.readout_inputs(acts.tokens))
+        parts.append((residuals.cpu().numpy(), rewards.double().cpu().numpy()))
     residuals, rewards = (np.concatenate(part) for part in zip(*parts, strict=True))
     return residuals, rewards
 
@@ -198,7 +205,9 @@ def _ridge(
     return fitted(x, targets, best).predict(unknown), float(best[0])
 
 
-def _backward(rm: RewardModel, batch: Batch, at: str) -> tuple[Tensor, Tensor, Tensor, tuple[float, float]]:
+def _backward(
+    rm: RewardModel, batch: Batch, at: str, inputs: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, tuple[float, float]]:
     """Of one batch: g . h + b [run, depth], gradients [run, depth, d_model], u [run, d_model] and the two
     gaps.
 
@@ -206,7 +215,7 @@ def _backward(rm: RewardModel, batch: Batch, at: str) -> tuple[Tensor, Tensor, T
     by shift is the gradient summed over the mask, the derivative by stretch the sum of g . h. No weight is
     asked for.
     """
-    like = rm.readout.weight
+    like = rm.like
     mask = torch.zeros_like(batch.mask) if at == "final" else batch.mask
     if at == "final":
         mask[torch.arange(len(batch.rows)), batch.reward_pos] = 1
@@ -226,12 +235,12 @@ def _backward(rm: RewardModel, batch: Batch, at: str) -> tuple[Tensor, Tensor, T
     with torch.enable_grad():
         rm.trunk.run(batch, *edits, rm.trunk.read_residual(rm.n_layers, lambda x: last.append(pick(x))))
         h = last[0].to(like)
-        u, constant, _ = rm.readout.direction(h.detach())
+        u, constant, _ = rm.readout.direction(h.detach(), inputs)
         found = torch.autograd.grad((u * h).sum(), [*shifts, *stretches])
     h = h.detach()
     gradients = torch.stack([g.to(like) for g in found[: len(shifts)]], 1)
     content = torch.stack([g.to(like) for g in found[len(shifts) :]], 1) + constant[:, None]
     size = (u * h).abs().sum(-1) + constant.abs()
     last_gradient = (gradients[:, -1] - u).norm(dim=-1) / u.norm(dim=-1)
-    last_depth = (content[:, -1] - rm.readout.reward(h)).abs() / size
+    last_depth = (content[:, -1] - rm.readout.reward(h, inputs)).abs() / size
     return content, gradients, u, (float(last_gradient.max()), float(last_depth.max()))

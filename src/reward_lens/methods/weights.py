@@ -33,6 +33,7 @@ from reward_lens.errors import StructureError
 from reward_lens.methods.splits import HeadSplit
 from reward_lens.model.forward import Batch
 from reward_lens.model.norm import Norm, measure_norm
+from reward_lens.model.readout import require_linear
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.structure import is_linear, linear_bias, linear_weight
 from reward_lens.result import Check, Result
@@ -230,7 +231,7 @@ def _flat(x: Tensor, n: int) -> Tensor:
 
 
 def _value_map(rm: RewardModel, layer: int, seen: _Seen, fresh: _Seen) -> ValueMap:
-    block, like = rm.trunk.blocks[layer], rm.readout.weight
+    block, like = rm.trunk.blocks[layer], rm.like
     heads = seen.z.unflatten(1, (rm.n_heads, -1)).double()
     width = heads.shape[2]
     found = {
@@ -275,7 +276,7 @@ def _norm_before(rm: RewardModel, layer: int, path: str, seen: _Seen) -> Norm | 
     for other, output in seen.outputs.items():
         if torch.equal(output, read) and torch.equal(seen.inputs[other], seen.resid):
             module = rm.trunk.blocks[layer].get_submodule(other)
-            return measure_norm(module, rm.d_model, rm.readout.weight, f"norm {other} of block {layer}")
+            return measure_norm(module, rm.d_model, rm.like, f"norm {other} of block {layer}")
     raise _no_map(rm, layer, f"something other than one norm between the residual stream and {path}")
 
 
@@ -300,7 +301,8 @@ def _pull(rm: RewardModel, split: HeadSplit, layer: int, values: ValueMap, unit:
 
 def _direction(rm: RewardModel) -> Tensor:
     """The effective direction where the final norm's scale is 1."""
-    return rm.readout.norm.pull_back(rm.readout.weight, torch.ones_like(rm.readout.weight[:1]))
+    readout = require_linear(rm.readout, "What the weights alone say")
+    return readout.norm.pull_back(readout.weight, torch.ones_like(readout.weight[:1]))
 
 
 def _residual_gap(rm: RewardModel, table: Tensor) -> Check:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from reward_lens.engine import hooks
 from reward_lens.errors import LoadError
 from reward_lens.model.forward import at_rows, make_batch, record, replay
+from reward_lens.model.heads.own import OwnHead
 from reward_lens.model.prefix import pooled_with_prefix
-from reward_lens.model.structure import is_linear, linear_weight
+from reward_lens.model.structure import is_linear
 from reward_lens.model.tokens import Tokens
 from reward_lens.result import Check, Result, load_result
 
@@ -57,6 +58,8 @@ def run_probe(module: Any, device: torch.device) -> Tensor:
     pad = module.config.pad_token_id
     if pad is not None:
         ids[ids == pad] = (pad + 1) % vocabulary
+    ending = torch.tensor([module.probe_ending if isinstance(module, OwnHead) else ()], dtype=ids.dtype)
+    ids = torch.cat([ids, ending.expand(2, -1).to(device)], 1)
     arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if pad is None:  # Hugging Face refuses to pool a batch without a padding token
         arguments = {"input_ids": ids[:1]}
@@ -176,7 +179,9 @@ def _from_checkpoint(rm):
         logits = rm.vocabulary.logits
         read = "what is read is z" if logits.cap is not None else "measured on a ramp in place of z"
         yield "logits", logits.gap, logits.tolerance, f"logit = {logits.words()}, z the unembedding's output; {read}"
-    yield "head not quantised", 0.0, 0.0, f"{type(rm.head).__name__} in {linear_weight(rm.head).dtype}"
+    weights = [m.weight for m in rm.head.modules() if isinstance(getattr(m, "weight", None), Tensor)]
+    quantised = sum(not w.is_floating_point() for w in weights)
+    yield "head not quantised", float(quantised), 0.0, f"{type(rm.head).__name__} in {weights[0].dtype}"
 
 
 def _tokenisation(rm, tokens: list[Tokens]):
@@ -214,7 +219,8 @@ def _padding(rm, tokens: list[Tokens], alone: Tensor, scale: Tensor):
     tokens, alone, scale = [tokens[i] for i in same], alone[same], scale[same]
     for name, padding, text in (("batching", "right", "right-padded"), ("padding", "left", "left-padded")):
         batch = make_batch(tokens, range(len(tokens)), rm.pad_id, rm.device, padding)
-        gap = (rm.readout.reward(rm.trunk.pooled(batch)).double().cpu() - alone).abs()
+        inputs = rm.readout_inputs(tokens)
+        gap = (rm.readout.reward(rm.trunk.pooled(batch), inputs).double().cpu() - alone).abs()
         if rm.sixteen_bit:
             measured = float(gap.square().mean().sqrt())
             allowed = reward_tolerance(rm, float(alone.abs().max()), float(scale.square().mean().sqrt()))
@@ -231,7 +237,8 @@ def _unpadded_gap(rm, tokens: list[Tokens], alone: Tensor) -> float:
     gaps = []
     for text, reward in zip(tokens, alone, strict=True):
         batch = make_batch([text] * len(tokens), range(len(tokens)), rm.pad_id, rm.device)
-        gaps.append(rm.readout.reward(rm.trunk.pooled(batch)).double().cpu() - reward)
+        inputs = rm.readout_inputs([text] * len(tokens))
+        gaps.append(rm.readout.reward(rm.trunk.pooled(batch), inputs).double().cpu() - reward)
     return float(torch.cat(gaps).square().mean().sqrt())
 
 
@@ -242,24 +249,23 @@ def _residuals(rm, tokens: Tokens):
     batch = make_batch([tokens], [0], rm.pad_id, rm.device)
     writes: list[Tensor] = []
     pick = at_rows(batch.reward_pos)
-    wanted = [rm.trunk.read_residual(0, lambda x: writes.append(pick(x).to(rm.readout.weight)))]
+    wanted = [rm.trunk.read_residual(0, lambda x: writes.append(pick(x).to(rm.like)))]
     for layer in range(rm.n_layers):
         for kind in ("attn", "mlp"):
-            wanted.append(
-                rm.trunk.read_write(batch, layer, kind, lambda x: writes.append(pick(x).to(rm.readout.weight)))
-            )
+            wanted.append(rm.trunk.read_write(batch, layer, kind, lambda x: writes.append(pick(x).to(rm.like))))
     with hooks.attached(wanted):
         recording = record(rm.trunk, batch)
     final = pick(recording.last)
-    reward = rm.readout.reward(final)
-    direction = rm.readout.direction(final)
+    inputs = rm.readout_inputs([tokens])
+    reward = rm.readout.reward(final, inputs)
+    direction = rm.readout.direction(final, inputs)
     parts = torch.stack([(direction.u * w).sum(-1) for w in writes])
     total = parts.sum(0) + direction.constant
     scale = float((parts.abs().sum(0) + direction.constant.abs())[0])
     found = f"{len(writes)} writes and the bias sum to {float(total[0]):.6g}, the reward is {float(reward[0]):.6g}"
     yield "decomposition", float((total - reward).abs()[0]) / scale, 1e-2 if rm.sixteen_bit else 1e-5, found
     middle = rm.n_layers // 2
-    again = rm.readout.reward(pick(replay(rm.trunk, recording, middle, recording.resid(middle))))
+    again = rm.readout.reward(pick(replay(rm.trunk, recording, middle, recording.resid(middle))), inputs)
     allowed = reward_tolerance(rm, float(reward[0]), max(abs(float(reward[0])), 1e-3))
     found = f"blocks {middle} to {rm.n_layers - 1} run again from the recorded residual"
     yield "replay", float((again - reward).abs()[0]), allowed, found
@@ -273,7 +279,8 @@ def _prefix(rm, tokens: Tokens, reward: float, scale: float):
     try:
         for split in (len(tokens) // 2, tokens.reward_pos):
             if split:
-                again = float(rm.readout.reward(pooled_with_prefix(rm.trunk, tokens, split))[0])
+                pooled = pooled_with_prefix(rm.trunk, tokens, split)
+                again = float(rm.readout.reward(pooled, rm.readout_inputs([tokens]))[0])
                 gap = max(gap, abs(again - reward))
     except (AttributeError, IndexError, TypeError, ValueError) as error:
         return PREFIX_REUSE, 0.0, math.inf, f"no such cache in this class ({type(error).__name__}: {error})"

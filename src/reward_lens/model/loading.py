@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from reward_lens.errors import LoadError
+from reward_lens.model import heads
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.structure import Structure
 from reward_lens.model.vocab_readout import VocabReadout
@@ -102,6 +103,9 @@ def _load_classifier(path: str, options: dict, settings: dict):
 
     config = AutoConfig.from_pretrained(path, **options)
     architectures = getattr(config, "architectures", None) or []
+    known = heads.load_known(path, config, options | settings)
+    if known is not None:
+        return known, []
     causal = next((a for a in architectures if a.endswith(("ForCausalLM", "LMHeadModel"))), None)
     try:
         module, info = AutoModelForSequenceClassification.from_pretrained(

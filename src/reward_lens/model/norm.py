@@ -54,7 +54,7 @@ class Norm:
 def measure_norm(module: nn.Module | None, d_model: int, like: Tensor, name: str = "final norm") -> Norm:
     """Measure `module` (None means no norm) in at least float32 on the device of `like`."""
     dtype = torch.promote_types(like.dtype, torch.float32)
-    module = nn.Identity() if module is None else _tail_copy(module, like.device, dtype)
+    module = nn.Identity() if module is None else tail_copy(module, like.device, dtype)
     if isinstance(module, nn.Identity):
         one = torch.ones(d_model, dtype=dtype, device=like.device)
         return Norm(module, one, torch.zeros_like(one), False)
@@ -84,7 +84,8 @@ def measure_norm(module: nn.Module | None, d_model: int, like: Tensor, name: str
     return Norm(module, gain, shift, centred)
 
 
-def _tail_copy(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def tail_copy(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A copy in the tail's precision, in eval mode and without gradients for its parameters."""
     if hasattr(module, "_hf_hook"):  # accelerate's device moves; the copy lives on one device
         from accelerate.hooks import remove_hook_from_module
 

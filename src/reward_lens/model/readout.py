@@ -5,20 +5,27 @@ Linear head:  r = w . N(h) + b  with N the final norm. With the norm's scale s(h
 exactly, so u (the effective direction) is the axis on which every write to the residual stream is measured.
 
 Kinds: linear, vocabulary (rows of an unembedding), prompt_gated (direction depends on the prompt, exact), self_gated
-and mlp (local gradient), log_ratio (summed over positions). Only the linear kind is built here; the protocol is what
-the methods rely on, so the others join without a change to them.
+and mlp (local gradient), log_ratio (summed over positions). The linear kind is built here, those of the published
+heads in `model.heads`; the protocol is what the methods rely on, so the others join without a change to them.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
 
+from reward_lens.errors import LoadError, StructureError
 from reward_lens.model.norm import Norm
 from reward_lens.model.tokens import Tokens
 
 Kind = Literal["linear", "vocabulary", "prompt_gated", "self_gated", "mlp", "log_ratio"]
+Exactness = Literal["exact", "local"]
+LOCAL = (
+    "The head is not linear in the residual stream: a direction is its gradient at each run's own state, with the norm "
+    "held, and the row 'bias' is what that leaves of the reward."
+)
+"""What a result says of a readout whose directions are local."""
 
 
 class Direction(NamedTuple):
@@ -28,16 +35,32 @@ class Direction(NamedTuple):
     """[batch, d_model] effective direction."""
     constant: Tensor
     """[batch] what does not depend on h."""
-    exactness: Literal["exact", "local"]
-    """"exact": r equals u . h + constant. "local": the gradient's affine form at this h."""
+    exactness: Exactness
+    """"exact": r is u . h + constant, the same u for every h whose norm has this scale. "local": u is the gradient
+    behind the norm at this h, and constant is what it leaves of r."""
 
 
 @runtime_checkable
 class Readout(Protocol):
     """What a method may ask of a reward head."""
 
-    kind: Kind
-    objective: str
+    @property
+    def kind(self) -> Kind:
+        """Of the head: see the module's docstring."""
+        ...
+
+    @property
+    def objective(self) -> str:
+        """Name of what is read."""
+        ...
+
+    exactness: ClassVar[Exactness]
+    """Whether a direction is the same wherever the norm's scale (and the gate) is, or the head's slope at one h."""
+
+    @property
+    def norm(self) -> Norm:
+        """The norm in front of the head."""
+        ...
 
     def pool(self, tokens: Tokens) -> tuple[int, ...]:
         """Positions the head reads: one for most, several for process rewards and log-ratios."""
@@ -49,6 +72,16 @@ class Readout(Protocol):
 
     def direction(self, h: Float[Tensor, "batch d_model"], inputs=None) -> Direction:
         """Effective direction at each row of `h`, with the norm's scale (and any gate) frozen there."""
+        ...
+
+
+@runtime_checkable
+class PromptGated(Protocol):
+    """A head whose weights depend on the prompt: `inputs` of its `reward` and `direction` is the pre-norm residual at
+    the gate's position, which `RewardModel.readout_inputs` gives."""
+
+    def gate_position(self, tokens: Tokens) -> int:
+        """Position whose residual sets the weights."""
         ...
 
 
@@ -64,6 +97,7 @@ class LinearReadout:
     objective: str = "reward"
     """Name of the row, for multi-label heads."""
     kind: Kind = "linear"
+    exactness: ClassVar[Exactness] = "exact"
 
     def pool(self, tokens: Tokens) -> tuple[int, ...]:
         return (tokens.reward_pos,)
@@ -79,6 +113,25 @@ class LinearReadout:
         u = self.norm.pull_back(self.weight, self.norm.scale(h))
         constant = self.weight @ self.norm.shift + self.bias
         return Direction(u, constant.expand(h.shape[0]), "exact")
+
+
+def read_size(readout: Readout, h: Float[Tensor, "batch d_model"], inputs: Any = None) -> Float[Tensor, " batch"]:
+    """Sizes of what the head sums at each row (not of the sum, which may be near zero): the scale of E2."""
+    direction = readout.direction(h, inputs)
+    return (direction.u * h.to(direction.u)).abs().sum(-1) + direction.constant.abs()
+
+
+def require_linear(readout: Any, question: str) -> LinearReadout:
+    """The readout, if one row reads every input; a `StructureError` that names the question otherwise."""
+    if isinstance(readout, LinearReadout):
+        return readout
+    raise StructureError(
+        f"{question} has no answer for this reward head",
+        found=f"a readout of kind {readout.kind!r}, whose direction depends on the input",
+        expected="one row of a linear head, the same for every input",
+        do="ask reward_lens, contributions or effects, which take the direction at each run; a head with several "
+        "objectives has a row of its own for each (objective=)",
+    )
 
 
 def linear_readout(norm: Norm, head, objective: int, name: str) -> LinearReadout:
@@ -97,3 +150,23 @@ def objective_names(config, n_rows: int) -> tuple[str, ...]:
         return ("reward",)
     labels = getattr(config, "id2label", None) or {}
     return tuple(str(labels.get(i, labels.get(str(i), i))) for i in range(n_rows))
+
+
+def chosen_row(names: tuple[str, ...], objective: str | int | None, model: str) -> int:
+    """The row that `objective` names; raises `LoadError` for none of several, and for one that is not there."""
+    if objective is None and len(names) > 1:
+        raise LoadError(
+            f"The head of {model} has {len(names)} rows and none was chosen",
+            found="objective=None; rows " + ", ".join(names),
+            expected="the name or index of one row (a mean over rows is no reward the model was trained for)",
+            do=f"pass objective={names[0]!r}, or another row",
+        )
+    row = 0 if objective is None else names.index(objective) if objective in names else objective
+    if not isinstance(row, int) or not -len(names) <= row < len(names):
+        raise LoadError(
+            f"The head of {model} has no row {objective!r}",
+            found="rows " + ", ".join(names),
+            expected="one of these names or its index",
+            do="correct objective=",
+        )
+    return row % len(names)

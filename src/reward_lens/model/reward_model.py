@@ -15,13 +15,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reward_lens import data
-from reward_lens.errors import LoadError
 from reward_lens.model import checks
 from reward_lens.model import structure as structures
 from reward_lens.model.forward import Batch, Trunk, batches, rotary_threshold, trunk_module
+from reward_lens.model.heads.own import OwnHead, head_of, published_path
 from reward_lens.model.norm import measure_norm
 from reward_lens.model.prefix import keys_and_values
-from reward_lens.model.readout import LinearReadout, linear_readout, objective_names
+from reward_lens.model.readout import LOCAL, PromptGated, Readout, chosen_row, linear_readout, objective_names
 from reward_lens.model.structure import Structure
 from reward_lens.model.tokens import Tokenizer, Tokens
 from reward_lens.model.vocab_readout import refuse_change, vocabulary_of
@@ -88,11 +88,12 @@ class RewardModel:
                 found = self.structure = Structure(**known | {"gaps": tuple(known["gaps"])})
             else:
                 found = structure or structures.find_structure(
-                    module, probe, text_config.num_hidden_layers, text_config.num_attention_heads
-                )
+                    module, probe, text_config.num_hidden_layers, text_config.num_attention_heads,
+                    published_path(module),
+                )  # fmt: skip
                 self.structure = structures.prove(module, found, probe)
             self._norm = None if found.final_norm is None else module.get_submodule(found.final_norm)
-            self.head = module.get_submodule(found.head)
+            self.head = head_of(module, found)
             blocks = list(module.get_submodule(found.blocks))
             writers = {
                 kind: [block.get_submodule(path) for block in blocks]
@@ -101,7 +102,7 @@ class RewardModel:
             base = trunk_module(module, found.blocks)
             self.trunk = Trunk(base, blocks, self._norm, writers, found.write_scale)
             own = self.vocabulary.readout(self._norm) if self.vocabulary else None
-            self.readout = own or readout or self._linear_readout(objective)
+            self.readout = own or readout or self._readout(objective)
             self.load_report: Result = checks.confirmed(self, kept) or checks.load_report(self)
 
     @property
@@ -126,7 +127,12 @@ class RewardModel:
     @property
     def d_model(self) -> int:
         """Width of the residual stream."""
-        return structures.linear_weight(self.head).shape[1]
+        return self.like.shape[0]
+
+    @property
+    def like(self) -> Tensor:
+        """A vector of the residual stream's width in the precision and on the device of the readout."""
+        return self.readout.norm.gain
 
     @property
     def device(self) -> torch.device:
@@ -145,9 +151,12 @@ class RewardModel:
 
     @property
     def objectives(self) -> tuple[str, ...]:
-        """Names of the head's rows; of a reward read from a vocabulary the one that is read."""
+        """Names of the head's rows (of a published head with a gate: the gated reward, then its objectives); of a reward
+        read from a vocabulary the one that is read."""
         if self.vocabulary:
             return (self.vocabulary.objective,)
+        if isinstance(self.module, OwnHead):
+            return self.module.objectives
         return objective_names(self.config, structures.linear_weight(self.head).shape[0])
 
     @property
@@ -200,10 +209,27 @@ class RewardModel:
         """Rewards of tokenised texts, batched by length, on the CPU in the order given; equal texts are run once."""
         different = {t.ids: t for t in tokens}
         place = {ids: i for i, ids in enumerate(different)}
-        out = torch.empty(len(place), dtype=self.readout.weight.dtype)
+        out = torch.empty(len(place), dtype=self.like.dtype)
+        inputs = self.readout_inputs(list(different.values()))
         for batch in self.batches(list(different.values()), batch_size):
-            out[list(batch.rows)] = self.readout.reward(self.trunk.pooled(batch)).cpu()
+            rows = list(batch.rows)
+            gate = None if inputs is None else inputs[rows]
+            out[rows] = self.readout.reward(self.trunk.pooled(batch), gate).cpu()
         return out[[place[t.ids] for t in tokens]]
+
+    @torch.no_grad()
+    def readout_inputs(self, tokens: Sequence[Tokens]) -> Float[Tensor, "n d_model"] | None:
+        """What the readout's `inputs` is for these texts: for a prompt-gated head the pre-norm residual at the gate's
+        position, None for every other. Run from the beginning of the text to there, once for texts that share it."""
+        if not isinstance(self.readout, PromptGated):
+            return None
+        beginnings = [t.first(self.readout.gate_position(t) + 1) for t in tokens]
+        different = {t.ids: t for t in beginnings}
+        place = {ids: i for i, ids in enumerate(different)}
+        out = self.like.new_empty(len(place), self.d_model)
+        for batch in self.batches(list(different.values())):
+            out[list(batch.rows)] = self.trunk.pooled(batch).to(out)
+        return out[[place[t.ids] for t in beginnings]]
 
     def batches(self, tokens: Sequence[Tokens], batch_size: int | None = None) -> Iterable[Batch]:
         """Length-bucketed batches on the model's device. Texts on either side of a length at which the rotary
@@ -293,7 +319,7 @@ class RewardModel:
         other = object.__new__(RewardModel)
         other.__dict__.update(self.__dict__)
         with torch.no_grad():
-            other.readout = other._linear_readout(objective)
+            other.readout = other._readout(objective)
             other.load_report = checks.load_report(other)
         return other
 
@@ -320,6 +346,9 @@ class RewardModel:
         out: dict[str, Any] = {"method": method, "model": self.name, **self.surroundings()}
         out |= {"objective": self.readout.objective, "readout": self.readout.kind}
         out |= {"reads": self.vocabulary.describe()} if self.vocabulary else {}
+        out |= {"exactness": self.readout.exactness}
+        if self.readout.exactness == "local" and "cannot_show" in meta:
+            meta["cannot_show"] += " " + LOCAL
         if inputs is not None:
             kind = type(inputs[0]).__name__
             out[{"Pair": "n_pairs", "Group": "n_groups"}.get(kind, "n_items")] = len(inputs)
@@ -327,26 +356,15 @@ class RewardModel:
             out["inputs_hash"] = data.inputs_hash(inputs)
         return out | meta
 
-    def _linear_readout(self, objective: str | int | None) -> LinearReadout:
+    def _readout(self, objective: str | int | None) -> Readout:
         names = self.objectives
-        if objective is None and len(names) > 1:
-            raise LoadError(
-                f"The head of {self.name} has {len(names)} rows and none was chosen",
-                found="objective=None; rows " + ", ".join(names),
-                expected="the name or index of one row (a mean over rows is no reward the model was trained for)",
-                do=f"pass objective={names[0]!r}, or another row",
-            )
-        row = 0 if objective is None else names.index(objective) if objective in names else objective
-        if not isinstance(row, int) or not -len(names) <= row < len(names):
-            raise LoadError(
-                f"The head of {self.name} has no row {objective!r}",
-                found="rows " + ", ".join(names),
-                expected="one of these names or its index",
-                do="correct objective=",
-            )
-        like = structures.linear_weight(self.head)
-        norm = measure_norm(self._norm, like.shape[1], like)
-        return linear_readout(norm, self.head, row % len(names), names[row])
+        own = self.module if isinstance(self.module, OwnHead) else None
+        if objective is None and own is not None and own.first_is_reward:
+            objective = 0
+        row = chosen_row(names, objective, self.name)
+        width = structures.linear_weight(self.head).shape[1] if own is None else own.width
+        norm = measure_norm(self._norm, width, next(self.head.parameters()))
+        return linear_readout(norm, self.head, row, names[row]) if own is None else own.readout(norm, row)
 
     def __repr__(self) -> str:
         return (

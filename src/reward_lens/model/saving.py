@@ -11,11 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 from reward_lens.errors import DataError
 from reward_lens.model.head import sharing_copy
+from reward_lens.model.heads.own import OwnHead
 from reward_lens.model.vocab_readout import refuse_change
 
 if TYPE_CHECKING:
     from reward_lens.model.reward_model import RewardModel
 
+USE = (
+    "from transformers import AutoModelForSequenceClassification, AutoTokenizer", "",
+    'model = AutoModelForSequenceClassification.from_pretrained("this folder")',
+    'tokenizer = AutoTokenizer.from_pretrained("this folder")',
+)  # fmt: skip
+PUBLISHED_USE = ("import reward_lens as rl", "", 'rm = rl.load("this folder")')
+"""transformers has no class for these heads."""
 FIGURES = (
     ("directions", "directions removed"),
     ("rank", "dimensions they span, as the head sees them"),
@@ -74,11 +82,7 @@ def card(rm: "RewardModel") -> str:
         lines += [f"## Edit {number}: {edit['method']}", "", "| what | value |", "| --- | --- |"]
         lines += [f"| {label} | {_number(edit[key])} |" for key, label in FIGURES if key in edit]
         lines += [""]
-    lines += [
-        "```python", "from transformers import AutoModelForSequenceClassification, AutoTokenizer", "",
-        'model = AutoModelForSequenceClassification.from_pretrained("this folder")',
-        'tokenizer = AutoTokenizer.from_pretrained("this folder")', "```", "",
-    ]  # fmt: skip
+    lines += ["```python", *(PUBLISHED_USE if isinstance(rm.module, OwnHead) else USE), "```", ""]
     if rm.edits:
         lines += [
             "An edit of the head removes what the head reads along a direction while the final norm's scale is held; "

@@ -42,7 +42,7 @@ class Structure:
     final_norm: str | None
     """Norm between the last block and the head; None: the head reads the residual stream itself."""
     head: str
-    """The linear reward head."""
+    """The reward head: a linear map, or what of a published head reads the normed residual."""
     n_heads: int
     """Attention heads of a block."""
     write_scale: float = 1.0
@@ -67,8 +67,9 @@ def find_blocks(model: Any, n_layers: int) -> str:
     return min(paths, key=lambda path: path.count("."))
 
 
-def find_structure(model: Any, run_probe, n_layers: int, n_heads: int) -> Structure:
-    """Search the parts; `run_probe()` runs one probe batch through the whole model and returns its logits."""
+def find_structure(model: Any, run_probe, n_layers: int, n_heads: int, head: str | None = None) -> Structure:
+    """Search the parts; `run_probe()` runs one probe batch through the whole model and returns its logits. `head`: the
+    path of what reads the normed residual, where it is known and is no linear map to the logits."""
     blocks_path = find_blocks(model, n_layers)
     blocks = list(model.get_submodule(blocks_path))
     seen = _record_outputs(blocks[0], run_probe)
@@ -79,7 +80,7 @@ def find_structure(model: Any, run_probe, n_layers: int, n_heads: int) -> Struct
     mlp_out = _linear_behind(blocks[0], mlp, outputs, inputs)
     if attn_out is not None and linear_weight(blocks[0].get_submodule(attn_out)).shape[1] % n_heads:
         attn_out = None
-    final_norm, head = _find_tail(model, blocks_path, run_probe)
+    final_norm, head = _find_tail(model, blocks_path, run_probe, head)
     return Structure(blocks_path, attn, mlp, attn_out, mlp_out, final_norm, head, n_heads, write_scale)
 
 
@@ -271,7 +272,7 @@ def _linear_behind(block: nn.Module, write: str, outputs, inputs) -> str | None:
     return None
 
 
-def _find_tail(model: Any, blocks_path: str, run_probe) -> tuple[str | None, str]:
+def _find_tail(model: Any, blocks_path: str, run_probe, known: str | None) -> tuple[str | None, str]:
     """The final norm (input: last resid_post, output: what the head reads) and the head (output: the logits)."""
     last = list(model.get_submodule(blocks_path))[-1]
     ends: dict[str, Tensor] = {}
@@ -297,6 +298,7 @@ def _find_tail(model: Any, blocks_path: str, run_probe) -> tuple[str | None, str
         logits = run_probe()
 
     heads = [p for p, (_, out) in calls.items() if is_linear(model.get_submodule(p)) and _holds(out, logits)]
+    heads = heads if known is None else [known]
     if not heads:
         raise StructureError(
             f"The reward head of {type(model).__name__} was not found",

@@ -46,6 +46,12 @@ class Tokens:
             return "response"
         return "prompt" if position in self.prompt else "tail"
 
+    def first(self, stop: int) -> "Tokens":
+        """The first `stop` tokens as a text of their own, read at its last one."""
+        spans = (range(min(s.start, stop), min(s.stop, stop)) for s in (self.prompt, self.response, self.tail))
+        prompt, response, tail = spans
+        return Tokens(self.ids[:stop], self.pieces[:stop], self.starts[:stop], prompt, response, tail, stop - 1)
+
     def fragment(self, position: int) -> bool:
         """Whether the token continues a character begun by the token before."""
         return position > 0 and self.starts[position] == self.starts[position - 1] and self.pieces[position] == ""

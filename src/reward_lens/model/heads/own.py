@@ -1,0 +1,106 @@
+"""What the published heads share: a transformers trunk with a head that transformers has no class for.
+
+To `RewardModel` such a model is a sequence classifier: token ids go in, `.logits` [batch, column] come out, a column an
+objective. It also says which module reads the normed residual, and builds the readout that the methods ask.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import MODEL_MAPPING, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from reward_lens.model.norm import Norm
+from reward_lens.model.readout import Readout, objective_names
+
+
+class OwnHead(nn.Module):
+    """A trunk and its head; one subclass a head, put in front of a family's `PreTrainedModel` by `class_for`."""
+
+    head_path: ClassVar[str]
+    """Submodule that is called with the normed residual of every position."""
+    first_is_reward: ClassVar[bool] = False
+    """Whether the first of several columns is the model's reward, so that it is read where no objective is named."""
+    backbone: ClassVar[type[nn.Module]]
+    base_model_prefix: str
+    base_model: Any
+    config: Any
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        setattr(self, self.base_model_prefix, self.backbone(config))
+        self.build(config)
+        self.post_init()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+
+    def build(self, config: Any) -> None:
+        """Add the head's modules under their published names."""
+        raise NotImplementedError
+
+    def columns(
+        self, states: Float[Tensor, "batch pos d_model"], ids: Int[Tensor, "batch pos"]
+    ) -> Float[Tensor, "batch pos column"]:
+        """What the head gives at every position, in the published arithmetic."""
+        raise NotImplementedError
+
+    def head_parts(self) -> nn.ModuleList:
+        """Every module and parameter of the head."""
+        raise NotImplementedError
+
+    def readout(self, norm: Norm, row: int) -> Readout:
+        """The readout of one column behind the measured norm."""
+        raise NotImplementedError
+
+    @property
+    def n_columns(self) -> int:
+        """How many rewards the head gives."""
+        return self.config.num_labels
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Names of the columns."""
+        return objective_names(self.config, self.n_columns)
+
+    @property
+    def probe_ending(self) -> tuple[int, ...]:
+        """Tokens that a text must hold for the head to be read; put behind a probe of random ones."""
+        return ()
+
+    @property
+    def width(self) -> int:
+        """Width of the residual stream."""
+        return self.config.get_text_config().hidden_size
+
+    def forward(
+        self, input_ids: Int[Tensor, "batch pos"], attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> SequenceClassifierOutput:
+        states = self.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)[0]
+        columns = self.columns(states.to(next(self.head_parts().parameters()).dtype), input_ids)
+        rows = torch.arange(len(columns), device=columns.device)
+        at = self.read_positions(input_ids, attention_mask).to(columns.device)
+        return SequenceClassifierOutput(logits=columns[rows, at])
+
+    def read_positions(self, ids: Int[Tensor, "batch pos"], mask: Tensor | None) -> Int[Tensor, " batch"]:
+        """The position before the first padding token; the last one where there is none."""
+        pad = self.config.pad_token_id
+        if pad is None:
+            return torch.full(ids.shape[:1], ids.shape[1] - 1, device=ids.device)
+        return (torch.eq(ids, pad).int().argmax(-1) - 1) % ids.shape[1]
+
+
+def class_for(head: type[OwnHead], config: Any, name: str) -> type:
+    """The model class of a head on the trunk that the config describes, under the published class name."""
+    backbone: Any = MODEL_MAPPING[type(config)]
+    family = next(c for c in backbone.__mro__[1:] if issubclass(c, PreTrainedModel))
+    return type(name, (head, family), {"backbone": backbone, "__module__": __name__})
+
+
+def published_path(module: Any) -> str | None:
+    """Path of the part of a published head that reads the normed residual; None for every other model."""
+    return module.head_path if isinstance(module, OwnHead) else None
+
+
+def head_of(module: Any, structure: Any) -> nn.Module:
+    """The reward head of a model: all parts of a published head, or the module at the structure's path."""
+    return module.head_parts() if isinstance(module, OwnHead) else module.get_submodule(structure.head)
