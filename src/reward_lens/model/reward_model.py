@@ -151,7 +151,7 @@ class RewardModel:
 
     @property
     def objectives(self) -> tuple[str, ...]:
-        """Names of the head's rows (of a published head with a gate: the gated reward, then its objectives); of a reward
+        """Names of the head's rows; of a published head with a gate the gated reward, then its objectives; of a reward
         read from a vocabulary the one that is read."""
         if self.vocabulary:
             return (self.vocabulary.objective,)
