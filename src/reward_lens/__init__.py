@@ -25,6 +25,8 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.data.concepts import ConceptTexts as ConceptTexts
     from reward_lens.data.concepts import load_concepts as load_concepts
     from reward_lens.data.counts import load_counts as load_counts
+    from reward_lens.data.solutions import Solution as Solution
+    from reward_lens.data.solutions import step_pairs as step_pairs
     from reward_lens.edits import TextEdit as TextEdit
     from reward_lens.edits import edited_pairs as edited_pairs
     from reward_lens.edits import edits_of as edits_of
@@ -104,6 +106,9 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.methods.sensitivity import sensitivity_slopes as sensitivity_slopes
     from reward_lens.methods.splicing import spliced_rewards as spliced_rewards
     from reward_lens.methods.steering import steer as steer
+    from reward_lens.methods.step_rewards import step_contributions as step_contributions
+    from reward_lens.methods.step_rewards import step_lens as step_lens
+    from reward_lens.methods.step_rewards import step_rewards as step_rewards
     from reward_lens.methods.style import style_matrix as style_matrix
     from reward_lens.methods.style import style_summary as style_summary
     from reward_lens.methods.susceptibility import susceptibility_correlation as susceptibility_correlation
@@ -119,6 +124,9 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.model.loading import load as load
     from reward_lens.model.reward_model import RewardModel as RewardModel
     from reward_lens.model.sites import Site as Site
+    from reward_lens.model.step_readout import STEP_READOUTS as STEP_READOUTS
+    from reward_lens.model.step_readout import StepReadout as StepReadout
+    from reward_lens.model.step_readout import step_model as step_model
     from reward_lens.model.structure import Structure as Structure
     from reward_lens.model.tokens import Tokens as Tokens
     from reward_lens.report.explorer import write_explorer as write_explorer
@@ -196,6 +204,9 @@ _HOME = {
     "sae.dictionary": ("SAE",),
     "sae.training": ("train_sae",),
     "sae.transcoder": ("Transcoder", "train_transcoder"),
+    "data.solutions": ("Solution", "step_pairs"),
+    "model.step_readout": ("STEP_READOUTS", "StepReadout", "step_model"),
+    "methods.step_rewards": ("step_contributions", "step_lens", "step_rewards"),
     "methods.latent_contributions": ("latent_contributions",),
     "methods.crosscoder_latents": ("crosscoder_latents",),
     "methods.latent_clamping": ("clamp_latent",),

@@ -72,7 +72,8 @@ class RewardModel:
         text_config = self.config.get_text_config()
         pad_id = self.config.pad_token_id if self.config.pad_token_id is not None else text_config.pad_token_id
         limit = getattr(text_config, "max_position_embeddings", None)
-        self.tokenizer = Tokenizer(tokenizer, pad_id, limit)
+        # A network that reads a text's steps (model.step_readout) brings its own way of writing texts.
+        self.tokenizer: Tokenizer = getattr(module, "tokenizer_for", Tokenizer)(tokenizer, pad_id, limit)
         self._rotary_threshold = _rotary_threshold(text_config)
         self.pad_id = next((i for i in (pad_id, tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
