@@ -83,6 +83,10 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.methods.fitted_weights import fitted_weights as fitted_weights
     from reward_lens.methods.head_editing import edit_head as edit_head
     from reward_lens.methods.head_editing import edit_report as edit_report
+    from reward_lens.methods.implicit_parts import implicit_contributions as implicit_contributions
+    from reward_lens.methods.implicit_parts import implicit_lens as implicit_lens
+    from reward_lens.methods.implicit_reward import implicit_reward as implicit_reward
+    from reward_lens.methods.implicit_reward import implicit_tokens as implicit_tokens
     from reward_lens.methods.knockout import attention_knockout as attention_knockout
     from reward_lens.methods.latent_clamping import clamp_latent as clamp_latent
     from reward_lens.methods.latent_contexts import latent_contexts as latent_contexts
@@ -121,6 +125,8 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.methods.weights import ov_pull as ov_pull
     from reward_lens.methods.weights import vocab_alignment as vocab_alignment
     from reward_lens.model.base import base_under_head as base_under_head
+    from reward_lens.model.language_model import LanguageModel as LanguageModel
+    from reward_lens.model.language_model import load_language_model as load_language_model
     from reward_lens.model.loading import load as load
     from reward_lens.model.reward_model import RewardModel as RewardModel
     from reward_lens.model.sites import Site as Site
@@ -206,6 +212,9 @@ _HOME = {
     "sae.transcoder": ("Transcoder", "train_transcoder"),
     "data.solutions": ("Solution", "step_pairs"),
     "model.step_readout": ("STEP_READOUTS", "StepReadout", "step_model"),
+    "model.language_model": ("LanguageModel", "load_language_model"),
+    "methods.implicit_reward": ("implicit_reward", "implicit_tokens"),
+    "methods.implicit_parts": ("implicit_contributions", "implicit_lens"),
     "methods.step_rewards": ("step_contributions", "step_lens", "step_rewards"),
     "methods.latent_contributions": ("latent_contributions",),
     "methods.crosscoder_latents": ("crosscoder_latents",),

@@ -295,7 +295,7 @@ class RewardModel:
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
             "attention": self.config._attn_implementation,
-            "versions": _versions(),
+            "versions": versions(),
         }
 
     def describe(self, method: str, inputs: Sequence | None = None, **meta: Any) -> dict[str, Any]:
@@ -368,7 +368,7 @@ def _rotary_threshold(config) -> int | None:
 
 
 @functools.cache
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     names = ("reward-lens", "torch", "transformers", "numpy")
     found = {"python": platform.python_version()}
     for name in names:

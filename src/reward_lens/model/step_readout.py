@@ -248,22 +248,21 @@ def _match_own_scores(module: Any, head: nn.Module, scorer: StepScorer, rows: li
     logits = getattr(output, "logits", None)
     if logits is None or logits.shape[-1] != len(linear_weight(head)):
         logits = seen[0]
-    own = logits[0][:, rows].double()
-    size = max(float(own.abs().max()), 1e-12)
+    own, size = logits[0][:, rows].double(), max(float(logits.abs().max()), 1e-12)
     own = own[:, 0] - own[:, 1] if len(rows) == 2 else own[:, 0]
     ours = scorer.score(scorer.trunk(input_ids=ids).last_hidden_state)[0, :, 0].double()
-    sixteen = next(scorer.parameters()).dtype in (torch.bfloat16, torch.float16)
-    allowed = 2e-2 if sixteen else 1e-4
-    gap = float((own - ours).abs().max()) / size
-    if gap > allowed:
-        factor = float((own * ours).sum() / (ours * ours).sum())
-        gap = float((own - factor * ours).abs().max()) / size
-        scorer.score.weight.mul_(factor)
-        scorer.score.bias.mul_(factor)
+    # A head whose output is the logits needs no factor. Where it is not, one number must explain all of them.
+    left_alone = logits.shape == seen[0].shape and torch.equal(logits.to(seen[0]), seen[0])
+    factor = 1.0 if left_alone else float((logits.double() * seen[0].double()).sum() / seen[0].double().square().sum())
+    scorer.score.weight.mul_(factor)
+    scorer.score.bias.mul_(factor)
+    capped = not left_alone and getattr(scorer.config.get_text_config(), "final_logit_softcapping", None) is not None
+    allowed = 2e-2 if next(scorer.parameters()).dtype in (torch.bfloat16, torch.float16) else 1e-4
+    gap = float("inf") if capped else float((own - factor * ours).abs().max()) / size
     if not gap <= allowed:
         raise StructureError(
             f"The scores of {type(module).__name__} are not its rows on its last states",
-            found=f"a distance of {gap:.1%} of its logits",
+            found="a cap on its logits" if capped else f"a distance of {gap:.1%} of its logits",
             expected="a linear readout behind the final norm (a cap on the logits is none)",
             do="switch a cap on the logits off if the model was scored without, or name the head in StepReadout(head=)",
         )

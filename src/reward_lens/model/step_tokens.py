@@ -12,7 +12,7 @@ last step's reward.
 import dataclasses
 import uuid
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from reward_lens.data.solutions import cut_steps, require_steps
 from reward_lens.errors import DataError
@@ -21,6 +21,7 @@ from reward_lens.model.tokens import Tokenizer, Tokens, check_text
 Layout = Literal["chat", "text", "turns"]
 
 
+@runtime_checkable
 class StepForm(Protocol):
     """What the tokenizer has to know of a `StepReadout`."""
 
