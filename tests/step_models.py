@@ -35,10 +35,14 @@ def _drawn(module: nn.Module, dtype: torch.dtype, seed: int) -> Any:
     return module.eval()
 
 
-def causal_model(family: str, tokenizer: Any = None, *, n_layers: int = 2, dtype=torch.float32, seed: int = 0) -> Any:
-    """A randomised causal language model of a family and its tokenizer."""
+def causal_model(
+    family: str, tokenizer: Any = None, *, n_layers: int = 2, dtype=torch.float32, seed: int = 0, **keys: Any
+):
+    """A randomised causal language model of a family, further config keys set, and its tokenizer."""
     tokenizer = step_tokenizer() if tokenizer is None else tokenizer
     config = tiny_config(family, tokenizer, num_labels=2, n_layers=n_layers, tie=False)
+    for key, value in keys.items():
+        setattr(config, key, value)
     with torch.random.fork_rng(devices=[]):
         module = AutoModelForCausalLM.from_config(config)
     return _drawn(module, dtype, seed), tokenizer
@@ -69,7 +73,9 @@ def published(name: str, dtype=torch.float32) -> tuple[Any, Any, rl.StepReadout]
         with torch.random.fork_rng(devices=[]):
             module = AutoModelForTokenClassification.from_config(config)
         return _drawn(module, dtype, 1), tokenizer, readout
-    module, _ = causal_model({"math-shepherd": "mistral", "rlhflow": "llama"}.get(name, "qwen2"), tokenizer, dtype=dtype)
+    module, _ = causal_model(
+        {"math-shepherd": "mistral", "rlhflow": "llama"}.get(name, "qwen2"), tokenizer, dtype=dtype
+    )
     if name == "skywork-o1":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)
@@ -92,7 +98,10 @@ def published_scores(name: str, prompt: str, steps: list[str]) -> list[float]:
     if name == "rlhflow":
         rows, said, out = [tok.encode("+")[-1], tok.encode("-")[-1]], [], []
         for k, step in enumerate(steps):
-            said += [{"role": "user", "content": step if k else f"{prompt} {step}"}, {"role": "assistant", "content": "+"}]
+            said += [
+                {"role": "user", "content": step if k else f"{prompt} {step}"},
+                {"role": "assistant", "content": "+"},
+            ]
             ids = tok.apply_chat_template(said, return_dict=False)
             plus = max(i for i, token in enumerate(ids) if token == rows[0])
             logits = module(torch.tensor([ids])).logits[0, plus - 1, rows]

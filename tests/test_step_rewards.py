@@ -1,13 +1,12 @@
 """Process reward models: scores as their authors compute them, boundaries, and what sums to a step's reward."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import reward_lens as rl
+from reward_lens.model.step_tokens import StepTokenizer
 from step_models import SOLUTIONS, STEP_TAG, causal_model, published, published_scores, step_tokenizer
 
 NAMES = ("math-shepherd", "rlhflow", "skywork-o1", "trl")
@@ -248,18 +247,14 @@ def test_no_boundary_and_no_text_are_refused():
 
 
 def test_a_marker_of_two_tokens_or_inside_a_token_is_refused():
-    module, _, _ = published("trl")
     tokenizer = step_tokenizer()
     assert len(tokenizer("##", add_special_tokens=False)["input_ids"]) == 2
     for marker, step in (("##", "a step"), ("h", "t")):  # "t" and "h" merge
         readout = rl.StepReadout(1, 0, marker, "text")
-        rm = model("trl")
-        form = dataclasses.replace(rm.tokenizer, form=readout) if dataclasses.is_dataclass(rm.tokenizer) else None
-        assert form is None
-        other = type(rm.tokenizer)(tokenizer, None, None, readout)
+        other = StepTokenizer(tokenizer, None, None, readout)
         with pytest.raises(rl.DataError, match="not a token of its own"):
             other.solution([{"role": "user", "content": "Prompt"}], [step, "more"])
-    two = type(rm.tokenizer)(tokenizer, None, None, rl.StepReadout(1, 0, "##", "text", by_step=True))
+    two = StepTokenizer(tokenizer, None, None, rl.StepReadout(1, 0, "##", "text", by_step=True))
     text = two.solution([{"role": "user", "content": "Prompt"}], ["a step", "more"])
     assert [text.tokens.pieces[p] for p in text.positions] == ["#", "#"]
 
@@ -269,9 +264,7 @@ def test_steps_with_the_marker_inside_are_refused():
     with pytest.raises(rl.DataError, match="holds the marker"):
         rl.step_rewards(rm, [("Question?", [f"One{STEP_TAG} and", "Two"])])
     with pytest.raises(rl.DataError, match="holds the separator"):
-        rl.step_pairs(
-            [rl.Solution("Q", [f"a{STEP_TAG}b"])], [rl.Solution("Q", ["c"])], 0, rm.module.steps.separator
-        )
+        rl.step_pairs([rl.Solution("Q", [f"a{STEP_TAG}b"])], [rl.Solution("Q", ["c"])], 0, rm.module.steps.separator)
     with pytest.raises(rl.DataError, match="no such step"):
         rl.step_pairs([rl.Solution("Q", ["a"])], [rl.Solution("Q", ["c"])], 1, STEP_TAG)
     with pytest.raises(rl.DataError, match="different prompts"):
@@ -303,16 +296,6 @@ def test_other_reward_models_do_not_reward_steps(tmp_path):
 
 
 def test_a_model_that_sees_later_steps_is_refused():
-    """A bidirectional token classifier."""
-    from transformers import BertConfig, BertForTokenClassification
-
-    tokenizer = step_tokenizer()
-    config = BertConfig(
-        vocab_size=320, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-        num_labels=2, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        module = BertForTokenClassification(config)
-    with pytest.raises((rl.StructureError, rl.LoadError)):
-        rl.step_model(module.eval(), tokenizer, rl.STEP_READOUTS["trl"])
+    module, tokenizer = causal_model("gemma3_text", use_bidirectional_attention=True)
+    with pytest.raises(rl.StructureError, match="rewards a step by what follows it"):
+        rl.step_model(module, tokenizer, rl.STEP_READOUTS["math-shepherd"])

@@ -132,7 +132,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.model.sites import Site as Site
     from reward_lens.model.step_readout import STEP_READOUTS as STEP_READOUTS
     from reward_lens.model.step_readout import StepReadout as StepReadout
-    from reward_lens.model.step_readout import step_model as step_model
+    from reward_lens.model.step_scorer import step_model as step_model
     from reward_lens.model.structure import Structure as Structure
     from reward_lens.model.tokens import Tokens as Tokens
     from reward_lens.report.explorer import write_explorer as write_explorer
@@ -211,7 +211,8 @@ _HOME = {
     "sae.training": ("train_sae",),
     "sae.transcoder": ("Transcoder", "train_transcoder"),
     "data.solutions": ("Solution", "step_pairs"),
-    "model.step_readout": ("STEP_READOUTS", "StepReadout", "step_model"),
+    "model.step_readout": ("STEP_READOUTS", "StepReadout"),
+    "model.step_scorer": ("step_model",),
     "model.language_model": ("LanguageModel", "load_language_model"),
     "methods.implicit_reward": ("implicit_reward", "implicit_tokens"),
     "methods.implicit_parts": ("implicit_contributions", "implicit_lens"),

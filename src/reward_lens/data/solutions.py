@@ -120,8 +120,12 @@ def step_pairs(chosen: Iterable[Solution], rejected: Iterable[Solution], step: i
         for solution in (a, b):
             n = len(solution.steps)
             if not -n <= step < n:
-                raise DataError("A solution has no such step", found=f"{n} steps, step {step} asked for",
-                                expected="a step that both solutions have", do="choose a smaller step, or -1")  # fmt: skip
+                raise DataError(
+                    "A solution has no such step",
+                    found=f"{n} steps, step {step} asked for",
+                    expected="a step that both solutions have",
+                    do="choose a smaller step, or -1",
+                )
             texts.append(joined_steps(solution.steps[: step % n + 1], separator))
         pairs.append(Pair(a.prompt, *texts, id=a.id, subset=a.subset))
     return Pairs(pairs, source="solutions")

@@ -44,19 +44,27 @@ from reward_lens.model.language_model import End, Given, LanguageModel
 from reward_lens.result import Check, Result
 
 Per = Literal["response", "token"]
+Joined = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""The values of both models as one."""
 MODELS = ("policy", "reference", "reward")
 CLOSING = ("rounding", "bias", "cap", "log normaliser")
 
 
 def implicit_lens(
-    policy: Given, reference: Given, pairs, beta: float = 0.1, end: End = "template", per: Per = "response", seed: int = 0
+    policy: Given,
+    reference: Given,
+    pairs,
+    beta: float = 0.1,
+    end: End = "template",
+    per: Per = "response",
+    seed: int = 0,
 ) -> Result:
     """The implicit reward read off both models at every depth.
 
     Returns value (pair, side, depth) in reward units, with per="token" (pair, side, depth, position) as in
-    `implicit_tokens`; depth 0 = what enters block 0, n_layers = the implicit reward (its log-probabilities are what the
-    checks "own log-probabilities" hold against the module's own logits). Mean and interval over prompts for whole responses. Parameters and
-    errors as for `implicit_reward`; `StructureError` where the models' numbers of layers differ.
+    `implicit_tokens`; depth 0 = what enters block 0, n_layers = the implicit reward, whose log-probabilities the checks
+    "own log-probabilities" hold against the modules' own logits. Mean and interval over prompts for whole responses.
+    Parameters and errors as for `implicit_reward`; `StructureError` where the models' numbers of layers differ.
     """
     _require_per(per)
     pairs, first, second = read_both(policy, reference, pairs, beta, end, _read_lens, lambda v: v[:, -1])
@@ -65,22 +73,28 @@ def implicit_lens(
     words: dict[str, Any] = {
         "title": "Lens of the implicit reward", "settings": {"per": per},
         "shows": "How far apart policy and reference are about the response at every depth; the last is the reward.",
-        "cannot_show": "That the models differ where the curve moves: both heads were trained on the last residual only.",
+        "cannot_show": "That the models differ where the curve moves: both heads were trained on the last residual.",
     }  # fmt: skip
     return _finished("implicit_lens", pairs, first, second, lambda a, b: beta * (a - b), ("depth",), coords, beta, end,
                      per, seed, [], words)  # fmt: skip
 
 
 def implicit_contributions(
-    policy: Given, reference: Given, pairs, beta: float = 0.1, end: End = "template", per: Per = "response", seed: int = 0
+    policy: Given,
+    reference: Given,
+    pairs,
+    beta: float = 0.1,
+    end: End = "template",
+    per: Per = "response",
+    seed: int = 0,
 ) -> Result:
     """The log-probabilities of the responses' tokens split over each model's components and its normaliser.
 
     Returns value (pair, side, model, component) in reward units, with per="token" (pair, side, model, component,
     position); model "policy" and "reference" hold beta times the log-probability's rows, "reward" their difference.
     Rows: embed, L0.attn, L0.mlp, ... (beta times what each adds to the realised token's logit, exact at the frozen
-    norm), "rounding" (16 bits only), "bias", "cap" (what a cap on the logits takes; 0 without one), "log normaliser". They
-    sum to beta times the log-probability, and in "reward" to the implicit reward: check "completeness". Mean and
+    norm), "rounding" (16 bits only), "bias", "cap" (what a cap on the logits takes; 0 without one), "log normaliser".
+    They sum to beta times the log-probability, and in "reward" to the implicit reward: check "completeness". Mean and
     interval over prompts for whole responses. Parameters and errors as for `implicit_reward`; `StructureError` where
     the models have other components.
     """
@@ -106,9 +120,10 @@ def implicit_contributions(
     }
     words: dict[str, Any] = {
         "title": "Contributions to the implicit reward", "settings": {"per": per}, "frozen": "the final norm's scale",
-        "shows": "What each component adds to the logits of the response's tokens; with the normaliser's row they sum to "
-        "the log-probability.",
-        "cannot_show": "What a component does to the probability: the normaliser answers to all of them and is not split.",
+        "shows": "What each component adds to the logits of the response's tokens; with the normaliser's row they sum "
+        "to the log-probability.",
+        "cannot_show": "What a component does to the probability: the normaliser answers to all of them and is not "
+        "split.",
     }  # fmt: skip
     return _finished(
         "implicit_contributions", pairs, first, second, lambda a, b: beta * np.stack([a, b, a - b], 2),
@@ -166,7 +181,7 @@ def _completeness(reading: Reading) -> tuple[float, float]:
 
 
 def _finished(
-    name: str, pairs: data.Pairs, first: Reading, second: Reading, joined: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    name: str, pairs: data.Pairs, first: Reading, second: Reading, joined: Joined,
     dims: tuple[str, ...], coords: dict[str, Any], beta: float, end: End, per: Per, seed: int, checks: list[Check],
     words: dict[str, Any],
 ) -> Result:  # fmt: skip

@@ -84,8 +84,8 @@ def implicit_tokens(
 
     Returns value (pair, side, position) in reward units; positions count from the first token of the response and are
     padded (coordinates `n_positions`, `token`, `piece`, `role`); a margin exists only where both responses have had the
-    same tokens so far. The tokens sum to the reward (check "tokens sum to the reward"). Parameters, checks and errors as
-    for `implicit_reward`.
+    same tokens so far. The tokens sum to the reward (check "tokens sum to the reward"). Parameters, checks and errors
+    as for `implicit_reward`.
     """
     pairs, first, second = read_both(policy, reference, pairs, beta, end, _read, lambda v: v)
     ratio = beta * (by_token(first) - by_token(second))

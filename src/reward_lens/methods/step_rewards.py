@@ -29,7 +29,7 @@ from reward_lens.methods.contributions import SPLITS
 from reward_lens.methods.prompt_ratios import plain
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
-from reward_lens.model.step_readout import steps_of
+from reward_lens.model.step_scorer import steps_of
 from reward_lens.model.step_tokens import SolutionTokens, first_tokens
 from reward_lens.result import Check, Result
 
@@ -126,8 +126,8 @@ def step_contributions(rm: RewardModel, solutions, by: By = "component", seed: i
     ----------
     by: "component" (embed, L0.attn, L0.mlp, ...), "head" or "neuron", as in `contributions`.
 
-    Returns value (solution, step, component) in log-odds, padded with NaN past `n_steps`; with the row "bias" (and in 16
-    bits "rounding") they sum to the step's reward: check "completeness" (E2), and "finer split" (E3) for heads and
+    Returns value (solution, step, component) in log-odds, padded with NaN past `n_steps`; with the row "bias" (and in
+    16 bits "rounding") they sum to the step's reward: check "completeness" (E2), and "finer split" (E3) for heads and
     neurons. Mean and interval over prompts at each step. Coordinates as `step_rewards`, and `layer` and `kind`.
     A write at a step's position is made of all earlier tokens; what an earlier step put there is not told apart.
     Raises as `step_rewards`, and `StructureError` if a write cannot be split.

@@ -8,6 +8,7 @@ the model's precision; norm, unembedding and the softmax in float32.
 """
 
 import functools
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -48,7 +49,8 @@ class PolicyTokenizer(Tokenizer):
         """The response to a prompt as the chat template renders it. `end`: what of the template's text behind the
         response counts: all of it ("template"), its first token ("first") or nothing ("none")."""
         check_text(response, "response")
-        before, after = self._frame(messages)
+        place = f"response{uuid.uuid4().hex}"
+        before, _, after = self.render([*messages, {"role": "assistant", "content": place}]).partition(place)
         rendered = self.render([*messages, {"role": "assistant", "content": response}])
         prompt = self.hf.apply_chat_template(
             messages, tokenize=False, **self._settings() | {"add_generation_prompt": True}
@@ -199,8 +201,12 @@ class LanguageModel:
         seen: list[Tensor] = []
         head = self.module.get_output_embeddings()
         if head is None:
-            raise StructureError(f"{type(self.module).__name__} has no output embedding", found="no unembedding",
-                                 expected="a causal language model", do="load it with AutoModelForCausalLM")  # fmt: skip
+            raise StructureError(
+                f"{type(self.module).__name__} has no output embedding",
+                found="no unembedding",
+                expected="a causal language model",
+                do="load it with AutoModelForCausalLM",
+            )
         ids = self._probe_ids()
         with hooks.attached([hooks.read_output(head, lambda x: seen.append(x.detach().clone()))]):
             logits = self.module(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
@@ -244,9 +250,8 @@ def load_language_model(
     settings = {"dtype": dtype or "auto", "device_map": device_map, "attn_implementation": attn_implementation}
     settings = {k: v for k, v in settings.items() if v is not None}
     try:
-        module, info = AutoModelForCausalLM.from_pretrained(
-            str(path), output_loading_info=True, **options, **settings
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(path), output_loading_info=True, **options, **settings)
+        module, info = loaded
         tokenizer = AutoTokenizer.from_pretrained(str(path), **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise LoadError(

@@ -4,34 +4,20 @@
     text    prompt and steps with their markers are one raw text; the BOS token, where there is one, stands first once
     turns   every step is a user's turn, answered by the marker; what is read is the position before each marker
 
-The text ends where the last step is read. A causal network is not changed by what follows, so the reward of a solution's
-first t steps is read at the same place of the whole solution; and every method that reads a text's last token reads its
-last step's reward.
+The text ends where the last step is read. A causal network is not changed by what follows, so the reward of a
+solution's first t steps is read at the same place of the whole solution; and every method that reads a text's last
+token reads its last step's reward.
 """
 
 import dataclasses
 import uuid
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 from reward_lens.data.solutions import cut_steps, require_steps
 from reward_lens.errors import DataError
+from reward_lens.model.step_readout import StepReadout
 from reward_lens.model.tokens import Tokenizer, Tokens, check_text
-
-Layout = Literal["chat", "text", "turns"]
-
-
-@runtime_checkable
-class StepForm(Protocol):
-    """What the tokenizer has to know of a `StepReadout`."""
-
-    marker: str
-    layout: Layout
-    separator: str
-    after_prompt: str
-    between: str
-    by_step: bool
-    system: str | None
 
 
 class SolutionTokens(NamedTuple):
@@ -55,7 +41,7 @@ class _Written(NamedTuple):
 class StepTokenizer(Tokenizer):
     """A tokenizer whose conversations are solutions in steps; a response is its steps joined by the separator."""
 
-    def __init__(self, tokenizer: Any, pooled_skips: int | None, max_length: int | None, form: StepForm):
+    def __init__(self, tokenizer: Any, pooled_skips: int | None, max_length: int | None, form: StepReadout):
         super().__init__(tokenizer, pooled_skips, max_length)
         self.form = form
 
@@ -76,7 +62,9 @@ class StepTokenizer(Tokenizer):
         """The text of a solution up to where its last step is read; of messages without a solution, the template's."""
         if messages[-1]["role"] != "assistant":
             return super().render(messages)
-        return "".join(self._written(messages[:-1], list(cut_steps(messages[-1]["content"], self.form.separator))).parts)
+        return "".join(
+            self._written(messages[:-1], list(cut_steps(messages[-1]["content"], self.form.separator))).parts
+        )
 
     def official_ids(self, messages: list[dict]) -> list[int]:
         """What the tokenizer's own calls give for a solution, up to where its last step is read."""
@@ -100,12 +88,14 @@ class StepTokenizer(Tokenizer):
                 raise DataError("A step holds the marker that ends steps", found=repr(step[:80]),
                                 expected=f"steps without {form.marker!r}, which the model would be read at as well",
                                 do="cut the step there, or remove the marker")  # fmt: skip
+        for message in messages:
+            check_text(message["content"], f"{message['role']} message")
         if form.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": form.system}, *messages]
         if form.layout == "turns":
             return self._turns(messages, steps)
         if form.layout == "chat":
-            before, _ = self._frame(messages)
+            before = self._before_answer(messages)
         else:
             before = self._raw_prompt(messages)
         before += form.after_prompt
@@ -122,12 +112,10 @@ class StepTokenizer(Tokenizer):
                 raise _changed_by_template()
         return _Written(tuple(parts), tuple(reads), len(before), at - len(form.marker))
 
-    def _frame(self, messages: list[dict]) -> tuple[str, str]:
-        for message in messages:
-            check_text(message["content"], f"{message['role']} message")
-        marker = f"response{uuid.uuid4().hex}"
-        before, _, after = super().render([*messages, {"role": "assistant", "content": marker}]).partition(marker)
-        return before, after
+    def _before_answer(self, messages: list[dict]) -> str:
+        """What the chat template writes before an assistant's answer to these messages."""
+        place = f"answer{uuid.uuid4().hex}"
+        return super().render([*messages, {"role": "assistant", "content": place}]).partition(place)[0]
 
     def _raw_prompt(self, messages: list[dict]) -> str:
         if len(messages) > 1:
@@ -140,23 +128,17 @@ class StepTokenizer(Tokenizer):
         return messages[0]["content"]
 
     def _turns(self, messages: list[dict], steps: list[str]) -> _Written:
-        form, place = self.form, f"answer{uuid.uuid4().hex}"
-        turns = [*messages[:-1]]
-        reads, begins = [], 0
+        form, turns, reads, begins, before = self.form, [*messages[:-1]], [], 0, ""
         texts = [messages[-1]["content"] + form.after_prompt + steps[0], *steps[1:]]
         for i, text in enumerate(texts):
             turns.append({"role": "user", "content": text})
-            before = super().render([*turns, {"role": "assistant", "content": place}]).partition(place)[0]
-            if i == 0:
-                found = before.rfind(steps[0])
-                if found < 0:
-                    raise _changed_by_template()
-                begins = found
+            before = self._before_answer(turns)
+            begins = before.rfind(steps[0]) if i == 0 else begins
             reads.append(len(before))
             turns.append({"role": "assistant", "content": form.marker})
         whole = super().render(turns)
         stop = whole.rfind(steps[-1], 0, reads[-1])
-        if stop < 0 or not whole.startswith(before + form.marker):
+        if min(begins, stop) < 0 or not whole.startswith(before + form.marker):
             raise _changed_by_template()
         return _Written((before,), tuple(reads), begins, stop + len(steps[-1]))
 
@@ -173,14 +155,13 @@ class StepTokenizer(Tokenizer):
         for i, (a, b) in enumerate(spans):
             if b > a:
                 ends[b] = i  # the last of the byte tokens of one character
-        positions = [ends.get(read + shift) for read in written.reads]
-        for read, position in zip(written.reads, positions, strict=True):
-            begins = read + shift - (len(self.form.marker) if self.form.layout != "turns" else 0)
-            if position is None or not (
-                self.form.layout == "turns"
-                or (spans[position][0] >= begins and spans[position - 1][1] <= begins)
-            ):
+        turns, positions = self.form.layout == "turns", []
+        for read in written.reads:
+            position, begins = ends.get(read + shift), read + shift - len(self.form.marker)
+            # One token that is the marker, or in turns any token that ends where the answer begins.
+            if position is None or not (turns or (spans[position][0] >= begins >= spans[position - 1][1])):
                 raise self._no_boundary(text[max(0, read + shift - 20) : read + shift])
+            positions.append(position)
         tokens = self._encode(text, written.start + shift, written.stop + shift, None, special)
         return SolutionTokens(first_tokens(tokens, positions[-1] + 1), tuple(positions))
 
@@ -188,8 +169,9 @@ class StepTokenizer(Tokenizer):
         """Every part tokenised by itself, as trainers do that join ids; a marker may have several tokens, of which the
         last is read."""
         bos = () if self.form.layout != "text" or self.hf.bos_token_id is None else (self.hf.bos_token_id,)
-        ids, pieces, starts = list(bos), [self.hf.bos_token] * len(bos), [0] * len(bos)
-        edges, done = [], 0
+        ids: list[int] = [*bos]
+        pieces: list[str] = [self.hf.bos_token] * len(bos)
+        starts, edges, done = [0] * len(bos), [], 0
         for part in written.parts:
             if part:
                 encoded = self._encode(part, 0, len(part), None)
@@ -223,6 +205,7 @@ class StepTokenizer(Tokenizer):
 
 def first_tokens(tokens: Tokens, n: int) -> Tokens:
     """A text's first `n` tokens, the last of them being read."""
+
     def cut(span: range) -> range:
         return range(min(span.start, n), min(span.stop, n))
 
