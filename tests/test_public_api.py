@@ -98,6 +98,7 @@ PUBLIC = [
     "load_language_model",
     "load_pairs",
     "load_result",
+    "load_step_model",
     "load_style_items",
     "margin_debug",
     "margin_features",

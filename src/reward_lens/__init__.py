@@ -130,6 +130,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.model.loading import load as load
     from reward_lens.model.reward_model import RewardModel as RewardModel
     from reward_lens.model.sites import Site as Site
+    from reward_lens.model.step_loading import load_step_model as load_step_model
     from reward_lens.model.step_readout import STEP_READOUTS as STEP_READOUTS
     from reward_lens.model.step_readout import StepReadout as StepReadout
     from reward_lens.model.step_scorer import step_model as step_model
@@ -212,6 +213,7 @@ _HOME = {
     "sae.transcoder": ("Transcoder", "train_transcoder"),
     "data.solutions": ("Solution", "step_pairs"),
     "model.step_readout": ("STEP_READOUTS", "StepReadout"),
+    "model.step_loading": ("load_step_model",),
     "model.step_scorer": ("step_model",),
     "model.language_model": ("LanguageModel", "load_language_model"),
     "methods.implicit_reward": ("implicit_reward", "implicit_tokens"),
