@@ -7,6 +7,8 @@ import torch
 from tokenizers import AddedToken
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedTokenizerFast
+from transformers.modeling_outputs import TokenClassifierOutput
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Model, Qwen2PreTrainedModel
 
 import reward_lens as rl
 from families import randomise, tiny_config, tiny_tokenizer
@@ -63,6 +65,21 @@ class ValueHeadModel(nn.Module):
         return output.logits.float(), None, self.v_head.summary(states).squeeze(-1)
 
 
+class ProcessRewardModel(Qwen2PreTrainedModel):
+    """Qwen2.5-Math-PRM's tree: `model`, and `score` = Linear, ReLU, Linear with two labels, at every position."""
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.model = Qwen2Model(config)
+        width = config.hidden_size
+        self.score = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None):
+        states = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return TokenClassifierOutput(logits=self.score(states))
+
+
 @functools.cache
 def published(name: str, dtype=torch.float32) -> tuple[Any, Any, rl.StepReadout]:
     """(module, tokenizer, readout) of a published form."""
@@ -73,6 +90,8 @@ def published(name: str, dtype=torch.float32) -> tuple[Any, Any, rl.StepReadout]
         with torch.random.fork_rng(devices=[]):
             module = AutoModelForTokenClassification.from_config(config)
         return _drawn(module, dtype, 1), tokenizer, readout
+    if name == "qwen2.5-math-prm":
+        return _drawn(ProcessRewardModel(published("trl")[0].config), dtype, 5), tokenizer, readout
     module, _ = causal_model(
         {"math-shepherd": "mistral", "rlhflow": "llama"}.get(name, "qwen2"), tokenizer, dtype=dtype
     )
@@ -107,6 +126,13 @@ def published_scores(name: str, prompt: str, steps: list[str]) -> list[float]:
             logits = module(torch.tensor([ids])).logits[0, plus - 1, rows]
             out.append(float(logits.softmax(-1)[0]))
         return out
+    if name == "qwen2.5-math-prm":
+        said = "<extra_0>".join(steps) + "<extra_0>"
+        messages = [{"role": "system", "content": readout.system}, {"role": "user", "content": prompt}]
+        ids = tok.apply_chat_template([*messages, {"role": "assistant", "content": said}], return_dict=False)
+        ids = torch.tensor([ids])
+        chance = module(ids).logits.softmax(-1)[..., 1]
+        return chance[ids == tok.encode("<extra_0>", add_special_tokens=False)[0]].tolist()
     ids, reads = [tok.bos_token_id, *tok.encode(prompt + readout.after_prompt, add_special_tokens=False)], []
     for step in steps:
         ids += tok.encode(step, add_special_tokens=False) + tok.encode("\n", add_special_tokens=False)

@@ -26,7 +26,7 @@ def saved(name: str, folder):
     return readout
 
 
-@pytest.mark.parametrize("name", ["math-shepherd", "rlhflow", "skywork-o1", "trl"])
+@pytest.mark.parametrize("name", ["math-shepherd", "rlhflow", "skywork-o1", "trl", "qwen2.5-math-prm"])
 def test_a_folder_gives_the_authors_scores(name, tmp_path):
     rm = rl.load_step_model(tmp_path, saved(name, tmp_path))
     value = rl.step_rewards(rm, FEW).value
@@ -58,7 +58,7 @@ def test_a_sharded_checkpoint_and_one_of_torch(tmp_path):
 
 def test_a_missing_head_is_refused(tmp_path):
     saved("rlhflow", tmp_path)
-    for name in ("skywork-o1", "trl"):
+    for name in ("skywork-o1", "trl", "qwen2.5-math-prm"):
         with pytest.raises(rl.LoadError, match=r"the checkpoint lacks (v_head\.summary\.weight|score)"):
             rl.load_step_model(tmp_path, rl.STEP_READOUTS[name])
     with pytest.raises(rl.LoadError, match="could not be loaded"):

@@ -9,7 +9,7 @@ import reward_lens as rl
 from reward_lens.model.step_tokens import StepTokenizer
 from step_models import SOLUTIONS, STEP_TAG, causal_model, published, published_scores, step_tokenizer
 
-NAMES = ("math-shepherd", "rlhflow", "skywork-o1", "trl")
+NAMES = ("math-shepherd", "rlhflow", "skywork-o1", "trl", "qwen2.5-math-prm")
 FEW = [rl.Solution(prompt, steps, id=f"s{i}") for i, (prompt, steps) in enumerate(SOLUTIONS)]
 _MODELS: dict = {}
 
@@ -178,30 +178,35 @@ def test_a_cap_on_the_logits_is_refused():
         rl.step_model(module, tokenizer, rl.STEP_READOUTS["math-shepherd"])
 
 
-def test_hidden_units_in_the_head_are_refused():
-    """Qwen2.5-Math-PRM: two labels behind Linear, ReLU, Linear."""
+def test_hidden_units_make_a_local_readout_whose_slope_is_the_gradient():
+    """Qwen2.5-Math-PRM: u is the gradient with the norm's scale held; contributions say that it is local."""
+    rm = model("qwen2.5-math-prm")
+    assert rm.readout.kind == "mlp"
+    h = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)) * 3
+    scale = rm.readout.norm.scale(h)
+    at = h.clone().requires_grad_(True)
+    n = rm.readout.norm.frozen(at, scale)
+    (torch.relu(n @ rm.readout.hidden.T + rm.readout.hidden_bias) @ rm.readout.out).sum().backward()
+    direction = rm.readout.direction(h)
+    torch.testing.assert_close(direction.u, at.grad, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        (direction.u * h).sum(1) + direction.constant, rm.readout.reward(h), atol=1e-4, rtol=1e-4
+    )
+    assert rl.step_contributions(rm, FEW).meta["exactness"] == "local"
+    assert rl.step_contributions(model("trl"), FEW).meta["exactness"] == "exact"
+    with pytest.raises(rl.CheckFailed):  # nothing that needs one weight row gets a number
+        rl.reward_lens(rm, [rl.Pair("a", "b", "c")])
+    with pytest.raises(rl.DataError, match="no head row to edit"):
+        rl.edit_head(rm, [torch.ones(32)])
+
+
+def test_other_hidden_heads_are_refused():
     module, tokenizer, _ = published("trl")
-    head = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2))
+    head = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2))
     shaped = nn.Module()
     shaped.model, shaped.score, shaped.config = module.base_model, head, module.config
-    with pytest.raises(rl.StructureError, match="Sequential.*hidden units"):
+    with pytest.raises(rl.StructureError, match="Sequential"):
         rl.step_model(shaped, tokenizer, rl.STEP_READOUTS["qwen2.5-math-prm"])
-
-
-def test_qwen_form_reads_its_marker_in_the_chat_template():
-    module, tokenizer, _ = published("trl")
-    rm = rl.step_model(module, tokenizer, rl.STEP_READOUTS["qwen2.5-math-prm"])
-    system = rm.module.steps.system
-    said = "".join(step + "<extra_0>" for step in FEW[0].steps)
-    messages = [{"role": "system", "content": system}, *FEW[0].messages, {"role": "assistant", "content": said}]
-    ids = tokenizer.apply_chat_template(messages, return_dict=False)
-    marker = tokenizer.convert_tokens_to_ids("<extra_0>")
-    where = [i for i, token in enumerate(ids) if token == marker]
-    text = rm.tokenizer.solution(FEW[0].messages, FEW[0].steps)
-    assert list(text.positions) == where and list(text.tokens.ids) == ids[: where[-1] + 1]
-    with torch.no_grad():
-        own = module(torch.tensor([ids])).logits[0, where].softmax(-1)[:, 1]
-    np.testing.assert_allclose(rl.step_rewards(rm, FEW[:1]).value.probability[0], own, atol=1e-5)
 
 
 def test_intervals_are_over_prompts():

@@ -22,9 +22,9 @@ from reward_lens.model.structure import Structure
 
 
 class HeadBeside(nn.Module):
-    """A trunk with a linear head at a path of its own, read at every position."""
+    """A trunk with a head at a path of its own, read at every position."""
 
-    def __init__(self, trunk: Any, path: str, weight: Tensor, bias: Tensor | None):
+    def __init__(self, trunk: Any, path: str, head: nn.Module):
         super().__init__()
         self.trunk, self.config, self.path = trunk, trunk.config, path
         *owners, name = path.split(".")
@@ -32,16 +32,12 @@ class HeadBeside(nn.Module):
         for owner in owners:
             place.add_module(owner, nn.Module())
             place = place.get_submodule(owner)
-        head = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=weight.dtype)
-        head.weight.data = weight
-        if bias is not None:
-            head.bias.data = bias
         place.add_module(name, head)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> TokenClassifierOutput:
         head: Any = self.get_submodule(self.path)
         states = self.trunk(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return TokenClassifierOutput(logits=head(states.to(head.weight)))
+        return TokenClassifierOutput(logits=head(states.to(next(head.parameters()))))
 
 
 def load_step_model(
@@ -90,13 +86,24 @@ def _load(path: str, steps: StepReadout, revision: str | None, settings: dict) -
     missing = sorted(info["missing_keys"])
     if not steps.head:
         return module, missing
-    saved = _tensors(path, revision, (f"{steps.head}.weight", f"{steps.head}.bias"))
-    weight = saved.get(f"{steps.head}.weight")
-    if weight is None:
-        return module, [*missing, f"{steps.head}.weight"]
-    device = next(module.parameters()).device
-    bias = saved.get(f"{steps.head}.bias")
-    return HeadBeside(module, steps.head, weight.to(device), None if bias is None else bias.to(device)), missing
+    parts = {part: f"{steps.head}{part}" for part in ("", ".0", ".2")}
+    saved = _tensors(path, revision, tuple(f"{p}.{kind}" for p in parts.values() for kind in ("weight", "bias")))
+    like = next(module.parameters()).device
+    linear = {part: _linear(saved, name, like) for part, name in parts.items() if f"{name}.weight" in saved}
+    if set(linear) == {""}:
+        return HeadBeside(module, steps.head, linear[""]), missing
+    if set(linear) == {".0", ".2"}:
+        return HeadBeside(module, steps.head, nn.Sequential(linear[".0"], nn.ReLU(), linear[".2"])), missing
+    return module, [*missing, f"{steps.head}.weight"]
+
+
+def _linear(saved: dict[str, Tensor], name: str, device: torch.device) -> nn.Linear:
+    weight, bias = saved[f"{name}.weight"].to(device), saved.get(f"{name}.bias")
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device=device, dtype=weight.dtype)
+    linear.weight.data = weight
+    if bias is not None:
+        linear.bias.data = bias.to(device)
+    return linear
 
 
 def _tensors(path: str, revision: str | None, names: tuple[str, ...]) -> dict[str, Tensor]:

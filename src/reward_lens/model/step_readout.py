@@ -22,7 +22,7 @@ class StepReadout:
     after_prompt: stands between prompt and first step. between: stands between a marker and the next step.
     by_step: prompt, steps and markers are tokenised one by one, as trainers do that join ids (TRL, Skywork).
     system: a system message, put before prompts that have none.
-    head: path of the head's linear map in the module; "" looks for the usual names.
+    head: path of the head in the module; "" looks for the usual names.
     """
 
     positive: int | str
@@ -55,7 +55,11 @@ class StepReadout:
 # As their authors score with them (model cards and scoring code).
 STEP_READOUTS: Mapping[str, StepReadout] = {
     "qwen2.5-math-prm": StepReadout(
-        1, 0, "<extra_0>", system="Please reason step by step, and put your final answer within \\boxed{}."
+        1,
+        0,
+        "<extra_0>",
+        system="Please reason step by step, and put your final answer within \\boxed{}.",
+        head="score",
     ),
     "math-shepherd": StepReadout("+", "-", " \u043a\u0438", "text", after_prompt=" ", between="\n"),
     "rlhflow": StepReadout("+", "-", "+", "turns", separator="\n\n", after_prompt=" "),

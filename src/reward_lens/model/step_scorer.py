@@ -3,8 +3,8 @@
     reward_t = w . N(h_t) + b        w, b: a row of the head, or the difference of two (two labels, two tokens)
 
 The difference of two rows' scores is the log-odds that softmax over the two gives; sigmoid of it is the probability
-that model cards print. A value head's single row is put through the same sigmoid. Two labels behind an MLP
-(Qwen2.5-Math-PRM) are no linear readout: `step_model` refuses them.
+that model cards print. A value head's single row is put through the same sigmoid. Labels behind a hidden layer of ReLUs
+(Qwen2.5-Math-PRM) are read by `HiddenReadout`, whose directions are local.
 
 `step_model` shows the network as a classifier of one score, its tokenizer being a `StepTokenizer`: every method that
 takes a `RewardModel` and pairs then reads the reward of a response's last step. Rewards at all steps are in
@@ -23,6 +23,7 @@ from reward_lens.engine import hooks
 from reward_lens.errors import LoadError, StructureError
 from reward_lens.model.checks import PROBES
 from reward_lens.model.reward_model import RewardModel
+from reward_lens.model.step_hidden import hidden_readout, is_hidden
 from reward_lens.model.step_readout import StepReadout
 from reward_lens.model.step_tokens import StepTokenizer, first_tokens
 from reward_lens.model.structure import Structure, is_linear, linear_bias, linear_weight
@@ -41,11 +42,9 @@ class StepScorer(nn.Module):
     """A network whose one score is the readout at a text's last token; trunk and weights are those of the module it was
     made from."""
 
-    def __init__(self, trunk: Any, weight: Tensor, bias: Tensor, steps: StepReadout):
+    def __init__(self, trunk: Any, score: nn.Module, steps: StepReadout):
         super().__init__()
-        self.trunk = trunk
-        self.score = _FullPrecisionLinear(weight.shape[0], 1, device=weight.device, dtype=weight.dtype)
-        self.score.weight.data, self.score.bias.data = weight[None].clone(), bias[None].clone()
+        self.trunk, self.score = trunk, score
         self.config, self.steps = trunk.config, steps
 
     @property
@@ -100,12 +99,14 @@ def step_model(
     """
     head, texts = _head(module, steps), isinstance(steps.positive, str)
     rows = [_row(tokenizer, row, texts) for row in (steps.positive, steps.negative) if row is not None]
-    weight, bias = _difference(head, rows)
-    scorer = StepScorer(_backbone(module), weight, bias, steps).eval()
+    scorer = StepScorer(_backbone(module), _score(head, rows), steps).eval()
     _match_own_scores(module, head, scorer, rows)
+    readout = None
+    if is_hidden(head):
+        structure, readout = hidden_readout(scorer, scorer.score, structure)
     rm = RewardModel(
-        scorer, tokenizer, structure=structure, name=name or getattr(module, "name_or_path", "") or None,
-        revision=revision, loading=loading,
+        scorer, tokenizer, structure=structure, readout=readout, revision=revision, loading=loading,
+        name=name or getattr(module, "name_or_path", "") or None,
     )  # fmt: skip
     _require_causal(rm)
     return rm
@@ -141,14 +142,14 @@ def _head(module: Any, steps: StepReadout) -> nn.Module:
     head = next((named[path] for path in paths if path in named), None)
     if head is None and not steps.head and isinstance(steps.positive, str):
         head = module.get_output_embeddings()
-    if head is None or not is_linear(head):
+    if head is None or not (is_linear(head) or is_hidden(head)):
         raise StructureError(
             f"The head of {type(module).__name__} is not one that steps can be read from exactly",
             found=f"a {type(head).__name__}"
             if head is not None
             else f"no module at {', '.join(paths) or 'the output'}",
-            expected="a linear map with a row for each label or token",
-            do="name its path in StepReadout(head=...); a head with hidden units is no linear readout",
+            expected="a linear map with a row for each label or token, or Linear, ReLU, Linear",
+            do="name its path in StepReadout(head=...)",
         )
     return head
 
@@ -168,17 +169,31 @@ def _row(tokenizer: Any, row: int | str, text: bool) -> int:
     return ids[0]
 
 
-def _difference(head: nn.Module, rows: list[int]) -> tuple[Tensor, Tensor]:
-    weight, bias = linear_weight(head), linear_bias(head)
+def _score(head: nn.Module, rows: list[int]) -> nn.Module:
+    """The head with one row: the one that is read, or the difference of the two."""
+    parts: Any = head
+    last = parts[2] if is_hidden(head) else head
+    weight, bias = linear_weight(last), linear_bias(last)
     if not all(0 <= row < len(weight) for row in rows):
         raise LoadError("The head has no such row", found=f"{len(weight)} rows, {rows} asked for",
                         expected="rows from 0", do="correct positive= and negative=")  # fmt: skip
     dtype = torch.promote_types(weight.dtype, torch.float32)
     picked = weight[rows].detach().to(dtype)
     offsets = picked.new_zeros(len(rows)) if bias is None else bias[rows].detach().to(dtype)
-    if len(rows) == 1:
-        return picked[0], offsets[0]
-    return picked[0] - picked[1], offsets[0] - offsets[1]
+    signs = picked.new_tensor([1.0, -1.0][: len(rows)])
+    row = _full_precision((signs @ picked)[None], (signs @ offsets)[None])
+    if not is_hidden(head):
+        return row
+    first = linear_bias(parts[0])
+    hidden = parts[0].weight.detach().to(dtype)
+    offset = hidden.new_zeros(len(hidden)) if first is None else first.detach().to(dtype)
+    return nn.Sequential(_full_precision(hidden, offset), nn.ReLU(), row)
+
+
+def _full_precision(weight: Tensor, bias: Tensor) -> _FullPrecisionLinear:
+    linear = _FullPrecisionLinear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
+    linear.weight.data, linear.bias.data = weight.clone(), bias.clone()
+    return linear
 
 
 def _match_own_scores(module: Any, head: nn.Module, scorer: StepScorer, rows: list[int]) -> None:
@@ -193,7 +208,7 @@ def _match_own_scores(module: Any, head: nn.Module, scorer: StepScorer, rows: li
     with hooks.attached([hooks.read_output(head, lambda x: seen.append(x.detach()))]):
         output = module(input_ids=ids, attention_mask=torch.ones_like(ids))
     logits = getattr(output, "logits", None)
-    if logits is None or logits.shape[-1] != len(linear_weight(head)):
+    if logits is None or logits.shape != seen[0].shape:
         logits = seen[0]
     own, size = logits[0][:, rows].double(), max(float(logits.abs().max()), 1e-12)
     own = own[:, 0] - own[:, 1] if len(rows) == 2 else own[:, 0]
@@ -201,8 +216,9 @@ def _match_own_scores(module: Any, head: nn.Module, scorer: StepScorer, rows: li
     # A head whose output is the logits needs no factor. Where it is not, one number must explain all of them.
     left_alone = logits.shape == seen[0].shape and torch.equal(logits.to(seen[0]), seen[0])
     factor = 1.0 if left_alone else float((logits.double() * seen[0].double()).sum() / seen[0].double().square().sum())
-    scorer.score.weight.mul_(factor)
-    scorer.score.bias.mul_(factor)
+    score: Any = scorer.score
+    for tensor in (score[2] if is_hidden(score) else score).parameters():
+        tensor.mul_(factor)
     capped = not left_alone and getattr(scorer.config.get_text_config(), "final_logit_softcapping", None) is not None
     allowed = 2e-2 if next(scorer.parameters()).dtype in (torch.bfloat16, torch.float16) else 1e-4
     gap = float("inf") if capped else float((own - factor * ours).abs().max()) / size
