@@ -36,6 +36,8 @@ class _Written(NamedTuple):
     reads: tuple[int, ...]
     start: int
     stop: int
+    said: tuple[dict, ...]
+    """The conversation that the chat template is given; none for raw text."""
 
 
 class StepTokenizer(Tokenizer):
@@ -68,11 +70,14 @@ class StepTokenizer(Tokenizer):
 
     def official_ids(self, messages: list[dict]) -> list[int]:
         """What the tokenizer's own calls give for a solution, up to where its last step is read."""
-        written = self._written(messages[:-1], list(cut_steps(messages[-1]["content"], self.form.separator)))
-        bos = [] if self.form.layout != "text" or self.hf.bos_token_id is None else [self.hf.bos_token_id]
+        steps = list(cut_steps(messages[-1]["content"], self.form.separator))
+        written = self._written(messages[:-1], steps)
+        if written.said:
+            return super().official_ids(list(written.said))[: len(self.solution(messages[:-1], steps).tokens)]
+        bos = [] if self.hf.bos_token_id is None else [self.hf.bos_token_id]
         parts = written.parts if self.form.by_step else ("".join(written.parts),)
         ids = [i for part in parts for i in self.hf(part, add_special_tokens=False)["input_ids"]]
-        if self._adds_bos() and not self.form.by_step and self.form.layout == "text":
+        if self._adds_bos() and not self.form.by_step:
             return list(self.hf("".join(written.parts))["input_ids"])[: len(ids) + 1]
         return [*bos, *ids]
 
@@ -99,7 +104,7 @@ class StepTokenizer(Tokenizer):
         else:
             before = self._raw_prompt(messages)
         before += form.after_prompt
-        parts, reads, at = [before], [], len(before)
+        parts, reads, at, said = [before], [], len(before), ()
         for i, step in enumerate(steps):
             step = (form.between if i else "") + step
             parts += [step, form.marker]
@@ -107,10 +112,10 @@ class StepTokenizer(Tokenizer):
             reads.append(at)
         if form.layout == "chat":
             content = form.after_prompt + "".join(parts[1:])
-            rendered = super().render([*messages, {"role": "assistant", "content": content}])
-            if not rendered.startswith("".join(parts)):
+            said = (*messages, {"role": "assistant", "content": content})
+            if not super().render(list(said)).startswith("".join(parts)):
                 raise _changed_by_template()
-        return _Written(tuple(parts), tuple(reads), len(before), at - len(form.marker))
+        return _Written(tuple(parts), tuple(reads), len(before), at - len(form.marker), said)
 
     def _before_answer(self, messages: list[dict]) -> str:
         """What the chat template writes before an assistant's answer to these messages."""
@@ -140,7 +145,7 @@ class StepTokenizer(Tokenizer):
         stop = whole.rfind(steps[-1], 0, reads[-1])
         if min(begins, stop) < 0 or not whole.startswith(before + form.marker):
             raise _changed_by_template()
-        return _Written((before,), tuple(reads), begins, stop + len(steps[-1]))
+        return _Written((before,), tuple(reads), begins, stop + len(steps[-1]), tuple(turns))
 
     def _whole(self, written: _Written) -> SolutionTokens:
         """The text tokenised at once, as the model's authors count markers: each is one token."""
