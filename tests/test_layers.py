@@ -54,6 +54,8 @@ SIBLINGS = tuple(f"methods.{name}" for name in (
     "splicing",
     # two models under one crosscoder: what is read of each, and the splits of their rewards
     "model_readings", "crosscoder_splits",
+    # two language models of a DPO reward, read one after the other
+    "implicit_reading",
 ))  # fmt: skip
 # The first row that a module falls under holds. The surface (cli, app, the front door) may import everything.
 MAY_IMPORT = {

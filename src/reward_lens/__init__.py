@@ -25,6 +25,8 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.data.concepts import ConceptTexts as ConceptTexts
     from reward_lens.data.concepts import load_concepts as load_concepts
     from reward_lens.data.counts import load_counts as load_counts
+    from reward_lens.data.solutions import Solution as Solution
+    from reward_lens.data.solutions import step_pairs as step_pairs
     from reward_lens.edits import TextEdit as TextEdit
     from reward_lens.edits import edited_pairs as edited_pairs
     from reward_lens.edits import edits_of as edits_of
@@ -83,6 +85,10 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.methods.gates import gate_weights as gate_weights
     from reward_lens.methods.head_editing import edit_head as edit_head
     from reward_lens.methods.head_editing import edit_report as edit_report
+    from reward_lens.methods.implicit_parts import implicit_contributions as implicit_contributions
+    from reward_lens.methods.implicit_parts import implicit_lens as implicit_lens
+    from reward_lens.methods.implicit_reward import implicit_reward as implicit_reward
+    from reward_lens.methods.implicit_reward import implicit_tokens as implicit_tokens
     from reward_lens.methods.integrated_contributions import integrated_contributions as integrated_contributions
     from reward_lens.methods.knockout import attention_knockout as attention_knockout
     from reward_lens.methods.latent_clamping import clamp_latent as clamp_latent
@@ -108,6 +114,9 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.methods.sensitivity import sensitivity_slopes as sensitivity_slopes
     from reward_lens.methods.splicing import spliced_rewards as spliced_rewards
     from reward_lens.methods.steering import steer as steer
+    from reward_lens.methods.step_rewards import step_contributions as step_contributions
+    from reward_lens.methods.step_rewards import step_lens as step_lens
+    from reward_lens.methods.step_rewards import step_rewards as step_rewards
     from reward_lens.methods.style import style_matrix as style_matrix
     from reward_lens.methods.style import style_summary as style_summary
     from reward_lens.methods.susceptibility import susceptibility_correlation as susceptibility_correlation
@@ -120,9 +129,15 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.methods.weights import ov_pull as ov_pull
     from reward_lens.methods.weights import vocab_alignment as vocab_alignment
     from reward_lens.model.base import base_under_head as base_under_head
+    from reward_lens.model.language_model import LanguageModel as LanguageModel
+    from reward_lens.model.language_model import load_language_model as load_language_model
     from reward_lens.model.loading import load as load
     from reward_lens.model.reward_model import RewardModel as RewardModel
     from reward_lens.model.sites import Site as Site
+    from reward_lens.model.step_loading import load_step_model as load_step_model
+    from reward_lens.model.step_readout import STEP_READOUTS as STEP_READOUTS
+    from reward_lens.model.step_readout import StepReadout as StepReadout
+    from reward_lens.model.step_scorer import step_model as step_model
     from reward_lens.model.structure import Structure as Structure
     from reward_lens.model.tokens import Tokens as Tokens
     from reward_lens.model.vocab_readout import VocabReadout as VocabReadout
@@ -205,6 +220,14 @@ _HOME = {
     "sae.dictionary": ("SAE",),
     "sae.training": ("train_sae",),
     "sae.transcoder": ("Transcoder", "train_transcoder"),
+    "data.solutions": ("Solution", "step_pairs"),
+    "model.step_readout": ("STEP_READOUTS", "StepReadout"),
+    "model.step_loading": ("load_step_model",),
+    "model.step_scorer": ("step_model",),
+    "model.language_model": ("LanguageModel", "load_language_model"),
+    "methods.implicit_reward": ("implicit_reward", "implicit_tokens"),
+    "methods.implicit_parts": ("implicit_contributions", "implicit_lens"),
+    "methods.step_rewards": ("step_contributions", "step_lens", "step_rewards"),
     "methods.latent_contributions": ("latent_contributions",),
     "methods.crosscoder_latents": ("crosscoder_latents",),
     "methods.latent_clamping": ("clamp_latent",),

@@ -74,8 +74,10 @@ class RewardModel:
         pad_id = self.config.pad_token_id if self.config.pad_token_id is not None else text_config.pad_token_id
         limit = getattr(text_config, "max_position_embeddings", None)
         self.vocabulary = vocabulary_of(readout, module, tokenizer)
-        self.tokenizer = (self.vocabulary.tokenizer(tokenizer, limit) if self.vocabulary
-                          else Tokenizer(tokenizer, pad_id, limit))  # fmt: skip
+        # A network that reads a text's steps (model.step_readout) brings its own way of writing texts.
+        written = self.vocabulary.tokenizer if self.vocabulary else None
+        own_texts = getattr(module, "tokenizer_for", Tokenizer)
+        self.tokenizer: Tokenizer = written(tokenizer, limit) if written else own_texts(tokenizer, pad_id, limit)
         self._rotary_threshold = rotary_threshold(text_config)
         self.pad_id = next((i for i in (pad_id, tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
@@ -338,7 +340,7 @@ class RewardModel:
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
             "attention": self.config._attn_implementation,
-            "versions": _versions(),
+            "versions": versions(),
         }
 
     def describe(self, method: str, inputs: Sequence | None = None, **meta: Any) -> dict[str, Any]:
@@ -385,7 +387,7 @@ def pair_coords(pairs: "data.Pairs") -> dict[str, Any]:
 
 
 @functools.cache
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     names = ("reward-lens", "torch", "transformers", "numpy")
     found = {"python": platform.python_version()}
     for name in names:
