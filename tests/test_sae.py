@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from reward_lens.errors import DataError
 from reward_lens.sae.batches import Samples
 from reward_lens.sae.dictionary import SAE
-from reward_lens.sae.recipe import Recipe, completed, geometric_median
+from reward_lens.sae.recipe import Recipe, completed, geometric_median, usual_rate
 from reward_lens.sae.training import Run, train_sae
 from reward_lens.sae.transcoder import train_transcoder
 from reward_lens.sae.variants import VARIANTS, Net, batchtopk_entries, forward
@@ -164,7 +164,10 @@ def test_the_start_and_the_rate_are_the_recipe():
     torch.testing.assert_close(run.net.b_dec.detach(), middle * run.scale_in)
     assert ((SMALL - middle) * run.scale_in).square().sum(1).mean() == pytest.approx(1, rel=1e-5)
     recipe = run.recipe
-    assert recipe.lr == pytest.approx(2e-4 * 16) and recipe.warmup == 10 and recipe.dead_after == 320
+    # 2e-4 * 16 in 2,000 steps or more; a short run goes as far
+    assert recipe.lr == pytest.approx(8e-3) and usual_rate(2**6, 2000) == pytest.approx(2e-4 * 16)
+    assert usual_rate(2**14, 500) == pytest.approx(8e-4) and usual_rate(2**2, 10) == pytest.approx(2e-4 * 64)
+    assert recipe.warmup == 10 and recipe.dead_after == 320
     rates = [recipe.rate(step) / recipe.lr for step in (0, 4, 9, 50, 80, 90, 99)]
     assert rates == pytest.approx([0.1, 0.5, 1, 1, 1, 0.5, 0.05])
     assert completed(Recipe(64, 3, n_train=10**9), run.samples).dead_after == 10**7

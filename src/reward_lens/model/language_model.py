@@ -52,9 +52,7 @@ class PolicyTokenizer(Tokenizer):
         place = f"response{uuid.uuid4().hex}"
         before, _, after = self.render([*messages, {"role": "assistant", "content": place}]).partition(place)
         rendered = self.render([*messages, {"role": "assistant", "content": response}])
-        prompt = self.hf.apply_chat_template(
-            messages, tokenize=False, **self._settings() | {"add_generation_prompt": True}
-        )
+        prompt = self.render(messages, answer=True)
         if not (rendered.startswith(prompt) and before.startswith(prompt) and rendered.endswith(after)):
             raise DataError(
                 "The response does not follow the generation prompt in the rendered chat template",

@@ -8,6 +8,7 @@ import torch
 from reward_lens.errors import LoadError
 from reward_lens.model import heads
 from reward_lens.model.reward_model import RewardModel
+from reward_lens.model.step_readout import StepReadout
 from reward_lens.model.structure import Structure
 from reward_lens.model.vocab_readout import VocabReadout
 
@@ -35,7 +36,7 @@ def load(
     dtype: default is the checkpoint's own.
     objective: row of a head with several.
     structure, readout: describe an unusual network; both are put to the same proof. A `VocabReadout` loads a language
-        model and reads the reward from its logits.
+        model and reads the reward from its logits, a `StepReadout` a process reward model.
     truncation: None raises on a conversation longer than the model reads, "left" cuts the prompt, "right" the response.
 
     Returns a `RewardModel` whose `load_report` holds the tests it passed.
@@ -50,6 +51,12 @@ def load(
 
         return load_demo(device, dtype, attn_implementation, objective=objective, structure=structure, readout=readout,
                          truncation=truncation)  # fmt: skip
+    if isinstance(readout, StepReadout):
+        from reward_lens.model.step_loading import load_step_model
+
+        _refuse_for_steps(trust_remote_code=trust_remote_code, objective=objective, truncation=truncation)
+        return load_step_model(path, readout, revision=revision, device=device, dtype=dtype, device_map=device_map,
+                               attn_implementation=attn_implementation, structure=structure)  # fmt: skip
     path = str(path)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     settings = {"dtype": dtype or "auto", "device_map": device_map, "attn_implementation": attn_implementation}
@@ -82,6 +89,17 @@ def load(
         revision=revision or getattr(module.config, "_commit_hash", None),
         loading={"missing_keys": missing},
     )
+
+
+def _refuse_for_steps(**settings: Any) -> None:
+    given = [name for name, value in settings.items() if value]
+    if given:
+        raise LoadError(
+            "A process reward model takes no such setting",
+            found=", ".join(given),
+            expected="the settings of load_step_model: its own classes, one reward a step, whole solutions",
+            do="leave it out; a solution that is too long is refused, since cutting it would move its steps",
+        )
 
 
 def placed(module: Any, device: str | torch.device) -> Any:

@@ -1,62 +1,19 @@
-"""A reward behind one hidden layer of ReLUs: Linear, ReLU, Linear on the normed residual (Qwen2.5-Math-PRM).
+"""Process rewards behind one hidden layer of ReLUs: Linear, ReLU, Linear on the normed residual (Qwen2.5-Math-PRM).
 
-    f(n) = v . relu(A n + a) + c          n = N(h)
-
-With the norm's scale and the units that are on held at h, f is affine in h, and exactly its value there:
-
-    u = pull_back(A^T D v)      r = u . h + (A^T D v) . shift + v . D a + c       D: 1 for the units that are on at h
-
-So contributions sum to the reward, but u is the direction of this input alone ("local").
+The readout is local (`model.heads.local`): with the norm's scale and the units that are on held at h the head is affine
+in h, and that is its value there, so contributions sum to the reward; the direction is that of this input alone.
 """
 
 import dataclasses
 from typing import Any
 
-import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from reward_lens.engine import hooks
 from reward_lens.model.checks import run_probe
-from reward_lens.model.norm import Norm, measure_norm
-from reward_lens.model.readout import Direction, Kind
+from reward_lens.model.heads.local import LocalReadout, local_readout
+from reward_lens.model.norm import measure_norm
 from reward_lens.model.structure import Structure, find_structure, is_linear
-from reward_lens.model.tokens import Tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class HiddenReadout:
-    """One output of a hidden layer of ReLUs behind a norm; local."""
-
-    norm: Norm
-    hidden: Tensor
-    """[unit, d_model] A"""
-    hidden_bias: Tensor
-    """[unit] a"""
-    out: Tensor
-    """[unit] v"""
-    bias: Tensor
-    """scalar c"""
-    objective: str = "reward"
-    kind: Kind = "mlp"
-    exactness: str = "local"
-
-    @property
-    def weight(self) -> Tensor:
-        """[d_model] NaN in the tail's precision: there is no one row, and what is computed from one must not pass."""
-        return torch.full_like(self.norm.gain, torch.nan)
-
-    def pool(self, tokens: Tokens) -> tuple[int, ...]:
-        return (tokens.reward_pos,)
-
-    def reward(self, h: Float[Tensor, "*batch d_model"], inputs=None) -> Float[Tensor, "*batch"]:
-        return torch.relu(self.norm(h) @ self.hidden.T + self.hidden_bias) @ self.out + self.bias
-
-    def direction(self, h: Float[Tensor, "batch d_model"], inputs=None) -> Direction:
-        on = (self.norm(h) @ self.hidden.T + self.hidden_bias > 0) * self.out
-        slope = on @ self.hidden
-        constant = slope @ self.norm.shift + on @ self.hidden_bias + self.bias
-        return Direction(self.norm.pull_back(slope, self.norm.scale(h)), constant, "local")
 
 
 def is_hidden(head: nn.Module) -> bool:
@@ -65,7 +22,7 @@ def is_hidden(head: nn.Module) -> bool:
     return len(parts) == 3 and is_linear(parts[0]) and isinstance(parts[1], nn.ReLU) and is_linear(parts[2])
 
 
-def hidden_readout(scorer: Any, score: Any, structure: Structure | None) -> tuple[Structure, HiddenReadout]:
+def hidden_readout(scorer: Any, score: Any, structure: Structure | None) -> tuple[Structure, LocalReadout]:
     """The structure and the readout of a network whose `score` is such a head: what its first map reads is what a
     linear head would."""
     device = next(scorer.parameters()).device
@@ -82,5 +39,4 @@ def hidden_readout(scorer: Any, score: Any, structure: Structure | None) -> tupl
         structure = dataclasses.replace(found, head="score.2")
     final = None if structure.final_norm is None else scorer.get_submodule(structure.final_norm)
     norm = measure_norm(final, score[0].in_features, score[0].weight)
-    tensors = (score[0].weight, score[0].bias, score[2].weight[0], score[2].bias[0])
-    return structure, HiddenReadout(norm, *(t.detach().to(norm.gain) for t in tensors))
+    return structure, local_readout(norm, score, 0, "reward")

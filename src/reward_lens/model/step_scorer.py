@@ -4,7 +4,7 @@
 
 The difference of two rows' scores is the log-odds that softmax over the two gives; sigmoid of it is the probability
 that model cards print. A value head's single row is put through the same sigmoid. Labels behind a hidden layer of ReLUs
-(Qwen2.5-Math-PRM) are read by `HiddenReadout`, whose directions are local.
+(Qwen2.5-Math-PRM) are read by a `LocalReadout`, whose directions are local.
 
 `step_model` shows the network as a classifier of one score, its tokenizer being a `StepTokenizer`: every method that
 takes a `RewardModel` and pairs then reads the reward of a response's last step. Rewards at all steps are in
@@ -240,7 +240,7 @@ def _require_causal(rm: RewardModel) -> None:
     batch = next(iter(rm.batches([both.tokens])))
     kept: list[Tensor] = []
     rm.trunk.run(batch, rm.trunk.read_residual(rm.n_layers, lambda x: kept.append(x[0, both.positions[0]].clone())))
-    gap = abs(float(rm.readout.reward(kept[0][None].to(rm.readout.weight))[0]) - float(alone))
+    gap = abs(float(rm.readout.reward(kept[0][None].to(rm.like))[0]) - float(alone))
     allowed = 1e2 * rm.noise_floor
     if not gap <= allowed:
         raise StructureError(

@@ -60,20 +60,20 @@ class StepTokenizer(Tokenizer):
         written = self._written(messages, list(steps))
         return self._piecewise(written) if self.form.by_step else self._whole(written)
 
-    def render(self, messages: list[dict]) -> str:
+    def render(self, messages: list[dict], answer: bool = False) -> str:
         """The text of a solution up to where its last step is read; of messages without a solution, the template's."""
         if messages[-1]["role"] != "assistant":
-            return super().render(messages)
+            return super().render(messages, answer)
         return "".join(
             self._written(messages[:-1], list(cut_steps(messages[-1]["content"], self.form.separator))).parts
         )
 
-    def official_ids(self, messages: list[dict]) -> list[int]:
+    def official_ids(self, messages: list[dict], response: Any) -> list[int]:
         """What the tokenizer's own calls give for a solution, up to where its last step is read."""
-        steps = list(cut_steps(messages[-1]["content"], self.form.separator))
-        written = self._written(messages[:-1], steps)
+        steps = list(cut_steps(response, self.form.separator))
+        written = self._written(messages, steps)
         if written.said:
-            return super().official_ids(list(written.said))[: len(self.solution(messages[:-1], steps).tokens)]
+            return self._official(list(written.said))[: len(self.solution(messages, steps).tokens)]
         bos = [] if self.hf.bos_token_id is None else [self.hf.bos_token_id]
         parts = written.parts if self.form.by_step else ("".join(written.parts),)
         ids = [i for part in parts for i in self.hf(part, add_special_tokens=False)["input_ids"]]

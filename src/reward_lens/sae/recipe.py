@@ -14,6 +14,7 @@ from reward_lens.sae.variants import VARIANTS
 SAMPLE = 32_768  # samples that scale, variance and median are taken from ...
 SAMPLE_NUMBERS = 2**26  # ... or as many as hold so many numbers, 256 MB
 FEWEST_STEPS = 2_000
+HIGHEST_RATE = 8e-3  # of short runs: the highest that was tried
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ def completed(recipe: Recipe, samples: Samples) -> Recipe:
     whole = recipe.d_sae
     filled = dataclasses.replace(
         recipe, n_train=total, batch_size=size,
-        lr=2e-4 / math.sqrt(whole / 2**14) if recipe.lr is None else recipe.lr,
+        lr=usual_rate(whole, steps) if recipe.lr is None else recipe.lr,
         warmup=min(1000, steps // 10) if recipe.warmup is None else recipe.warmup,
         prefixes=recipe.prefixes or tuple(sorted({max(1, whole // part) for part in (16, 8, 4, 2, 1)})),
     )  # fmt: skip
@@ -98,6 +99,12 @@ def completed(recipe: Recipe, samples: Samples) -> Recipe:
             do="correct these; what is left out has a default",
         )
     return filled
+
+
+def usual_rate(d_sae: int, steps: int) -> float:
+    """2e-4 / sqrt(d_sae / 2^14); in fewer than 2,000 steps more, up to 8e-3, so that a short run goes as far."""
+    rate = 2e-4 / math.sqrt(d_sae / 2**14)
+    return max(rate, min(HIGHEST_RATE, rate * FEWEST_STEPS / max(1, steps)))
 
 
 def geometric_median(x: Float[Tensor, "n d"], steps: int = 100) -> Float[Tensor, " d"]:
