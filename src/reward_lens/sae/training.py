@@ -15,7 +15,8 @@ What it cannot show: that latents are what the model computes with, or that anot
 share of the progress are those of the training samples.
 
 Reference: Gao et al. 2024, arXiv 2406.04093 (recipe, AuxK, rate; the factor for short runs is ours: 205 steps on
-activations of the demo model left an FVU of .346 without it and .23 with it); `sae.variants` names the variants' papers.
+activations of the demo model left an FVU of .346 without it and .23 with it); `sae.variants` names the papers of the
+variants.
 """
 
 import dataclasses
