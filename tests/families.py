@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
@@ -274,6 +275,23 @@ SPECIAL: tuple[str, ...] = tuple(family for family in _SPECS if family not in FA
 # Plain pre-norm with GQA; sandwich norms, soft cap and sliding windows; parallel blocks with LayerNorms and
 # biases; learned positions and transposed weights; alibi with a norm after the embedding; experts.
 STRUCTURES: tuple[str, ...] = ("llama", "gemma2", "gpt_neox", "gpt2", "bloom", "mixtral")
+
+# Of families that differ in little one stands for the others wherever the engine is tested: sandwich norms, parallel
+# blocks, grouped queries, sliding windows, alibi, learned positions, experts. `make test-full` runs all.
+USUAL: tuple[str, ...] = (
+    *STRUCTURES, "mistral", "qwen3", "gemma3_text", "phi", "gptj", "falcon_alibi", "mpt", "opt", "olmo2", "granite",
+    "cohere", "qwen2_moe", "gpt_oss",
+)  # fmt: skip
+
+
+def more(*families: str) -> list:
+    """Families that only `make test-full` runs."""
+    return [pytest.param(family, marks=pytest.mark.full) for family in families]
+
+
+def by_family(usual: tuple[str, ...] = USUAL) -> list:
+    """Every family as a parameter; those that are not usual for `make test-full` alone."""
+    return [*usual, *more(*(family for family in FAMILIES if family not in usual))]
 
 
 @functools.cache

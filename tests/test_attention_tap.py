@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import reward_lens as rl
-from families import FAMILIES, tiny_model
+from families import by_family, tiny_model
 from reference.sweeps import _hook, _run
 from reward_lens.engine.editing import Edit
 from reward_lens.engine.intervention import pattern, values
@@ -18,7 +18,7 @@ from reward_lens.model.tokens import common_prefix
 
 EQUAL = rl.Pair("What is the capital of France?", "It is Paris, by the river", "It is Rybix, by a rive", id="equal")
 UNEQUAL = rl.Pair("Is 7 a prime number?", "Yes, it is one.", "No, because it is 1", id="unequal")
-every = pytest.mark.parametrize("family", FAMILIES)
+every = pytest.mark.parametrize("family", by_family())
 INSIDE = ("q", "k", "v", "pattern")
 
 

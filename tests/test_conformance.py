@@ -9,7 +9,7 @@ import torch
 
 import reward_lens as rl
 from every_method import METHODS
-from families import FAMILIES, STRUCTURES, TEXT_PAIRS, tiny_model
+from families import FAMILIES, STRUCTURES, TEXT_PAIRS, by_family, tiny_model
 from reference.loops import plain_contributions, plain_lens
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -192,7 +192,7 @@ def test_e10_nothing_is_left_behind_or_printed(family, dtype, capfd):
     assert fingerprint(rm) == before
 
 
-slow = [pytest.param(f, marks=[] if f in STRUCTURES else pytest.mark.full) for f in FAMILIES]
+slow = by_family(STRUCTURES)
 
 
 @pytest.mark.parametrize("family", slow)

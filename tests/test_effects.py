@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import reward_lens as rl
-from families import FAMILIES, STRUCTURES, TEXT_PAIRS, tiny_model
+from families import STRUCTURES, TEXT_PAIRS, by_family, tiny_model
 from reference.sweeps import patched_reward, values_at
 from reward_lens.methods.direct import _last_write
 from reward_lens.methods.effects import _require_settings
@@ -18,7 +18,7 @@ EQUAL = rl.Pair("What is the capital of France?", "It is Paris, by the river", "
 UNEQUAL = rl.Pair("Is 7 a prime number?", "Yes, it is one.", "No, because it is 1", id="unequal")
 PAIRS = [EQUAL, UNEQUAL]
 MANY = [rl.Pair(*texts) for texts in TEXT_PAIRS]
-every = pytest.mark.parametrize("family", FAMILIES)
+every = pytest.mark.parametrize("family", by_family())
 some = pytest.mark.parametrize("family", STRUCTURES)
 
 

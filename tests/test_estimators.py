@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import reward_lens as rl
-from families import FAMILIES, STRUCTURES, TEXT_PAIRS, tiny_model
+from families import STRUCTURES, TEXT_PAIRS, by_family, tiny_model
 from reward_lens.engine.alignment import align
 from reward_lens.engine.editing import Edit
 from reward_lens.engine.gradients import gradients, gradients_without
@@ -23,11 +23,9 @@ EQUAL = rl.Pair("What is the capital of France?", "It is Paris, by the river", "
 UNEQUAL = rl.Pair("Is 7 a prime number?", "Yes, it is one.", "No, because it is 1", id="unequal")
 MANY = [rl.Pair(*texts) for texts in TEXT_PAIRS]
 SITES = ["embed", "L0.attn", "L1.mlp", "L1.H2", "L1.resid_pre", "L2.resid_post"]
-every = pytest.mark.parametrize("family", FAMILIES)
+every = pytest.mark.parametrize("family", by_family())
 # No identity: about six structures in `make test`, every family in `make test-full`.
-some = pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=[] if f in STRUCTURES else pytest.mark.full) for f in FAMILIES]
-)
+some = pytest.mark.parametrize("family", by_family(STRUCTURES))
 ROUTED = ("mixtral", "qwen2_moe", "gpt_oss")  # routing makes the reward jump along a line
 # Bloom's and gpt_oss' activations are functions, not modules.
 FUNCTIONS = ("bloom", "gpt_oss")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import reward_lens as rl
-from families import FAMILIES, STRUCTURES, tiny_model
+from families import STRUCTURES, by_family, tiny_model
 from reference.sweeps import patched_reward, values_at
 from reward_lens.engine.editing import Edit
 from reward_lens.engine.intervention import values
@@ -16,7 +16,7 @@ from reward_lens.model.tokens import common_prefix
 
 PROMPT = "What is the capital of France, and why there?"
 TEXTS = ("It is Paris, by the river", "It is Rybix, by a rive")  # as many tokens, the same first ones
-every = pytest.mark.parametrize("family", FAMILIES)
+every = pytest.mark.parametrize("family", by_family())
 
 
 @functools.cache

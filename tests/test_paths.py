@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import reward_lens as rl
-from families import FAMILIES, STRUCTURES, TEXT_PAIRS, tiny_model
+from families import STRUCTURES, TEXT_PAIRS, by_family, tiny_model
 from reference.sweeps import _hook, _run, patched_reward, values_at
 from reward_lens.methods.knockout import without
 from reward_lens.model.tokens import common_prefix
@@ -16,7 +16,7 @@ from reward_lens.model.tokens import common_prefix
 EQUAL = rl.Pair("What is the capital of France?", "It is Paris, by the river", "It is Rybix, by a rive", id="equal")
 UNEQUAL = rl.Pair("Is 7 a prime number?", "Yes, it is one.", "No, because it is 1", id="unequal")
 MANY = [rl.Pair(*texts) for texts in TEXT_PAIRS]
-every = pytest.mark.parametrize("family", FAMILIES)
+every = pytest.mark.parametrize("family", by_family())
 ALIBI = ("bloom", "falcon_alibi", "mpt")  # a 2-D mask moves their biases
 
 
