@@ -30,6 +30,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from reward_lens.sae.dictionary import SAE
+from reward_lens.sae.recipe import usual_rate
 
 ERROR_LIMIT, TIME_LIMIT, SAME = 1.05, 1.2, 1e-5
 UNTIMED_STEPS, TIMED_STEPS, ROWS = 20, 100, 512
@@ -114,7 +115,7 @@ def activations(source: Path, work: Path) -> tuple[Path, torch.Tensor]:
 
 
 def lr_of(rate: str | None, common: dict) -> float | str | None:
-    return 2e-4 / (common["d_sae"] / 2**14) ** 0.5 if rate == "ours" else rate
+    return usual_rate(common["d_sae"], common["n_train"] // common["batch"]) if rate == "ours" else rate
 
 
 def ask(work: Path, system: str, python: str, request: dict) -> tuple[dict, str]:
