@@ -1,5 +1,6 @@
 """The embedded model: its files, its cache, and what it says when its base is not installed."""
 
+import copy
 import json
 import stat
 
@@ -59,6 +60,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(demo, monkeypatch, tmp_path)
     blocked.write_text("not a folder")
     blocked.chmod(stat.S_IRUSR)
     monkeypatch.setenv("REWARD_LENS_CACHE", str(blocked / "inside"))
+    monkeypatch.setattr(module, "_merge", lambda: (copy.deepcopy(demo.module), demo.tokenizer.hf))
     assert rl.load("demo").score("Hello", "Hi.") == pytest.approx(demo.score("Hello", "Hi."), abs=1e-5)
 
 
