@@ -269,7 +269,7 @@ def test_what_the_head_does_not_read_is_harmless():
     v[0] -= (v[0] @ w) / (w @ w) * w
     linear = copy.copy(rm)
     linear.readout = type("Linear", (), {
-        "norm": norm, "reward": staticmethod(lambda h: (h.double() @ torch.from_numpy(w)).to(h))
+        "norm": norm, "reward": staticmethod(lambda h, inputs=None: (h.double() @ torch.from_numpy(w)).to(h))
     })()  # fmt: skip
     changes = Psi(linear, known, 3, range(len(known.states))).change(v)
     assert np.abs(changes[0]).max() < 1e-4
