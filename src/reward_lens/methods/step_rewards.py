@@ -51,8 +51,8 @@ def step_rewards(rm: RewardModel, solutions, seed: int = 0) -> Result:
 
     Parameters
     ----------
-    rm: built by `step_model`. solutions: `Solution`s, or (prompt, steps) tuples whose steps are a list of texts or one
-        text with the model's separator between them.
+    rm: built by `step_model`. solutions: `Solution` objects, or (prompt, steps) tuples whose steps are a list of texts
+        or one text with the model's separator between them.
 
     Returns value (solution, step) in log-odds (a value head's own number for one row), padded with NaN past `n_steps`;
     mean and interval over prompts at each step. Coordinates (solution, step): `probability` = sigmoid(value), `text`,

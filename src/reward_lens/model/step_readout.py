@@ -13,6 +13,8 @@ Layout = Literal["chat", "text", "turns"]
 class StepReadout:
     """How a process reward model reads steps: which rows of which head, and how a solution is written for it.
 
+    Parameters
+    ----------
     positive, negative: rows of the head (integers), or texts that are one token each and name rows of the vocabulary.
         The reward is positive minus negative; `negative=None` reads the one row (a value head).
     marker: what is put behind every step. Its token is read; in "turns" the position before it.

@@ -63,7 +63,7 @@ def train_crosscoder(
     Parameters
     ----------
     sources: a tuple of tensors [n, d_m], one a model, row i of each the same position of the same text; a tuple of as
-        many `ActivationStore`s of the same texts (every sample's text, position and token are compared); or an
+        many stores (`ActivationStore`) of the same texts (every sample's text, position and token are compared); or an
         iterator of tuples of tensors [b, d_m]. At least 200 samples. Stores of two models can be made one after the
         other, so one model is in memory at a time.
     names, sites: of the models and where their activations come from; taken from stores where not given.
