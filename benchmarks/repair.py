@@ -1,11 +1,11 @@
 """Every probe on the demo model, and one complete repair of its bias, measured on data that the repair has not seen.
 
-    python benchmarks/repair.py --data DIR [--threads N] [--pairs N] [--items 80] [--work out/repair]
+    python benchmarks/repair.py --data DIR [--threads N] [--pairs N] [--items N] [--work out/repair]
 
 DIR holds alpaca_eval_train.jsonl, alpaca_eval_test.jsonl, hh_harmless_test.jsonl (rows from 2,000 on are the test
 part), llmbar.jsonl and rm_bench_styles.jsonl. The directions, their strength and the guard come from prompts of
 alpaca_eval_train, each from its own; probes are measured on the diagnostic set, accuracy on the other files. Writes
-docs/probes.md and docs/repair.md. About an hour; rewards are kept under --work, so that a stopped run goes on.
+docs/probes.md and docs/repair.md. An hour and a half on a CPU; a stopped run goes on with the rewards under --work.
 """
 
 import argparse
@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("out/repair"))
     parser.add_argument("--pairs", type=int, help="use every N-th diagnostic pair and test pair, for a trial")
-    parser.add_argument("--items", type=int, default=80, help="use the first N of RM-Bench's 286 items, which are long")
+    parser.add_argument("--items", type=int, default=286, help="use the first N of RM-Bench's items, which are long")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--docs", type=Path, default=DOCS)
     args = parser.parse_args()
