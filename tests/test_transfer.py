@@ -195,3 +195,18 @@ def test_bad_input(change, words):
     given = {"directions": directions(), "pair_sets": SETS} | change
     with pytest.raises(DataError, match=words):
         transfer_matrix(model(), **given)
+
+
+def test_p_keeps_its_level_where_which_text_is_the_edited_one_is_drawn():
+    """Texts exchanged by a coin: no direction changes a bias on average, whatever it does to each pair."""
+    rm, runs, flags = model(), 40, []
+    for seed in range(runs):
+        rng = np.random.default_rng(seed)
+        sets = {
+            name: [rl.Pair(p.prompt, *(p.responses if rng.random() < 0.5 else p.responses[::-1])) for p in pairs]
+            for name, pairs in SETS.items()
+        }
+        drawn = {name: torch.from_numpy(rng.standard_normal(rm.d_model)).float() for name in SETS}
+        p = transfer_matrix(rm, drawn, sets).mean["p"].values
+        flags.append(np.mean(p[~np.eye(2, dtype=bool)] < 0.05))
+    assert np.mean(flags) <= 0.05 + 2 * np.std(flags, ddof=1) / np.sqrt(runs)
