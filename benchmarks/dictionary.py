@@ -65,8 +65,10 @@ def words(contexts: rl.Result, latent: int) -> str:
         pieces = one["piece"].isel(context=context)
         some = []
         for offset in range(-AROUND, AROUND + 1):
-            piece = " ".join(str(pieces.sel(offset=offset).item()).split()).replace("|", "\\|").replace("*", "\\*")
-            some.append(f"**{piece or '(space)'}**" if offset == 0 else piece)
+            raw = str(pieces.sel(offset=offset).item())
+            piece = " ".join(raw.split()).replace("|", "\\|").replace("*", "\\*")
+            blank = "(newline)" if "\n" in raw else "(space)"
+            some.append(f"**{piece or blank}**" if offset == 0 else piece)
         if any(some):
             shown.append(" ".join(filter(None, some)).replace("<", "&lt;"))
     return " / ".join(shown)
@@ -143,15 +145,17 @@ def main() -> None:
     neighbours = kept("latent_neighbours", lambda: rl.latent_neighbours(rm, sae, sorted(wanted)))
     rl.write_explorer([split, effects, contexts, neighbours, report], options.work / "latents.html")
     error = np.abs(split.value.sel(side="margin", latent="error").values)
+    rest = np.abs(split.value.sel(side="margin", latent="rest").values)
     meta = sae.meta
     lines = [
         "# A dictionary of the demo model", "",
-        f"`python benchmarks/dictionary.py --data DIR`: {sae.d_sae:,} latents, k = {options.k}, at {sae.site}, trained "
-        f"on {meta['n_samples']:,} response tokens, {meta['passes']:g} passes; measured on {len(pairs)} pairs of the "
+        f"`python benchmarks/dictionary.py --data DIR --seeds {options.seeds} --every {options.every}`: "
+        f"{sae.d_sae:,} latents, k = {options.k}, at {sae.site}, trained on {meta['n_samples']:,} response tokens, {meta['passes']:g} passes; measured on {len(pairs)} pairs of the "
         f"diagnostic set, {pairs.n_prompts} prompts. Intervals are over prompts.", "",
         *measures(report), "",
-        f"The error term's contribution to a margin is {np.mean(error):.3f} on average in absolute size. Completeness "
-        f"gap of the split: {next(c.gap for c in split.checks if c.name == 'completeness'):.1e}.", "",
+        f"In the split of the margins over latents ({split.meta['settings']['estimator']}) the error term is "
+        f"{np.mean(error):.3f} on average in absolute size, what the split leaves to the row rest {np.mean(rest):.3f}.",
+        "",
         "## Latents by their effect on margins", "",
         f"Chosen by first order on one half of the prompts, set to 0 on the other ({len(effects.value['pair'])} pairs)."
         " In bold the token of the largest activation.", "", *ranked(effects, contexts), "",
