@@ -150,8 +150,9 @@ def main() -> None:
     lines = [
         "# A dictionary of the demo model", "",
         f"`python benchmarks/dictionary.py --data DIR --seeds {options.seeds} --every {options.every}`: "
-        f"{sae.d_sae:,} latents, k = {options.k}, at {sae.site}, trained on {meta['n_samples']:,} response tokens, {meta['passes']:g} passes; measured on {len(pairs)} pairs of the "
-        f"diagnostic set, {pairs.n_prompts} prompts. Intervals are over prompts.", "",
+        f"{sae.d_sae:,} latents, k = {options.k}, at {sae.site}, trained on {meta['n_samples']:,} response tokens, "
+        f"{meta['passes']:g} passes; measured on {len(pairs)} pairs of the diagnostic set, {pairs.n_prompts} prompts. "
+        "Intervals are over prompts.", "",
         *measures(report), "",
         f"In the split of the margins over latents ({split.meta['settings']['estimator']}) the error term is "
         f"{np.mean(error):.3f} on average in absolute size, what the split leaves to the row rest {np.mean(rest):.3f}.",
