@@ -157,9 +157,9 @@ def main() -> None:
         f"In the split of the margins over latents ({split.meta['settings']['estimator']}) the error term is "
         f"{np.mean(error):.3f} on average in absolute size, what the split leaves to the row rest {np.mean(rest):.3f}.",
         "",
-        "The reward position is one of many in the texts that this dictionary was trained on, and its states are unlike "
-        "the others: what is missing there (fvu) limits every row below. `store_activations(positions=\"reward\")` gives a "
-        "dictionary of that position alone.", "",
+        "The reward position is one of many in the texts that this dictionary was trained on, and its states are "
+        "unlike the others: what is missing there (fvu) limits every row below. "
+        '`store_activations(positions="reward")` gives a dictionary of that position alone.', "",
         "## Latents by their effect on margins", "",
         f"Chosen by first order on one half of the prompts, set to 0 on the other ({len(effects.value['pair'])} pairs)."
         " In bold the token of the largest activation.", "", *ranked(effects, contexts), "",
