@@ -59,7 +59,7 @@ def test_noise_is_flagged_no_more_often_than_its_level(pairs, skewed):
     """Rewards that are noise of the text: share of p < .05, and of runs in which Holm lets one through."""
     rm = Ruled(noise(0))
     names = ["pad_1", "pad_4", "restate", "bulletise", "hedge", "prepend_praise", "exclaim"]
-    runs = 20
+    runs = 40
     single, family = [], []
     gc.collect()
     gc.freeze()  # statsmodels collects at every adjustment, torch's objects included
