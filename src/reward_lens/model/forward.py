@@ -7,6 +7,7 @@ lengths, never from `ids != pad`; the reward head is applied by the readout, in 
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -15,6 +16,9 @@ from transformers import Cache
 
 from reward_lens.engine import hooks
 from reward_lens.model.tokens import Tokens
+
+if TYPE_CHECKING:
+    from reward_lens.model.structure import Structure
 
 TOKENS_PER_BATCH = 4096
 
@@ -189,6 +193,44 @@ def at_rows(positions: Int[Tensor, " batch"]) -> Callable[[Tensor], Tensor]:
         return x[torch.arange(x.shape[0], device=x.device), index]
 
     return pick
+
+
+def trunk_of(module: Any, structure: "Structure") -> Trunk:
+    """The trunk of a module whose structure is proven."""
+    blocks = list(module.get_submodule(structure.blocks))
+    writers = {
+        kind: [block.get_submodule(path) for block in blocks]
+        for kind, path in (("attn", structure.attn), ("mlp", structure.mlp))
+    }
+    final_norm = None if structure.final_norm is None else module.get_submodule(structure.final_norm)
+    return Trunk(trunk_module(module, structure.blocks), blocks, final_norm, writers, structure.write_scale)
+
+
+class OnTrunk:
+    """What every model with a proven trunk says of itself."""
+
+    module: Any
+    trunk: Trunk
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return len(self.trunk.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first parameter (the embedding); inputs go there."""
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the trunk."""
+        return next(self.module.parameters()).dtype
+
+    @property
+    def sixteen_bit(self) -> bool:
+        """Whether the trunk runs in bfloat16 or float16, with their tolerances."""
+        return self.dtype in (torch.bfloat16, torch.float16)
 
 
 def trunk_module(module: nn.Module, blocks_path: str) -> nn.Module:

@@ -21,7 +21,7 @@ from reward_lens.engine import hooks
 from reward_lens.errors import DataError, LoadError, StructureError
 from reward_lens.model import structure as structures
 from reward_lens.model.checks import require_usable_weights
-from reward_lens.model.forward import Batch, Trunk, batches
+from reward_lens.model.forward import Batch, OnTrunk, batches, rotary_threshold, trunk_of
 from reward_lens.model.norm import Norm, measure_norm
 from reward_lens.model.reward_model import versions
 from reward_lens.model.structure import Structure
@@ -78,7 +78,7 @@ class PolicyTokenizer(Tokenizer):
         return Reply(text, start, stop, tokens, counted)
 
 
-class LanguageModel:
+class LanguageModel(OnTrunk):
     """Wrap a loaded causal language model and its fast tokenizer.
 
     Parameters
@@ -102,44 +102,18 @@ class LanguageModel:
         self.tokenizer = PolicyTokenizer(tokenizer, None, getattr(text_config, "max_position_embeddings", None))
         ids = (self.config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
         self.pad_id = next((i for i in ids if i is not None), 0)
-        scaling = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
-        kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else None
-        # The rotary factors of these depend on a batch's longest text: every text runs alone.
-        self.batch_size = 1 if kind in ("longrope", "dynamic") else None
+        # Where the rotary factors depend on a batch's longest text, every text runs alone.
+        self.batch_size = None if rotary_threshold(text_config) is None else 1
         with torch.no_grad():
             found = structure or structures.find_structure(
                 module, self._probe, text_config.num_hidden_layers, text_config.num_attention_heads
             )
             self.structure = structures.prove(module, found, self._probe)
             self.head = module.get_submodule(self.structure.head)
-            blocks = list(module.get_submodule(self.structure.blocks))
-            final_norm = None if found.final_norm is None else module.get_submodule(found.final_norm)
-            writers = {kind: [block.get_submodule(path) for block in blocks]
-                       for kind, path in (("attn", found.attn), ("mlp", found.mlp))}  # fmt: skip
-            self.trunk = Trunk(module.base_model, blocks, final_norm, writers, found.write_scale)
+            self.trunk = trunk_of(module, self.structure)
             like = structures.linear_weight(self.head)
-            self.norm: Norm = measure_norm(final_norm, like.shape[1], like)
+            self.norm: Norm = measure_norm(self.trunk.final_norm, like.shape[1], like)
             self.factor, self.cap = self._measure_logits()
-
-    @property
-    def n_layers(self) -> int:
-        """Number of blocks."""
-        return len(self.trunk.blocks)
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the first parameter; inputs go there."""
-        return next(self.module.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the trunk."""
-        return next(self.module.parameters()).dtype
-
-    @property
-    def sixteen_bit(self) -> bool:
-        """Whether the trunk runs in bfloat16 or float16."""
-        return self.dtype in (torch.bfloat16, torch.float16)
 
     @functools.cached_property
     def unembedding(self) -> Float[Tensor, "vocabulary d_model"]:

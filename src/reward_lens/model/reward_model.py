@@ -17,7 +17,7 @@ from torch import Tensor
 from reward_lens import data
 from reward_lens.model import checks
 from reward_lens.model import structure as structures
-from reward_lens.model.forward import Batch, Trunk, batches, rotary_threshold, trunk_module
+from reward_lens.model.forward import Batch, OnTrunk, batches, rotary_threshold, trunk_of
 from reward_lens.model.heads.own import OwnHead, head_of, published_path
 from reward_lens.model.norm import measure_norm
 from reward_lens.model.prefix import keys_and_values
@@ -30,7 +30,7 @@ from reward_lens.result import Result
 SIDES = ("chosen", "rejected", "margin")
 
 
-class RewardModel:
+class RewardModel(OnTrunk):
     """Wrap a Hugging Face sequence classifier with one scalar head (or one named row of several).
 
     Parameters
@@ -94,23 +94,12 @@ class RewardModel:
                     published_path(module),
                 )  # fmt: skip
                 self.structure = structures.prove(module, found, probe)
-            self._norm = None if found.final_norm is None else module.get_submodule(found.final_norm)
             self.head = head_of(module, found)
-            blocks = list(module.get_submodule(found.blocks))
-            writers = {
-                kind: [block.get_submodule(path) for block in blocks]
-                for kind, path in (("attn", found.attn), ("mlp", found.mlp))
-            }
-            base = trunk_module(module, found.blocks)
-            self.trunk = Trunk(base, blocks, self._norm, writers, found.write_scale)
+            self.trunk = trunk_of(module, found)
+            self._norm = self.trunk.final_norm
             own = self.vocabulary.readout(self._norm) if self.vocabulary else None
             self.readout = own or readout or self._readout(objective)
             self.load_report: Result = checks.confirmed(self, kept) or checks.load_report(self)
-
-    @property
-    def n_layers(self) -> int:
-        """Number of blocks."""
-        return len(self.trunk.blocks)
 
     @property
     def n_heads(self) -> int:
@@ -135,21 +124,6 @@ class RewardModel:
     def like(self) -> Tensor:
         """A vector of the residual stream's width in the precision and on the device of the readout."""
         return self.readout.norm.gain
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the first parameter (the embedding); inputs go there."""
-        return next(self.module.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the trunk."""
-        return next(self.module.parameters()).dtype
-
-    @property
-    def sixteen_bit(self) -> bool:
-        """Whether the trunk runs in bfloat16 or float16, with their tolerances."""
-        return self.dtype in (torch.bfloat16, torch.float16)
 
     @property
     def objectives(self) -> tuple[str, ...]:
