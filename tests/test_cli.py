@@ -123,7 +123,7 @@ def test_refusals_are_sentences_with_exit_code_1(model, tmp_path):
 
 
 def test_the_device_is_an_option_and_a_variable(model, monkeypatch):
-    assert "cpu" in run("--device", "cpu", "check", model).output
+    assert "cpu" in run("check", model, "--device", "cpu").output
     monkeypatch.setenv("REWARD_LENS_DEVICE", "nowhere")
     assert "could not be moved to nowhere" in run("check", model, code=1).stderr
 

@@ -102,6 +102,7 @@ PUBLIC = [
     "load_language_model",
     "load_pairs",
     "load_result",
+    "load_solutions",
     "load_step_model",
     "load_style_items",
     "margin_debug",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.data import StyleItem as StyleItem
     from reward_lens.data import load_groups as load_groups
     from reward_lens.data import load_pairs as load_pairs
+    from reward_lens.data import load_solutions as load_solutions
     from reward_lens.data import load_style_items as load_style_items
     from reward_lens.data.concepts import ConceptText as ConceptText
     from reward_lens.data.concepts import ConceptTexts as ConceptTexts
@@ -157,7 +158,7 @@ _HOME = {
     "errors": ("RewardLensError", "LoadError", "StructureError", "AlignmentError", "DataError", "CheckFailed"),
     "result": ("Check", "Result", "load_result"),
     "charts": ("save_chart",),
-    "data": ("Group", "Pair", "Pairs", "StyleItem", "load_groups", "load_pairs", "load_style_items"),
+    "data": ("Group", "Pair", "Pairs", "StyleItem", "load_groups", "load_pairs", "load_solutions", "load_style_items"),
     "model.base": ("base_under_head",),
     "model.loading": ("load",),
     "model.reward_model": ("RewardModel",),

@@ -2,20 +2,18 @@
 
 import dataclasses
 import json
-import logging
 from collections.abc import Callable
-from contextvars import ContextVar
 from functools import wraps
 from pathlib import Path
 from typing import Annotated
 
 import pandas as pd
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 import reward_lens as rl
+from reward_lens.cli.loading import given, quietly, readout_of, with_loading
 
 app = typer.Typer(
     help="Look inside reward models. MODEL is 'demo', a hub id, a folder or a PEFT adapter; PAIRS is 'demo', a JSONL, "
@@ -25,19 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 out, err = Console(), Console(stderr=True)
-wanted_device: ContextVar[str | None] = ContextVar("wanted_device", default=None)
 COLUMNS = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-
-
-@app.callback()
-def settings(
-    device: Annotated[
-        str | None,
-        typer.Option(help="'cpu', 'cuda', 'cuda:1', ...; default: a CUDA device if there is one.",
-                     envvar="REWARD_LENS_DEVICE"),
-    ] = None,
-):  # fmt: skip
-    wanted_device.set(device)
 
 
 Model = Annotated[str, typer.Argument(help="'demo', a hub id, a folder or a PEFT adapter.")]
@@ -51,7 +37,8 @@ Save = Annotated[Path | None, typer.Option("--save", "-o", help="Also save the R
 
 
 def refusals(command: Callable) -> Callable:
-    """Print the library's own errors as sentences and leave with exit code 1."""
+    """Print the library's own errors as sentences and leave with exit code 1; a command that loads a model also gets
+    the options of loading."""
 
     @wraps(command)
     def run(*args, **kwargs):
@@ -61,19 +48,16 @@ def refusals(command: Callable) -> Callable:
             err.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
             raise typer.Exit(1) from error
 
-    return run
+    return with_loading(command, run)
 
 
 def load(model: str, objective: str | None = None, truncation: str | None = None) -> "rl.RewardModel":
-    """`rl.load`, with transformers' own progress and advice kept off the terminal."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("torchao").setLevel(logging.ERROR)
-    device = wanted_device.get() or ("cuda" if torch.cuda.is_available() else None)
+    """`rl.load` with the settings of the command line, nothing else on the terminal."""
+    quietly()
+    asked = given.get()
     with err.status(f"Loading {model}"):
-        return rl.load(model, device=device, objective=objective, truncation=truncation)
+        return rl.load(model, objective=objective, truncation=truncation, readout=readout_of(asked.readout),
+                       **asked.settings())  # fmt: skip
 
 
 def show(result: "rl.Result", as_json: bool, save: Path | None = None, top: int | None = None) -> None:

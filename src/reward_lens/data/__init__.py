@@ -6,7 +6,7 @@ one that is odd but usable (an empty response, a repeated id or prompt) is kept 
 """
 
 from reward_lens.data.items import Group, Pair, Pairs, StyleItem, as_messages, as_pairs, inputs_hash
-from reward_lens.data.loading import load_groups, load_pairs, load_style_items
+from reward_lens.data.loading import load_groups, load_pairs, load_solutions, load_style_items
 
 __all__ = [
     "Group",
@@ -18,5 +18,6 @@ __all__ = [
     "inputs_hash",
     "load_groups",
     "load_pairs",
+    "load_solutions",
     "load_style_items",
 ]

@@ -7,6 +7,7 @@ from typing import Any
 from reward_lens.data.checks import checked_texts, checked_turns, malformed, shown, unreadable
 from reward_lens.data.items import Group, Pair, Pairs, StyleItem, with_unique_ids
 from reward_lens.data.published import joined_ratings, standard_row
+from reward_lens.data.solutions import Solution
 from reward_lens.data.sources import Rows, open_rows
 from reward_lens.errors import DataError
 
@@ -49,6 +50,16 @@ def load_style_items(source: Source, split: str | None = None, limit: int | None
     Returns a list of `StyleItem`, their ids made unique; raises `DataError` as `load_pairs` does.
     """
     return list(with_unique_ids(parse_rows(*open_rows(source, split, limit), _style_item))[0])
+
+
+def load_solutions(source: Source, split: str | None = None, limit: int | None = None) -> list[Solution]:
+    """Solutions in steps, from the files and hub ids of `load_pairs`.
+
+    Columns: `prompt`, and `steps` or TRL's `completions` (a list of texts); optionally `id` and `subset`; others, TRL's
+    `labels` among them, are ignored. Returns a list of `Solution`, their ids made unique as in
+    `Pairs`; raises `DataError` as `load_pairs` does.
+    """
+    return list(with_unique_ids(parse_rows(*open_rows(source, split, limit), _solution))[0])
 
 
 def _some(places: list[str]) -> str:
@@ -122,6 +133,11 @@ def _style_item(row: Mapping) -> StyleItem:
     labels = _labels(row)
     labels["subset"] = labels["subset"] or row.get("domain")  # RM-Bench's name for it
     return StyleItem(*(_column(row, name) for name in ("prompt", "chosen", "rejected")), **labels)
+
+
+def _solution(row: Mapping) -> Solution:
+    steps = row.get("steps")
+    return Solution(_column(row, "prompt"), _column(row, "completions") if steps is None else steps, **_labels(row))
 
 
 def _column(row: Mapping, name: str) -> Any:
