@@ -38,7 +38,7 @@ def _drawn(module: nn.Module, dtype: torch.dtype, seed: int) -> Any:
 
 
 def causal_model(
-    family: str, tokenizer: Any = None, *, n_layers: int = 2, dtype=torch.float32, seed: int = 0, **keys: Any
+    family: str, tokenizer: Any = None, *, n_layers: int = 3, dtype=torch.float32, seed: int = 0, **keys: Any
 ):
     """A randomised causal language model of a family, further config keys set, and its tokenizer."""
     tokenizer = step_tokenizer() if tokenizer is None else tokenizer
@@ -86,7 +86,7 @@ def published(name: str, dtype=torch.float32) -> tuple[Any, Any, rl.StepReadout]
     readout = rl.STEP_READOUTS[name]
     tokenizer = step_tokenizer()
     if name == "trl":
-        config = tiny_config("qwen2", tokenizer, num_labels=2, n_layers=2, tie=False)
+        config = tiny_config("qwen2", tokenizer, num_labels=2, n_layers=3, tie=False)
         with torch.random.fork_rng(devices=[]):
             module = AutoModelForTokenClassification.from_config(config)
         return _drawn(module, dtype, 1), tokenizer, readout

@@ -56,7 +56,7 @@ def test_steps_prints_the_reward_of_every_step(tmp_path, column):
     assert f"{float(expected[0, 0]):8.3f}  p {float(expected.probability[0, 0]):.3f}  {SOLUTIONS[0][1][0]}" in printed
     body = json.loads(run("steps", folder, solutions(tmp_path), "--readout", "math-shepherd", "--what", "lens",
                           "--json", "--limit", "1").stdout)  # fmt: skip
-    assert body["name"] == "step_lens" and {row["depth"] for row in body["values"]} == {0, 1, 2}
+    assert body["name"] == "step_lens" and {row["depth"] for row in body["values"]} == {0, 1, 2, 3}
 
 
 def test_solutions_of_a_file_are_checked(tmp_path):

@@ -10,7 +10,7 @@ import torch
 
 import published_heads as published
 import reward_lens as rl
-from every_method import METHODS
+from every_method import METHODS, NATURAL
 from families import TEXT_PAIRS
 from published_heads import HEADS
 from reward_lens.engine import hooks
@@ -22,7 +22,7 @@ KINDS = {"inf_orm": "mlp", "qwen_math": "mlp", "grm": "mlp", "armo": "prompt_gat
 GATED = ("armo", "qrm")
 LOCAL = tuple(name for name in HEADS if name not in GATED)
 SLOW = ("conflict", "slopes", "dictionary", "calibration")
-ONE_ROW = ("direction", "conflict", "transfer", "compare", "vocabulary", "ov")
+ONE_ROW = ("conflict", "transfer", "vocabulary", "ov")
 every = pytest.mark.parametrize("name", HEADS)
 
 
@@ -214,6 +214,17 @@ def test_every_method_answers_or_refuses(models, name, method):
         assert (meta["models"]["one"] if method == "crosscoder latents" else meta).get("readout", KINDS[name]) == KINDS[
             name
         ]
+
+
+def test_what_needs_no_row_is_answered_and_what_does_is_left_out_with_the_reason(models):
+    edited = rl.edited_pairs(NATURAL, rl.edits_of(["add_emoji"])[0])
+    found = rl.bias_direction(models["armo"], edited)
+    assert found.meta["cosine_with_u"] is None and found.meta["reliability"]["value"] is not None
+    one = models["armo"].for_objective(models["armo"].objectives[1])
+    compared = rl.compare({"gated": models["armo"], "one row": one}, PAIRS, n_permutations=0)
+    angle = compared.value.sel(measure="reward angle")
+    assert np.isnan(angle).all() and "an angle of its own at every text" in angle.reason.item()
+    assert float(compared.value.sel(measure="cka differences")[0]) == pytest.approx(1.0)  # one trunk
 
 
 @every

@@ -28,7 +28,8 @@ from reward_lens import data, stats
 from reward_lens.engine.activations import captured
 from reward_lens.errors import DataError
 from reward_lens.methods.split_half import FEWEST_SPLITS, HELD_BACK, halves, left_out_interval, spearman_brown
-from reward_lens.model.head import editable_readout, trunk_name
+from reward_lens.model.head import trunk_name
+from reward_lens.model.readout import LinearReadout
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
 from reward_lens.result import Check, Result
@@ -54,11 +55,12 @@ def bias_direction(
 
     Returns value (d_model,), of length one. In `meta`: `norm` of the mean difference, in the residual's own unit, and
     `norm_share`, of the mean norm of the original residuals there; `reliability` and `cosine_with_u` (u the effective
-    direction of the reward; its direction is the same at every input), each with `value`, `low`, `high`;
-    `cosine_disattenuated` = cosine / sqrt(reliability), None where the reliability is not above 0; `nulls`, the norms
-    of the mean of differences with random signs: their `median` and `q95`, the `quantile` of the observed norm among
-    them, p = (1 + #{null >= observed}) / (1 + n_boot), and `smallest_p`, the least that so many prompts can give;
-    `unchanged`, prompts whose difference is zero; `prompts`, the keys of the prompts it was taken from.
+    direction of the reward, the same at every input but for its length; None for a head that is no one linear row),
+    each with `value`, `low`, `high`; `cosine_disattenuated` = cosine / sqrt(reliability), None where the reliability is
+    not above 0; `nulls`, the norms of the mean of differences with random signs: their `median` and `q95`, the
+    `quantile` of the observed norm among them, p = (1 + #{null >= observed}) / (1 + n_boot), and `smallest_p`, the
+    least that so many prompts can give; `unchanged`, prompts whose difference is zero; `prompts`, the keys of the
+    prompts it was taken from.
     Raises `DataError` under 6 prompts, and where no difference is left.
 
     The norm is that of a noisy mean, so it is too large at few prompts: compare it with the nulls.
@@ -77,15 +79,11 @@ def bias_direction(
             expected="edited responses that move the residual stream",
             do="check that chosen is the edited response and rejected the original",
         )
-    readout = editable_readout(rm)
-    u = readout.norm.pull_back(readout.weight, torch.ones_like(readout.weight[:1])).double().cpu().numpy()
     rng = np.random.default_rng(seed)
     gram = moves @ moves.T
-    along = moves @ (u / np.linalg.norm(u)) if u.any() else np.zeros(len(keys))
     norms = _left_out_norms(gram)
     reliability = left_out_interval(*halves(gram, n_splits, rng), np.arctanh, spearman_brown, n_boot, seed)
-    left_out = np.divide((along.sum() - along) / (len(keys) - 1), norms, out=np.zeros_like(norms), where=norms > 0)
-    cosine = left_out_interval(float(along.mean() / norm), left_out, np.arctanh, np.tanh, n_boot, seed)
+    cosine = _cosine_with_u(rm, moves, norms, norm, n_boot, seed)
     value = reliability["value"]
     ends = "" if reliability["low"] is None else f", {reliability['low']:.2f} to {reliability['high']:.2f}"
     unit = xr.DataArray(mean / norm, dims=("d_model",), coords={"d_model": np.arange(rm.d_model)})
@@ -95,7 +93,9 @@ def bias_direction(
         interval={"level": 0.95, "unit": "prompt", "method": "jackknife values in stats.mean_interval"},
         norm=left_out_interval(norm, norms, np.log, np.exp, n_boot, seed), norm_share=norm / size,
         reliability=reliability, cosine_with_u=cosine,
-        cosine_disattenuated=float(np.clip(cosine["value"] / np.sqrt(value), -1, 1)) if value > 0 else None,
+        cosine_disattenuated=(
+            float(np.clip(cosine["value"] / np.sqrt(value), -1, 1)) if cosine is not None and value > 0 else None
+        ),
         nulls=_against_flips(gram, norm, n_boot, rng), unchanged=int((np.diag(gram) == 0).sum()), prompts=keys,
         shows=f"Where the edit moves the residual stream on average over {len(keys)} prompts; the split-half "
         f"reliability of that direction is {value:.2f}{ends}.",
@@ -105,6 +105,19 @@ def bias_direction(
     )  # fmt: skip
     return Result("bias_direction", unit, unit="unit vector", meta=meta,
                   checks=[Check("unit length", abs(float(np.linalg.norm(unit)) - 1), 1e-12)])  # fmt: skip
+
+
+def _cosine_with_u(
+    rm: RewardModel, moves: np.ndarray, norms: np.ndarray, norm: float, n_boot: int, seed: int
+) -> dict[str, float | None] | None:
+    """Cosine of the mean difference with what a linear head reads, by the jackknife; None for every other head."""
+    if not isinstance(rm.readout, LinearReadout):
+        return None
+    weight = rm.readout.weight
+    u = rm.readout.norm.pull_back(weight, torch.ones_like(weight[:1])).double().cpu().numpy()
+    along = moves @ (u / np.linalg.norm(u)) if u.any() else np.zeros(len(moves))
+    left_out = np.divide((along.sum() - along) / (len(moves) - 1), norms, out=np.zeros_like(norms), where=norms > 0)
+    return left_out_interval(float(along.mean() / norm), left_out, np.arctanh, np.tanh, n_boot, seed)
 
 
 def _require(rm: RewardModel, pairs: data.Pairs, depth: int, n_splits: int, n_boot: int) -> None:

@@ -28,6 +28,7 @@ FEWEST_ROWS = 4
 SAME_SPACE = 0.5  # correlation of the states' entries from which two networks count as having one residual space
 ROUNDING = 1e-12  # of the states' sum of squares: a spread under it is none
 STATES_CONSTANT = "the states do not differ between prompts"
+NO_ROW = "a head that is no one linear row has an angle of its own at every text"
 OTHER_SPACE = (
     f"the two networks' states are no versions of each other (entries correlate by less than {SAME_SPACE}), so their "
     "read-outs have no angle; the correlation of rewards within prompts takes its place"
@@ -91,11 +92,13 @@ def reward_angle(x, u, y, v, prompts) -> stats.Estimate:
 
     x, y: [text, d] deviations from the prompt's mean of the states as the final norm scales them; u, v: [d], what the
     heads read off them. On one trunk x = y, and this is the correlation of the two rewards within prompts. Undefined
-    (NaN, with the reason) where the states are not in one space, by `state_alignment`.
+    (NaN, with the reason) where the states are not in one space, by `state_alignment`, and where u or v is None: a head
+    that reads with other weights from text to text.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
-    if not state_alignment(x, y) >= SAME_SPACE:
-        n = len(set(prompts))
-        return stats.Estimate(np.nan, np.nan, np.nan, np.nan, len(x), n, OTHER_SPACE)
+    one_row = u is not None and v is not None
+    if not one_row or not state_alignment(x, y) >= SAME_SPACE:
+        n, reason = len(set(prompts)), OTHER_SPACE if one_row else NO_ROW
+        return stats.Estimate(np.nan, np.nan, np.nan, np.nan, len(x), n, reason)
     both = np.concatenate([x, y])
     return uncentred_correlation(both @ np.asarray(u, float), both @ np.asarray(v, float), [*prompts, *prompts])

@@ -28,8 +28,8 @@ from reward_lens.methods.edited_texts import within_prompt_sd
 from reward_lens.methods.effects import effects
 from reward_lens.methods.lens import reward_lens
 from reward_lens.methods.probes import probe_hacking
-from reward_lens.model.head import editable_readout
 from reward_lens.model.loading import load
+from reward_lens.model.readout import LinearReadout
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
 from reward_lens.result import Check
@@ -51,8 +51,8 @@ class States:
     """[depth, prompt, d_model]"""
     scaled: np.ndarray
     """[text, d_model], deviations from the prompt's mean"""
-    row: np.ndarray
-    """[d_model]: a text's reward is scaled . row, but for a constant"""
+    row: np.ndarray | None
+    """[d_model]: a text's reward is scaled . row, but for a constant; None where no one row reads every text"""
 
 
 @dataclasses.dataclass
@@ -206,8 +206,8 @@ def _read_inside(rm: RewardModel, pairs: data.Pairs, profiles: Sequence[str], ou
     out.contributions = np.concatenate(writes) if writes else None
     if kept is not None:
         out.states = kept.states()
-        tolerance = 1e-2 if rm.sixteen_bit else 1e-4
-        out.checks.append(Check("read-out", kept.gap(out.rewards), tolerance))
+        if kept.row is not None:
+            out.checks.append(Check("read-out", kept.gap(out.rewards), 1e-2 if rm.sixteen_bit else 1e-4))
 
 
 class _Kept:
@@ -215,13 +215,15 @@ class _Kept:
 
     def __init__(self, rm: RewardModel, texts: Texts, depths: Sequence[int]):
         self.rm, self.texts, self.depths = rm, texts, depths
-        self.readout = editable_readout(rm)
+        self.linear = rm.readout if isinstance(rm.readout, LinearReadout) else None
         shape = (len(depths), texts.n_prompts, rm.d_model)
         self.sums, self.differences = torch.zeros(shape), torch.zeros(shape)
         self.is_first = set(texts.first)
         self.scaled: list[Tensor] = []
-        ones = torch.ones_like(self.readout.weight[:1])
-        self.row = self.readout.norm.pull_back(self.readout.weight, ones).cpu().double()
+        self.row: Tensor | None = None
+        if self.linear is not None:
+            ones = torch.ones_like(self.linear.weight[:1])
+            self.row = self.linear.norm.pull_back(self.linear.weight, ones).cpu().double()
 
     def add(self, acts, start: int) -> None:
         runs = range(start, start + len(acts.tokens))
@@ -232,7 +234,7 @@ class _Kept:
             self.sums[k].index_add_(0, of_run[new], h[new])
             self.differences[k].index_add_(0, of_run[::2], h[::2] - h[1::2])
         last = acts[_residual(self.rm.n_layers)]
-        scaled = (self.readout.norm.scale(last) * last).cpu().double()
+        scaled = (self.rm.readout.norm.scale(last) * last).cpu().double()
         self.scaled.append(scaled[new])
 
     def states(self) -> States:
@@ -243,12 +245,14 @@ class _Kept:
         means = np.zeros((texts.n_prompts, scaled.shape[1]))
         np.add.at(means, texts.of_text, scaled)
         away = (scaled - (means / n_texts)[texts.of_text]).astype(np.float32)
-        return States(self.sums.numpy() / n_texts, self.differences.numpy() / n_pairs, away, self.row.numpy())
+        row = None if self.row is None else self.row.numpy()
+        return States(self.sums.numpy() / n_texts, self.differences.numpy() / n_pairs, away, row)
 
     def gap(self, rewards: Float[np.ndarray, "pair 2"]) -> float:
         """How far scaled . row + constant is from the rewards scored, by the size of the products summed."""
+        assert self.linear is not None and self.row is not None
         scaled = torch.cat(self.scaled)
-        constant = float((self.readout.weight @ self.readout.norm.shift + self.readout.bias).double())
+        constant = float((self.linear.weight @ self.linear.norm.shift + self.linear.bias).double())
         size = (scaled * self.row).abs().sum(1) + abs(constant)
         scored = torch.from_numpy(rewards.reshape(-1)[self.texts.first])
         return float(((scaled @ self.row + constant - scored).abs() / size).max())

@@ -35,7 +35,7 @@ def editable_readout(rm: RewardModel) -> LinearReadout:
         "This reward has no head row to edit",
         found=f"a readout of kind {rm.readout.kind!r}",
         expected="one row of a linear head behind the final norm",
-        do="load a model with a linear head",
+        do="load a model with a linear head, or one objective of a gated one (objective=), whose row is fixed",
     )
 
 
