@@ -12,6 +12,7 @@ heads in `model.heads`; the protocol is what the methods rely on, so the others 
 import dataclasses
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -82,6 +83,27 @@ class PromptGated(Protocol):
 
     def gate_position(self, tokens: Tokens) -> int:
         """Position whose residual sets the weights."""
+        ...
+
+
+class Rounding:
+    """The rounding of a norm that runs in 16 bits: twice to the nearest, so each number moves by at most one step."""
+
+    def __init__(self, dtype: torch.dtype, seed: int):
+        self.dtype, self.generator = dtype, torch.Generator().manual_seed(seed)
+
+    def __call__(self, normed: Tensor) -> Tensor:
+        step = torch.finfo(self.dtype).eps
+        moved = (2 * torch.rand(normed.shape, generator=self.generator) - 1) * step
+        return (normed * (1 + moved.to(normed))).to(self.dtype)
+
+
+@runtime_checkable
+class RunsANetwork(Protocol):
+    """A head with more than one map, whose values round between the maps in the wrapped model's precision."""
+
+    def rounded(self, h: Float[Tensor, "*batch d_model"], inputs: Any, round_to: Rounding) -> Float[Tensor, "*batch"]:
+        """The reward with the norm's output and the head in `round_to.dtype`."""
         ...
 
 

@@ -21,7 +21,7 @@ from reward_lens.errors import DataError, StructureError
 from reward_lens.model.heads.names import objectives_of
 from reward_lens.model.heads.own import OwnHead
 from reward_lens.model.norm import Norm, tail_copy
-from reward_lens.model.readout import Direction, Exactness, Kind, LinearReadout
+from reward_lens.model.readout import Direction, Exactness, Kind, LinearReadout, Rounding
 from reward_lens.model.tokens import Tokens
 
 USER_TURN_ENDS = {
@@ -63,6 +63,12 @@ class GatedReadout:
 
     def reward(self, h: Float[Tensor, "*batch d_model"], inputs: Any = None) -> Float[Tensor, "*batch"]:
         return (self.norm(h) * (self.weights(self._given(inputs)) @ self.rows)).sum(-1)
+
+    def rounded(self, h: Float[Tensor, "*batch d_model"], inputs: Any, round_to: Rounding) -> Float[Tensor, "*batch"]:
+        gate = tail_copy(self.gate, self.norm.gain.device, round_to.dtype)
+        weights = gate(round_to(self.norm(self._given(inputs))))
+        own, matrix = (x.to(round_to.dtype) for x in (self.own, self.matrix))
+        return (weights * (round_to(self.norm(h)) @ own.T @ matrix)).sum(-1).to(self.norm.gain)
 
     def direction(self, h: Float[Tensor, "batch d_model"], inputs: Any = None) -> Direction:
         w = self.weights(self._given(inputs)) @ self.rows

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from reward_lens.model.heads.own import OwnHead
 from reward_lens.model.norm import Norm, tail_copy
-from reward_lens.model.readout import Direction, Exactness, Kind, LinearReadout, linear_readout
+from reward_lens.model.readout import Direction, Exactness, Kind, LinearReadout, Rounding, linear_readout
 from reward_lens.model.tokens import Tokens
 
 
@@ -38,6 +38,10 @@ class LocalReadout:
 
     def reward(self, h: Float[Tensor, "*batch d_model"], inputs: Any = None) -> Float[Tensor, "*batch"]:
         return self.head(self.norm(h))[..., self.row]
+
+    def rounded(self, h: Float[Tensor, "*batch d_model"], inputs: Any, round_to: Rounding) -> Float[Tensor, "*batch"]:
+        head = tail_copy(self.head, self.norm.gain.device, round_to.dtype)
+        return head(round_to(self.norm(h)))[..., self.row].to(self.norm.gain)
 
     def direction(self, h: Float[Tensor, "batch d_model"], inputs: Any = None) -> Direction:
         h = h.detach().to(self.norm.gain)

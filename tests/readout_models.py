@@ -1,0 +1,52 @@
+"""A tiny random reward model of every kind of readout: what stands between the pre-norm residual and the reward."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import published_heads
+import reward_lens as rl
+from families import tiny_model
+from language_models import JUDGE, PAIR_JUDGE, tiny_language_model
+from step_models import published
+
+Build = Callable[[torch.dtype], rl.RewardModel]
+
+
+def _several(dtype: torch.dtype) -> rl.RewardModel:
+    module, tokenizer = tiny_model("llama", num_labels=3, dtype=dtype, seed=1)
+    return rl.RewardModel(module, tokenizer, objective=1, name="one row of three")
+
+
+def _vocabulary(family: str, *tokens: str | int, **options) -> Build:
+    def build(dtype: torch.dtype) -> rl.RewardModel:
+        module, tokenizer = tiny_language_model(family, dtype=dtype, seed=1)
+        return rl.RewardModel(module, tokenizer, readout=rl.VocabReadout(*tokens, **options), name=family)
+
+    return build
+
+
+def _head(name: str) -> Build:
+    def build(dtype: torch.dtype) -> rl.RewardModel:
+        with tempfile.TemporaryDirectory() as folder:
+            return rl.load(published_heads.save(Path(folder), name), dtype=dtype)
+
+    return build
+
+
+def _steps(name: str) -> Build:
+    return lambda dtype: rl.step_model(*published(name, dtype), name=name)
+
+
+READOUTS: dict[str, Build] = {
+    "linear, one row of three": _several,
+    "vocabulary, a row by its index": _vocabulary("llama", 0),
+    "vocabulary, two tokens": _vocabulary("qwen2", "the", " the"),
+    "vocabulary, before a soft cap": _vocabulary("gemma2", "the", " the", before_cap=True),
+    "vocabulary, a judge": _vocabulary("llama", "A", "B", template=JUDGE),
+    "vocabulary, a judge of pairs": _vocabulary("llama", "A", "B", template=PAIR_JUDGE),
+    **{f"head of {name}": _head(name) for name in published_heads.HEADS},
+    **{f"steps of {name}": _steps(name) for name in rl.STEP_READOUTS},
+}
