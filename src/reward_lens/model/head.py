@@ -29,12 +29,12 @@ def trunk_name(rm: RewardModel) -> str:
 
 def editable_readout(rm: RewardModel) -> LinearReadout:
     """The linear readout, or a `DataError` for a reward that is no row of a linear head."""
-    if isinstance(rm.readout, LinearReadout):
+    if isinstance(rm.readout, LinearReadout) and not getattr(rm.module, "standardises", False):
         return rm.readout
     raise DataError(
         "This reward has no head row to edit",
-        found=f"a readout of kind {rm.readout.kind!r}",
-        expected="one row of a linear head behind the final norm",
+        found=f"a readout of kind {rm.readout.kind!r}, or rewards that the head standardises",
+        expected="one row of a linear head behind the final norm, whose output is the reward",
         do="load a model with a linear head",
     )
 
