@@ -131,6 +131,36 @@ def test_a_token_that_the_tokenizer_does_not_have_is_refused(tmp_path):
         rl.load(published.write(tmp_path, state))
 
 
+def test_precision_and_placement_are_the_checkpoints_and_the_callers(tmp_path):
+    state = published.make(tmp_path, "internlm2", torch_dtype="bfloat16")
+    published.write(tmp_path, {key: tensor.bfloat16() for key, tensor in state.items()})
+    rm = rl.load(tmp_path, device_map={"": "cpu"})
+    assert rm.dtype == torch.bfloat16 and rm.head.weight.dtype == torch.bfloat16
+    assert rm.load_report.value.sel(check="own reward") <= rm.load_report.value.sel(check="own reward").tolerance
+
+
+def test_the_authors_tokenizer_is_used_where_the_checkpoint_has_none(tmp_path, monkeypatch):
+    """Starling-RM names the tokenizer of the model it was trained from."""
+    state = published.make(tmp_path / "rm", "starling")
+    (tmp_path / "tokenizer").mkdir()
+    for file in (tmp_path / "rm").glob("*token*"):
+        file.rename(tmp_path / "tokenizer" / file.name)
+    for file in (tmp_path / "rm").glob("*.jinja"):
+        file.rename(tmp_path / "tokenizer" / file.name)
+    named = {"tokenizer_name": str(tmp_path / "tokenizer")}
+    rows = tuple(dataclasses.replace(row, settings={**row.settings, **named}) for row in table.KNOWN)
+    monkeypatch.setattr(table, "KNOWN", rows)
+    rm = rl.load(published.write(tmp_path / "rm", state))
+    assert rm.tokenizer.hf.name_or_path == named["tokenizer_name"]
+
+
+def test_a_shared_class_name_alone_shows_nothing(tmp_path):
+    """Other authors' `RewardModel` is not OpenRLHF's, nor any `LlamaRewardModel` UltraRM."""
+    for name, config in (("RewardModel", {}), ("LlamaRewardModel", {})):
+        rows = [row for row in table.KNOWN if row.fits({"architectures": [name], **config}, frozenset)]
+        assert not rows
+
+
 def test_a_trunk_saved_twice_with_its_language_model_loads(models, tmp_path):
     """Starling-RM-7B: the language model beside the trunk taken out of it."""
     state = published.make(tmp_path, "starling")
@@ -164,10 +194,16 @@ def test_a_cost_is_called_one(models):
     assert models["beaver_cost"].objectives == ("cost",) and models["beaver"].objectives == ("reward",)
 
 
-@pytest.mark.parametrize("name", STANDARDISED)
-def test_a_standardised_head_is_not_edited(models, name):
-    with pytest.raises(rl.DataError, match="standardises"):
-        rl.edit_head(models[name], torch.eye(32)[0])
+@pytest.mark.parametrize("name", [*STANDARDISED, "internlm2", "oasst"])
+def test_an_edited_head_gives_the_edited_reward(models, name):
+    """Edited in units of the reward, whatever the map's own are; the load report holds the model against it."""
+    rm = models[name]
+    removed = torch.nn.functional.normalize(torch.arange(32.0) - 3, dim=0)
+    edited = rl.edit_head(rm, removed)
+    read = (m.readout.norm.pull_back(m.readout.weight, torch.ones(1, 1))[0] @ removed for m in (edited, rm))
+    assert [abs(float(x)) > 1e-6 for x in read] == [False, True]
+    assert edited.score("a", "b") != pytest.approx(rm.score("a", "b"), abs=1e-3)
+    assert edited.score("a", "b") == pytest.approx(edited.hf_score("a", "b"), abs=1e-5)
 
 
 @every

@@ -62,12 +62,6 @@ class LinearScore(OwnHead):
         mean, scale = (x.to(states) for x in self.standard(head.weight))
         return (head(states) - mean) / scale
 
-    @property
-    def standardises(self) -> bool:
-        """Whether the reward is other than what the map gives."""
-        mean, scale = self.standard(next(self.head_parts().parameters()))
-        return bool((mean != 0).any() or (scale != 1).any())
-
     def standard(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """What is taken off the map's columns, and what the rest is divided by."""
         return like.new_zeros(self.n_columns), like.new_ones(self.n_columns)

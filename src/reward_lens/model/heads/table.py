@@ -88,9 +88,9 @@ KNOWN = (
           settings={"head_path": "out_proj", "bias": True, "chat_template": OASST}),
     *(_starling(named, *model) for named in (True, False) for model in (
         (32000, "meta-llama/Llama-2-7b-chat-hf"), (64000, "01-ai/Yi-34B-Chat"))),  # Starling-RM-7B-alpha, -34B
-    Known(RegressionScore, "LLMForSequenceRegression", also=("RewardModel",), holds=("value_head.weight",)),  # OpenRLHF
-    Known(RegressionScore, "LLMForSequenceRegression", also=("RewardModel",), holds=("score.weight",),
-          settings={"head_path": "score"}),
+    *(Known(RegressionScore, name, key=key, holds=(f"{path}.weight",), settings={"head_path": path})
+      for name, key in (("LLMForSequenceRegression", None), ("RewardModel", "normalize_reward"))
+      for path in ("value_head", "score")),  # OpenRLHF's, whose older and newer classes and heads have different names
 )  # fmt: skip
 """The first row that fits holds."""
 
