@@ -187,11 +187,13 @@ MODELS: dict[str, tuple[dict, str, dict[str, str], Callable[[int], State], Calla
 }  # fmt: skip
 
 
-def make(folder: Path, name: str, *, seed: int = 0, template: str | None = "markers", **changes) -> State:
+def make(
+    folder: Path, name: str, *, seed: int = 0, template: str | None = "markers", pad: str = "own", **changes
+) -> State:
     """Write a checkpoint of one of `MODELS` without its weights; `changes` are keys of its config. Returns the state
     dict to write with `write`."""
     keys, trunk, names, head, _ = MODELS[name]
-    tokenizer = tiny_tokenizer(chat_template=template)
+    tokenizer = tiny_tokenizer(chat_template=template, pad=pad)
     tokenizer.save_pretrained(folder)
     if name == "internlm2":  # the tokenizer's class is published as code too
         settings = json.loads((folder / "tokenizer_config.json").read_text())
@@ -215,12 +217,14 @@ def write(folder: Path, state: State, form: str = "safetensors") -> Path:
     elif form == "bin":
         torch.save(state, folder / "pytorch_model.bin")
     else:
-        files = [f"model-0000{i + 1}-of-00002.safetensors" for i in range(2)]
+        stem, end = ("model", "safetensors") if form == "shards" else ("pytorch_model", "bin")
+        files = [f"{stem}-0000{i + 1}-of-00002.{end}" for i in range(2)]
         where = {name: files[i % 2] for i, name in enumerate(state)}
         for file in files:
-            save_file({k: state[k] for k in state if where[k] == file}, folder / file, {"format": "pt"})
+            part = {k: state[k] for k in state if where[k] == file}
+            save_file(part, folder / file, {"format": "pt"}) if form == "shards" else torch.save(part, folder / file)
         index = {"metadata": {}, "weight_map": where}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (folder / f"{stem}.{end}.index.json").write_text(json.dumps(index))
     return folder
 
 

@@ -9,6 +9,7 @@ import json
 import pytest
 import torch
 
+import published_heads
 import published_linear as published
 import reward_lens as rl
 from families import TEXT_PAIRS
@@ -86,8 +87,11 @@ def test_batches_and_padding_leave_the_rewards(models, name):
     assert scores == pytest.approx([rm.score(p.prompt, p.rejected) for p in PAIRS], abs=2e-5)
 
 
-@pytest.mark.parametrize("form", ["bin", "shards"])
-@pytest.mark.parametrize("name", ["internlm2", "ultra", "starling"])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("internlm2", "bin"), ("internlm2", "shards"), ("internlm2", "bin shards"), ("ultra", "bin shards"),
+     ("starling", "shards")],
+)  # fmt: skip
 def test_every_usual_file_loads(models, tmp_path, name, form):
     state = published.make(tmp_path, name, template="markers")
     rm = rl.load(published.write(tmp_path, state, form))
@@ -159,6 +163,22 @@ def test_a_shared_class_name_alone_shows_nothing(tmp_path):
     for name, config in (("RewardModel", {}), ("LlamaRewardModel", {})):
         rows = [row for row in table.KNOWN if row.fits({"architectures": [name], **config}, frozenset)]
         assert not rows
+
+
+def test_the_last_token_is_read_where_it_pads_as_well(tmp_path):
+    """pad == eos, and a template that ends in it: the published heads go by the mask, not by the token."""
+    ending = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    state = published.make(tmp_path / "ultra", "ultra", template=ending, pad="eos", pad_token_id=2)
+    rm = rl.load(published.write(tmp_path / "ultra", state), dtype=torch.float64)
+    tokens = rm.tokenize("a", "b")
+    assert tokens.ids[-1] == rm.pad_id and tokens.reward_pos == len(tokens) - 1
+    expected = published.published_score(tmp_path / "ultra", "ultra", state, tokens.ids)
+    assert rm.score("a", "b") == pytest.approx(expected, abs=1e-6)
+    folder = published_heads.save(tmp_path / "grm", "grm", pad_token_id=2)
+    published.tiny_tokenizer(chat_template=ending, pad="eos").save_pretrained(folder)
+    rm = rl.load(folder)
+    ids = rm.tokenize("a", "b").ids
+    assert rm.score("a", "b") == pytest.approx(float(published_heads.published_columns(folder, "grm", ids)[0]), abs=1e-5)
 
 
 def test_a_trunk_saved_twice_with_its_language_model_loads(models, tmp_path):
@@ -245,3 +265,28 @@ def test_plain_heads_are_left_to_transformers(tmp_path, architecture):
     assert table.load_known(str(tmp_path), {}) is None
     save_file({"score.weight": torch.ones(1, 2)}, tmp_path / "other.safetensors")
     assert type(rl.load(tmp_path).module).__name__ == architecture
+
+
+@pytest.mark.full
+def test_the_layout_of_the_published_size_is_complete():
+    """internlm2-7b-reward's shapes, without numbers: every tensor has its place, and no place stays empty."""
+    config = table.INTERNLM2.config(
+        published.INTERNLM2 | {
+            "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
+            "num_hidden_layers": 32, "vocab_size": 92544, "max_position_embeddings": 32768,
+        }
+    )  # fmt: skip
+    config = table.CONFIG_MAPPING["llama"].from_dict(config)
+    block = {
+        "attention.wqkv": (6144, 4096), "attention.wo": (4096, 4096), "feed_forward.w1": (14336, 4096),
+        "feed_forward.w3": (14336, 4096), "feed_forward.w2": (4096, 14336), "attention_norm": (4096,),
+        "ffn_norm": (4096,),
+    }  # fmt: skip
+    shapes = {"model.tok_embeddings": (92544, 4096), "model.norm": (4096,), "v_head": (1, 4096)}
+    shapes |= {f"model.layers.{i}.{name}": shape for i in range(32) for name, shape in block.items()}
+    with torch.device("meta"):
+        saved = {f"{name}.weight": torch.empty(shape) for name, shape in shapes.items()}
+        row = next(row for row in table.KNOWN if row.name == "InternLM2ForRewardModel")
+        module = table.class_for(row.head, config, row.name, row.settings)(config)
+    state = table.INTERNLM2.state(saved, config)
+    assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in module.state_dict().items()}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from reward_lens.errors import DataError, LoadError
-from reward_lens.model.heads.own import OwnHead
+from reward_lens.model.heads.own import OwnHead, last_attended
 from reward_lens.model.norm import Norm
 from reward_lens.model.readout import LinearReadout, linear_readout
 from reward_lens.model.tokens import Tokenizer, Tokens, check_text
@@ -75,13 +75,11 @@ class LinearScore(OwnHead):
         return dataclasses.replace(read, weight=read.weight / scale, bias=(read.bias - mean) / scale)
 
     def read_positions(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        places = torch.arange(ids.shape[1], device=ids.device)
         if self.ending is not None:
-            return torch.where(ids == self.ending, places, 0).amax(-1)
+            return last_attended(ids, ids == self.ending)
         if self.stops_at is not None:
             return (torch.eq(ids, self.stops_at).int().argmax(-1) - 1) % ids.shape[1]
-        attended = torch.ones_like(ids) if mask is None else mask
-        return torch.where(attended.bool(), places, 0).amax(-1)
+        return last_attended(ids, mask)
 
     def tokenizer_for(self, tokenizer: Any, pooled_skips: int | None, max_length: int | None) -> Tokenizer:
         """How this head's texts are written and where they are read."""

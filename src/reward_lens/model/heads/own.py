@@ -100,6 +100,12 @@ class OwnHead(nn.Module):
         return (torch.eq(ids, pad).int().argmax(-1) - 1) % ids.shape[1]
 
 
+def last_attended(ids: Int[Tensor, "batch pos"], mask: Tensor | None) -> Int[Tensor, " batch"]:
+    """The last position where the mask is not 0; the last one of all where there is no mask."""
+    places = torch.arange(ids.shape[1], device=ids.device)
+    return torch.where(torch.ones_like(ids).bool() if mask is None else mask.bool(), places, 0).amax(-1)
+
+
 def class_for(head: type[OwnHead], config: Any, name: str, settings: Mapping[str, Any]) -> type:
     """The model class of a head on the trunk that the config describes, under the published class name; `settings` are
     attributes of the head class that differ from its own."""
