@@ -177,8 +177,8 @@ def test_the_last_token_is_read_where_it_pads_as_well(tmp_path):
     folder = published_heads.save(tmp_path / "grm", "grm", pad_token_id=2)
     published.tiny_tokenizer(chat_template=ending, pad="eos").save_pretrained(folder)
     rm = rl.load(folder)
-    ids = rm.tokenize("a", "b").ids
-    assert rm.score("a", "b") == pytest.approx(float(published_heads.published_columns(folder, "grm", ids)[0]), abs=1e-5)
+    columns = published_heads.published_columns(folder, "grm", rm.tokenize("a", "b").ids)
+    assert rm.score("a", "b") == pytest.approx(float(columns[0]), abs=1e-5)
 
 
 def test_a_trunk_saved_twice_with_its_language_model_loads(models, tmp_path):
