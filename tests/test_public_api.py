@@ -80,6 +80,7 @@ PUBLIC = [
     "from_run",
     "gate_attribution",
     "gate_weights",
+    "golden_scores",
     "gradient_lens",
     "implicit_contributions",
     "implicit_lens",

@@ -84,6 +84,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.methods.fitted_weights import fitted_weights as fitted_weights
     from reward_lens.methods.gates import gate_attribution as gate_attribution
     from reward_lens.methods.gates import gate_weights as gate_weights
+    from reward_lens.methods.golden import golden_scores as golden_scores
     from reward_lens.methods.head_editing import edit_head as edit_head
     from reward_lens.methods.head_editing import edit_report as edit_report
     from reward_lens.methods.implicit_parts import implicit_contributions as implicit_contributions
@@ -191,6 +192,7 @@ _HOME = {
     "methods.bias_direction": ("bias_direction",),
     "methods.erasure": ("erase_concept",),
     "methods.exploits": ("find_exploits",),
+    "methods.golden": ("golden_scores",),
     "methods.head_editing": ("edit_head", "edit_report"),
     "methods.vocabulary_sweep": ("vocab_sweep",),
     "edits": ("TextEdit", "edited_pairs", "edits_of", "judged_edits"),

@@ -28,9 +28,31 @@ from reward_lens.cli.common import (
 
 @app.command(epilog="Example: reward-lens check Skywork/Skywork-Reward-V2-Llama-3.2-1B")
 @refusals
-def check(model: Model = "demo", objective: Objective = None, as_json: AsJson = False):
-    """Load a reward model and print its load report: what was tested, the gaps, and what was found."""
-    report = load(model, objective).load_report
+def check(
+    model: Model = "demo", objective: Objective = None, as_json: AsJson = False,
+    golden: Annotated[bool, typer.Option("--golden", help="Also compare the scores that its authors printed.")] = False,
+    entries: Annotated[Path | None, typer.Option(help="Golden scores from this JSON lines file instead.")] = None,
+):  # fmt: skip
+    """Load a reward model and print its load report: what was tested, the gaps, and what was found.
+
+    With --golden (or --entries) also its published scores beside those it gives here (with --json these alone); exit
+    code 1 where one is past its tolerance, or none is kept for this model.
+    """
+    rm = load(model, objective)
+    compared = golden or entries is not None
+    if not (compared and as_json):
+        _print_report(rm.load_report, as_json)
+    if compared:
+        scores = rl.golden_scores(rm, entries)
+        if as_json:
+            show(scores, True)
+        else:
+            _print_golden(scores)
+        if scores.meta["misses"]:
+            raise typer.Exit(1)
+
+
+def _print_report(report: "rl.Result", as_json: bool) -> None:
     if as_json:
         return show(report, True)
     m = report.meta
@@ -38,6 +60,15 @@ def check(model: Model = "demo", objective: Objective = None, as_json: AsJson = 
     for row in report.value:
         name, found = row["check"].item(), row.found.item()
         typer.echo(f"  {name:20} {float(row):9.1e} <= {float(row.tolerance):7.1e}  {found}")
+
+
+def _print_golden(scores: "rl.Result") -> None:
+    typer.echo(f"Published scores: {scores.meta['misses']} of {len(scores.value)} past the tolerance")
+    for entry in scores.value:
+        expected, found, gap, tolerance = map(float, entry)
+        sign = "<=" if gap <= tolerance else "> "
+        typer.echo(f"  {entry.objective.item():12} expected {expected:9.4f}  found {found:9.4f}  gap {gap:8.4f} {sign} "
+                   f"{tolerance:g}  {entry.text.item()}  ({entry.source.item()})")  # fmt: skip
 
 
 @app.command(epilog="Example: reward-lens score 'What is 2 + 2?' 'It is 4.' --model demo")

@@ -190,7 +190,10 @@ def _tokenisation(rm, tokens: list[Tokens]):
     prompt, response = rm.tokenizer.probes(PROBES)[0]
     official = rm.tokenizer.official_ids([{"role": "user", "content": prompt}], response)
     differing = sum(a != b for a, b in zip(official, tokens[0].ids, strict=False)) + abs(len(official) - len(tokens[0]))
-    yield "template tokens", float(differing), 0.0, f"{len(official)} tokens of Hugging Face's own rendering"
+    found = f"{len(official)} tokens of Hugging Face's own rendering"
+    if "template" in rm.loading:
+        found += f"; {rm.loading['template']}"
+    yield "template tokens", float(differing), 0.0, found
     bos = hf.bos_token_id
     doubled = bos is not None and len(tokens[0]) > 1 and tokens[0].ids[0] == tokens[0].ids[1] == bos
     opening = hf.decode(list(tokens[0].ids[:3]))

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from reward_lens.errors import DataError
+from reward_lens.model.heads.linear import LinearScore
 from reward_lens.model.readout import LinearReadout
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.structure import linear_bias, linear_weight
@@ -40,8 +41,19 @@ def editable_readout(rm: RewardModel) -> LinearReadout:
 
 
 def stored(rm: RewardModel, row: Float[Tensor, "*some d_model"]) -> Float[Tensor, "*some d_model"]:
-    """Rows as the head's precision holds them, in the readout's precision."""
-    return row.to(linear_weight(rm.head).dtype).to(editable_readout(rm).weight)
+    """Rows as the head's precision holds them, in the readout's precision and units."""
+    _, scale = _standard(rm)
+    return (row * scale).to(linear_weight(rm.head).dtype).to(editable_readout(rm).weight) / scale
+
+
+def _standard(rm: RewardModel) -> tuple[Tensor, Tensor]:
+    """What the model takes off its head's output, and what it divides the rest by: 0 and 1 but for a head that
+    standardises its rewards, whose readout is in units of the reward."""
+    weight = editable_readout(rm).weight
+    if not isinstance(rm.module, LinearScore):
+        return weight.new_zeros(()), weight.new_ones(())
+    mean, scale = rm.module.standard(weight)
+    return mean[rm.row], scale[rm.row]
 
 
 @torch.no_grad()
@@ -68,13 +80,14 @@ def with_row(
         )
     module = sharing_copy(rm.module, but=rm.head)
     head = module.get_submodule(rm.structure.head)
-    linear_weight(head)[rm.row].copy_(after)
+    mean, scale = _standard(rm)
+    linear_weight(head)[rm.row].copy_(after * scale)
     has_bias = linear_bias(head)
     if bias is not None:
         if has_bias is None:
             raise DataError("The head has no bias to set", found="a head without bias", expected="bias=None",
                             do="report the constant instead")  # fmt: skip
-        has_bias[rm.row].copy_(bias)
+        has_bias[rm.row].copy_(bias * scale + mean)
     kept = (w.double() for w in (before.weight, after))
     words = {
         **record,

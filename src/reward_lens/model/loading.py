@@ -7,6 +7,7 @@ import torch
 
 from reward_lens.errors import LoadError
 from reward_lens.model import heads
+from reward_lens.model.checkpoint_files import file_of
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.step_readout import StepReadout
 from reward_lens.model.structure import Structure
@@ -68,8 +69,8 @@ def load(
             module, missing, base = _load_adapter(path, options, settings)
         else:
             module, missing = _load_classifier(path, options, settings)
-            base = None
-        tokenizer = _load_tokenizer(path, base, options)
+            base = getattr(module, "tokenizer_name", None)
+        tokenizer = _load_tokenizer(path, base, options | heads.tokenizer_options(module))
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise LoadError(
             f"{path} could not be loaded",
@@ -87,7 +88,7 @@ def load(
         truncation=truncation,
         name=path if not Path(path).exists() else Path(path).resolve().name,
         revision=revision or getattr(module.config, "_commit_hash", None),
-        loading={"missing_keys": missing},
+        loading={"missing_keys": missing} | heads.complete(module, tokenizer),
     )
 
 
@@ -119,11 +120,11 @@ def placed(module: Any, device: str | torch.device) -> Any:
 def _load_classifier(path: str, options: dict, settings: dict):
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    config = AutoConfig.from_pretrained(path, **options)
-    architectures = getattr(config, "architectures", None) or []
-    known = heads.load_known(path, config, options | settings)
+    known = heads.load_known(path, options | settings)
     if known is not None:
         return known, []
+    config = AutoConfig.from_pretrained(path, **options)
+    architectures = getattr(config, "architectures", None) or []
     causal = next((a for a in architectures if a.endswith(("ForCausalLM", "LMHeadModel"))), None)
     try:
         module, info = AutoModelForSequenceClassification.from_pretrained(
@@ -259,9 +260,9 @@ def _adapter_file(path: str, revision: str | None) -> str:
 def _load_tokenizer(path: str, base: str | None, options: dict):
     from transformers import AutoTokenizer
 
-    folder = Path(path)
-    own = not folder.exists() or any((folder / n).exists() for n in ("tokenizer.json", "tokenizer_config.json"))
-    return AutoTokenizer.from_pretrained(path if own or base is None else base, **options)
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    own = base is None or any(file_of(path, options["revision"], name) for name in names)
+    return AutoTokenizer.from_pretrained(path if own else base, **options)
 
 
 def _first_lines(error: Exception) -> str:

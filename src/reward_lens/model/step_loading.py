@@ -6,7 +6,6 @@ a head named by its path        the trunk, and beside it a linear map with that 
                                 (value heads that transformers has no class for: `v_head.summary`)
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import TokenClassifierOutput
 
 from reward_lens.errors import LoadError
+from reward_lens.model.checkpoint_files import tensors_in
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.step_readout import StepReadout
 from reward_lens.model.step_scorer import step_model
@@ -87,7 +87,7 @@ def _load(path: str, steps: StepReadout, revision: str | None, settings: dict) -
     if not steps.head:
         return module, missing
     parts = {part: f"{steps.head}{part}" for part in ("", ".0", ".2")}
-    saved = _tensors(path, revision, tuple(f"{p}.{kind}" for p in parts.values() for kind in ("weight", "bias")))
+    saved = tensors_in(path, revision, tuple(f"{p}.{kind}" for p in parts.values() for kind in ("weight", "bias")))
     like = next(module.parameters()).device
     linear = {part: _linear(saved, name, like) for part, name in parts.items() if f"{name}.weight" in saved}
     if set(linear) == {""}:
@@ -104,43 +104,3 @@ def _linear(saved: dict[str, Tensor], name: str, device: torch.device) -> nn.Lin
     if bias is not None:
         linear.bias.data = bias.to(device)
     return linear
-
-
-def _tensors(path: str, revision: str | None, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """Those of the named tensors that a checkpoint holds, whichever of the usual files it is kept in."""
-    from safetensors import safe_open
-
-    found: dict[str, Tensor] = {}
-    for file in _files(path, revision, names):
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as opened:
-                found |= {name: opened.get_tensor(name) for name in names if name in opened.keys()}  # noqa: SIM118
-        else:
-            saved = torch.load(file, map_location="cpu", weights_only=True)
-            found |= {name: saved[name] for name in names if name in saved}
-    return found
-
-
-def _files(path: str, revision: str | None, names: tuple[str, ...]) -> list[Path]:
-    for whole in ("model.safetensors", "pytorch_model.bin"):
-        index = _file(path, revision, whole + ".index.json")
-        if index is not None:
-            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            shards = {where[name] for name in names if name in where}
-            return [file for shard in sorted(shards) if (file := _file(path, revision, shard)) is not None]
-        if (file := _file(path, revision, whole)) is not None:
-            return [file]
-    return []
-
-
-def _file(path: str, revision: str | None, name: str) -> Path | None:
-    if Path(path).exists():
-        file = Path(path) / name
-        return file if file.exists() else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(path, name, revision=revision))
-    except EntryNotFoundError:
-        return None

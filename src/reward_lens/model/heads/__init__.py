@@ -5,4 +5,6 @@ loaded into them, and no remote code is run.
 names, and `.logits` as a sequence classifier gives them.
 """
 
+from reward_lens.model.heads.own import complete as complete
+from reward_lens.model.heads.own import tokenizer_options as tokenizer_options
 from reward_lens.model.heads.table import load_known as load_known

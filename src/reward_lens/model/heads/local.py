@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from reward_lens.model.heads.own import OwnHead
+from reward_lens.model.heads.own import OwnHead, last_attended
 from reward_lens.model.norm import Norm, tail_copy
 from reward_lens.model.readout import Direction, Exactness, Kind, LinearReadout, Rounding, linear_readout
-from reward_lens.model.tokens import Tokens
+from reward_lens.model.tokens import Tokenizer, Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +144,8 @@ class ValueHeadScore(OwnHead):
         return local_readout(norm, self.v_head, row, self.objectives[row])
 
     def read_positions(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is None:
-            mask = torch.ones_like(ids)
-        places = torch.arange(ids.shape[1], device=ids.device)
-        return torch.where(mask.bool(), places, 0).amax(-1)
+        return last_attended(ids, mask)
+
+    def tokenizer_for(self, tokenizer: Any, pooled_skips: int | None, max_length: int | None) -> Tokenizer:
+        """The last token is read even where it is the padding token's twin (pad == eos)."""
+        return Tokenizer(tokenizer, None, max_length)

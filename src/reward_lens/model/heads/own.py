@@ -4,12 +4,13 @@ To `RewardModel` such a model is a sequence classifier: token ids go in, `.logit
 objective. It also says which module reads the normed residual, and builds the readout that the methods ask.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, PreTrainedModel
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from reward_lens.model.norm import Norm
@@ -24,6 +25,12 @@ class OwnHead(nn.Module):
     first_is_reward: ClassVar[bool] = False
     """Whether the first of several columns is the model's reward, so that it is read where no objective is named."""
     backbone: ClassVar[type[nn.Module]]
+    chat_template: ClassVar[str | None] = None
+    """How the authors write a conversation, for a checkpoint whose tokenizer has no template."""
+    published_type: ClassVar[str | None] = None
+    """Model type of the checkpoint's config, where transformers has no such type."""
+    tokenizer_name: ClassVar[str | None] = None
+    """Hub id of the tokenizer that the authors name, for a checkpoint without one."""
     base_model_prefix: str
     base_model: Any
     config: Any
@@ -44,13 +51,17 @@ class OwnHead(nn.Module):
         """What the head gives at every position, in the published arithmetic."""
         raise NotImplementedError
 
-    def head_parts(self) -> nn.ModuleList:
-        """Every module and parameter of the head."""
+    def head_parts(self) -> nn.Module:
+        """Every module and parameter of the head; the map itself where that is all."""
         raise NotImplementedError
 
     def readout(self, norm: Norm, row: int) -> Readout:
         """The readout of one column behind the measured norm."""
         raise NotImplementedError
+
+    def fill(self, missing: list[str]) -> list[str]:
+        """Set those of the weights missing in a checkpoint that its config holds; returns the others."""
+        return missing
 
     @property
     def n_columns(self) -> int:
@@ -89,11 +100,38 @@ class OwnHead(nn.Module):
         return (torch.eq(ids, pad).int().argmax(-1) - 1) % ids.shape[1]
 
 
-def class_for(head: type[OwnHead], config: Any, name: str) -> type:
-    """The model class of a head on the trunk that the config describes, under the published class name."""
+def last_attended(ids: Int[Tensor, "batch pos"], mask: Tensor | None) -> Int[Tensor, " batch"]:
+    """The last position where the mask is not 0; the last one of all where there is no mask."""
+    places = torch.arange(ids.shape[1], device=ids.device)
+    return torch.where(torch.ones_like(ids).bool() if mask is None else mask.bool(), places, 0).amax(-1)
+
+
+def class_for(head: type[OwnHead], config: Any, name: str, settings: Mapping[str, Any]) -> type:
+    """The model class of a head on the trunk that the config describes, under the published class name; `settings` are
+    attributes of the head class that differ from its own."""
     backbone: Any = MODEL_MAPPING[type(config)]
     family = next(c for c in backbone.__mro__[1:] if issubclass(c, PreTrainedModel))
-    return type(name, (head, family), {"backbone": backbone, "__module__": __name__})
+    return type(name, (head, family), {"backbone": backbone, "__module__": __name__, **settings})
+
+
+def tokenizer_options(module: Any) -> dict[str, Any]:
+    """What `AutoTokenizer` must be told of a checkpoint whose config it cannot read: the model's type."""
+    published = getattr(module, "published_type", None)
+    if published is None:
+        return {}
+    config: Any = PreTrainedConfig()
+    config.model_type = published
+    return {"config": config}
+
+
+def complete(module: Any, tokenizer: Any) -> dict[str, str]:
+    """Give a tokenizer without a chat template the one that the authors of a published head name; returns a word on it
+    for the load report, and nothing where nothing was given."""
+    template = getattr(module, "chat_template", None)
+    if template is None or getattr(tokenizer, "chat_template", None) is not None:
+        return {}
+    tokenizer.chat_template = template
+    return {"template": f"the checkpoint has no chat template: written as the authors of {type(module).__name__} do"}
 
 
 def published_path(module: Any) -> str | None:
