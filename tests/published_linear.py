@@ -4,19 +4,23 @@ The real config keys, class names, module names and tensor layouts, as checkpoin
 transcriptions on the plain tensors of the saved state dict, one text at a time, and share no code with the library.
 """
 
+import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
 from families import D_MLP, D_MODEL, N_HEADS, N_KV, tiny_tokenizer
+from reward_lens.model.heads import table
 
 State = dict[str, Tensor]
-LAYERS, HEAD = 2, D_MODEL // N_HEADS
+LAYERS, HEAD = 3, D_MODEL // N_HEADS
 SEPARATE = {
     "embed": "embed_tokens", "norm1": "input_layernorm", "norm2": "post_attention_layernorm", "o": "self_attn.o_proj",
     "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "gate": "mlp.gate_proj",
@@ -187,6 +191,24 @@ MODELS: dict[str, tuple[dict, str, dict[str, str], Callable[[int], State], Calla
 }  # fmt: skip
 
 
+def reading_token() -> int:
+    """The token of the tests' tokenizer that stands for the one that a head reads."""
+    return tiny_tokenizer().convert_tokens_to_ids("<|im_end|>")
+
+
+@contextmanager
+def own_reading_token() -> Iterator[None]:
+    """Athene reads a token of Llama-3's vocabulary: in here one of the tests'."""
+    rows = tuple(
+        dataclasses.replace(row, settings={**row.settings, "reading_token": reading_token()})
+        if row.name == "AtheneForSequenceClassification" else row
+        for row in table.KNOWN
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table, "KNOWN", rows)
+        yield
+
+
 def make(
     folder: Path, name: str, *, seed: int = 0, template: str | None = "markers", pad: str = "own", **changes
 ) -> State:
@@ -200,7 +222,7 @@ def make(
         classes = ["tokenization_internlm2.InternLM2Tokenizer", "tokenization_internlm2_fast.InternLM2TokenizerFast"]
         settings |= {"tokenizer_class": "InternLM2Tokenizer", "auto_map": {"AutoTokenizer": classes}}
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    reading = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    reading = reading_token()
     config = {"vocab_size": 320, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "torch_dtype": "float32"}
     config |= keys | ({"reward_token_id": reading} if name == "internlm2" else {}) | changes
     (folder / "config.json").write_text(json.dumps(config))

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 import published_heads
+import published_linear
 import reward_lens as rl
 from families import tiny_model
 from language_models import JUDGE, PAIR_JUDGE, tiny_language_model
@@ -36,6 +37,15 @@ def _head(name: str) -> Build:
     return build
 
 
+def _linear_head(name: str) -> Build:
+    def build(dtype: torch.dtype) -> rl.RewardModel:
+        with tempfile.TemporaryDirectory() as folder, published_linear.own_reading_token():
+            state = published_linear.make(Path(folder), name, seed=1)
+            return rl.load(published_linear.write(Path(folder), state), dtype=dtype)
+
+    return build
+
+
 def _steps(name: str) -> Build:
     return lambda dtype: rl.step_model(*published(name, dtype), name=name)
 
@@ -48,5 +58,6 @@ READOUTS: dict[str, Build] = {
     "vocabulary, a judge": _vocabulary("llama", "A", "B", template=JUDGE),
     "vocabulary, a judge of pairs": _vocabulary("llama", "A", "B", template=PAIR_JUDGE),
     **{f"head of {name}": _head(name) for name in published_heads.HEADS},
+    **{f"linear head of {name}": _linear_head(name) for name in published_linear.MODELS},
     **{f"steps of {name}": _steps(name) for name in rl.STEP_READOUTS},
 }

@@ -24,19 +24,8 @@ every = pytest.mark.parametrize("name", MODELS)
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny_athene():
-    """Athene reads a token of Llama-3's vocabulary: in the tests one of theirs."""
-    rows = tuple(
-        dataclasses.replace(row, settings={**row.settings, "reading_token": published_reading()})
-        if row.name == "AtheneForSequenceClassification" else row
-        for row in table.KNOWN
-    )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(table, "KNOWN", rows)
+    with published.own_reading_token():
         yield
-
-
-def published_reading() -> int:
-    return published.tiny_tokenizer().convert_tokens_to_ids("<|im_end|>")
 
 
 @pytest.fixture(scope="module")
@@ -123,10 +112,10 @@ def test_a_trunk_that_lacks_a_fused_tensor_is_refused(tmp_path):
 def test_the_token_that_is_read_stands_once_at_the_end(models, name):
     rm = models[name]
     tokens = rm.tokenize("Say it.", "Done.")
-    assert tokens.ids[-1] == published_reading() and tokens.ids.count(published_reading()) == 1
+    assert tokens.ids[-1] == published.reading_token() and tokens.ids.count(published.reading_token()) == 1
     assert tokens.reward_pos in tokens.tail
     again = rm.tokenizer.text("Done.")
-    assert again.ids[again.reward_pos] == published_reading()
+    assert again.ids[again.reward_pos] == published.reading_token()
 
 
 def test_a_token_that_the_tokenizer_does_not_have_is_refused(tmp_path):
