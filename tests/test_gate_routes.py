@@ -16,8 +16,13 @@ gated = pytest.mark.parametrize("name", ["armo", "qrm"])
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return {name: rl.load(published.save(tmp_path_factory.mktemp(name), name)) for name in ("armo", "qrm")}
+def folders(tmp_path_factory):
+    return {name: published.save(tmp_path_factory.mktemp(name), name) for name in ("armo", "qrm")}
+
+
+@pytest.fixture(scope="module")
+def models(folders):
+    return {name: rl.load(folder) for name, folder in folders.items()}
 
 
 def zeroed(rm, text, site, positions) -> float:
@@ -96,3 +101,51 @@ def test_other_methods_read_the_prompt_as_it_was_changed(models, name):
             assert float(steered.value[pair].sel(side=side)[1]) == pytest.approx(moved, abs=1e-5)
     circuit = rl.minimal_circuit(rm, PAIRS[0], sites="components", mode="zero", at="all")
     assert not [c.name for c in circuit.checks if not c.passed]
+
+
+def by_hand(folder, rm, text, changed) -> tuple[float, ...]:
+    """value, gate, interaction and total of one changed run, from the states of two whole forwards and the head in
+    plain tensors: the losses when `changed` = (site, positions, value) is made."""
+    head = published.HEADS["qrm" if hasattr(rm.config, "num_quantiles") else "armo"][3]
+    config, state = rm.config.to_dict(), published.load_file(folder / "model.safetensors")
+    at = published.published_gate(folder, text.ids)
+    read = []
+    for change in (None, changed):
+        kept = []
+        norm = rm.module.get_submodule(rm.structure.final_norm)
+        hook = norm.register_forward_hook(lambda module, inputs, out, kept=kept: kept.append(out[0]))
+        patched_reward(rm, text, [] if change is None else [change])
+        hook.remove()
+        read += kept
+    rewards = {}
+    for response in (0, 1):
+        for prompt in (0, 1):
+            states = torch.cat([read[prompt][at : at + 1], read[response][text.reward_pos :][:1]])
+            rewards[response, prompt] = float(head(state, states, 0, config)[0])
+    clean = rewards[0, 0]
+    value, gate, total = (clean - rewards[key] for key in ((1, 0), (0, 1), (1, 1)))
+    return value, gate, total - value - gate, total
+
+
+@gated
+@pytest.mark.parametrize("at", ["prompt", "gate", "all"])
+def test_the_routes_are_those_of_states_read_by_hand(folders, models, name, at):
+    rm = models[name]
+    sites = ["embed", "L0.attn", "L1.H2", "L2.resid_post"]
+    found = rl.gate_routes(rm, PAIRS[:2], sites, mode="zero", at=at)
+    assert found.value.dims == ("pair", "side", "component", "route")
+    for pair, both in enumerate(rm.tokenize_pairs(PAIRS[:2])):
+        for side, text in zip(("chosen", "rejected"), both, strict=True):
+            gate = rm.readout.gate_position(text)
+            where = {"prompt": range(gate + 1), "gate": range(gate, gate + 1), "all": range(len(text))}[at]
+            for site in sites:
+                nothing = torch.zeros_like(values_at(rm, text, [site])[site][list(where)])
+                hand = by_hand(folders[name], rm, text, (site, where, nothing))
+                ours = found.value[pair].sel(side=side, component=site).values.tolist()
+                assert ours == pytest.approx(hand, abs=1e-5)
+                assert abs(hand[1]) > 1e-6
+    total = rl.effects(rm, PAIRS[:2], sites, mode="zero", at="all").value
+    if at == "all":
+        assert abs(found.value.sel(route="total") - total).max() < 1e-6
+    parts = found.value.sel(route=["value", "gate", "interaction"]).sum("route")
+    assert abs(parts - found.value.sel(route="total")).max() < 1e-12

@@ -79,6 +79,7 @@ PUBLIC = [
     "fitted_weights",
     "from_run",
     "gate_attribution",
+    "gate_routes",
     "gate_weights",
     "gradient_lens",
     "implicit_contributions",

@@ -81,6 +81,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.methods.erasure import erase_concept as erase_concept
     from reward_lens.methods.exploits import find_exploits as find_exploits
     from reward_lens.methods.fitted_weights import fitted_weights as fitted_weights
+    from reward_lens.methods.gate_routes import gate_routes as gate_routes
     from reward_lens.methods.gates import gate_attribution as gate_attribution
     from reward_lens.methods.gates import gate_weights as gate_weights
     from reward_lens.methods.head_editing import edit_head as edit_head
@@ -176,6 +177,7 @@ _HOME = {
     "methods.divergence": ("divergence",),
     "methods.edges": ("edge_effects",),
     "methods.effects": ("effects",),
+    "methods.gate_routes": ("gate_routes",),
     "methods.gates": ("gate_attribution", "gate_weights"),
     "methods.integrated_contributions": ("integrated_contributions",),
     "methods.knockout": ("attention_knockout",),

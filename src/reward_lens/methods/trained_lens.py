@@ -119,8 +119,8 @@ def gradient_lens(
     if at == "all" and isinstance(rm.readout, PromptGated):
         raise StructureError(
             "The gradient lens at all positions has no last depth under a gate that reads the prompt",
-            found=f"at='all' and a readout of kind {rm.readout.kind!r}: slopes in the prompt go through the gate too, "
-            "a network of its own, so that slope times residual does not sum to the reward",
+            found="at='all' and a prompt-gated readout: slopes in the prompt go through the gate too, a network of its "
+            "own, so that slope times residual does not sum to the reward",
             expected="at='final', where the weights are those of the prompt",
             do="use at='final'; gate_attribution says what set the weights, gate_routes what a change of the prompt "
             "does through them; a single objective (objective=) has no gate",
