@@ -7,10 +7,11 @@ import published_heads as published
 import reward_lens as rl
 from families import TEXT_PAIRS
 from reference.sweeps import patched_reward, values_at
-from reward_lens.engine.intervention import Edit
-from reward_lens.engine.patching import patch_rows
+from reward_lens.engine.editing import Edit, Source
+from reward_lens.engine.patching import patch_gradients, patch_rows
 
 PAIRS = rl.Pairs([rl.Pair(*texts) for texts in TEXT_PAIRS[:3]])
+TEXTS = rl.Pairs([rl.Pair(*texts) for texts in TEXT_PAIRS[3:6]])
 SITES = ["embed", "L0.attn", "L1.mlp", "L1.H2", "L1.resid_pre", "L2.attn", "L2.mlp", "L2.resid_post", "L2.N3"]
 gated = pytest.mark.parametrize("name", ["armo", "qrm"])
 
@@ -149,3 +150,139 @@ def test_the_routes_are_those_of_states_read_by_hand(folders, models, name, at):
         assert abs(found.value.sel(route="total") - total).max() < 1e-6
     parts = found.value.sel(route=["value", "gate", "interaction"]).sum("route")
     assert abs(parts - found.value.sel(route="total")).max() < 1e-12
+
+
+@gated
+def test_patches_between_responses_never_take_the_gates_route(models, name):
+    """E5: chosen and rejected share the prompt, so the gate reads the same to the bit, with shortcuts or not."""
+    rm = models[name]
+    for mode in ("noise", "denoise"):
+        for at, align in (("final", None), ("all", "tail")):
+            found = rl.gate_routes(rm, PAIRS, SITES, mode=mode, at=at, align=align).value
+            assert found.dims == ("pair", "component", "route")
+            assert (found.sel(route=["gate", "interaction"]) == 0).all()
+            assert (found.sel(route="value") == found.sel(route="total")).all()
+            plain = rl.effects(rm, PAIRS, SITES, mode=mode, at=at, align=align).value
+            assert abs(found.sel(route="total") - plain).max() < 1e-6
+    text = rm.tokenize(*TEXT_PAIRS[0][:2])
+    late = range(text.response.start, text.reward_pos + 1)
+    rows = [(Edit(rl.Site("attn", 1), at, rl.zeros()),) for at in (late, range(0, 3))]
+    out = patch_rows(rm, text, rows, reuse=False)
+    assert torch.equal(out.gate[0], out.clean_gate[0]) and not torch.equal(out.gate[1], out.clean_gate[1])
+    nothing = rl.gate_routes(rm, PAIRS[:1], SITES, mode=rl.add(torch.zeros(1)), at="response").value
+    assert (nothing.sel(route=["gate", "interaction"]) == 0).all()
+
+
+@gated
+def test_another_prompts_values_are_a_prompt_edit(models, name):
+    """All of the prompt's residuals from a run with other words in it: the routes of the edit itself."""
+    rm = models[name]
+    pair = PAIRS[1]
+    other = rl.Pair(pair.prompt.replace("7", "9"), pair.chosen, pair.rejected)
+    texts, edited = rm.tokenize_pairs([pair])[0], rm.tokenize_pairs([other])[0]
+    assert all(len(a) == len(b) and a.ids != b.ids for a, b in zip(texts, edited, strict=True))
+    acts = rl.capture(rm, rl.Pairs([other]), ["embed", "L2.resid_post"], "all")
+    found = rl.gate_routes(rm, [pair], ["embed", "L2.resid_post"], mode=rl.from_run(acts), at="all")
+    own, theirs = rm.rewards(texts).double(), rm.rewards(edited).double()
+    for site in ("embed", "L2.resid_post"):
+        routes = found.value[0].sel(component=site)
+        assert routes.sel(route="total")[:2].values.tolist() == pytest.approx((own - theirs).tolist(), abs=1e-5)
+        assert abs(routes.sel(route="gate")).min() > 1e-6
+    gates = rm.readout_inputs(edited)
+    final = rl.capture(rm, rl.Pairs([pair]), ["L2.resid_post"])[rl.Site("resid_post", 2)]
+    through = own - rm.readout.reward(final, gates).detach().double()
+    assert routes.sel(route="gate")[:2].values.tolist() == pytest.approx(through.tolist(), abs=1e-5)
+    assert found.meta["settings"]["mode"] == "from_run"
+
+
+@gated
+def test_means_draws_and_single_prompt_tokens(models, name):
+    rm = models[name]
+    mean = rl.gate_routes(rm, PAIRS[:2], ["L1.attn"], reference=TEXTS)
+    drawn = rl.gate_routes(rm, PAIRS[:2], ["L1.attn"], mode="resample", reference=TEXTS)
+    for found in (mean, drawn):
+        parts = found.value.sel(route=["value", "gate", "interaction"]).sum("route")
+        assert abs(parts - found.value.sel(route="total")).max() < 1e-12
+        assert (abs(found.value.sel(side="chosen", route="gate")) > 1e-7).all()
+        assert found.mean is not None and found.mean.dims == ("side", "component", "route")
+    assert drawn.value.draw_sd.dims == drawn.value.dims and float(drawn.value.draw_sd.sel(route="gate").min()) > 0
+    plain = rl.effects(rm, PAIRS[:2], ["L1.attn"], mode="mean", at="all", reference=TEXTS).value
+    whole = rl.gate_routes(rm, PAIRS[:2], ["L1.attn"], mode="mean", at="all", reference=TEXTS).value
+    assert abs(whole.sel(route="total") - plain).max() < 1e-6
+    by_token = rl.gate_routes(rm, PAIRS[:2], ["embed", "L2.mlp"], mode="zero", spans="position").value
+    assert by_token.dims == ("pair", "side", "component", "route", "position")
+    last = by_token.sel(component="L2.mlp", route="gate", side="chosen")[0]
+    count = int(by_token.n_positions[0])
+    assert (last[: count - 1] == 0).all() and last[count - 1] != 0  # the last write is read where it stands
+    assert by_token.piece[0].values[count - 1] == "<|end|>"
+    rl.gate_routes(rm, PAIRS[:2], ["L1.attn"], mode="zero", at=range(2, 5)).to_frame()
+
+
+@gated
+def test_the_direct_path_has_a_route_through_the_gate(models, name):
+    rm = models[name]
+    sites = ["embed", "L1.attn", "L1.H2", "L2.attn", "L2.mlp", "L2.N3"]
+    found = rl.effects(rm, PAIRS[:2], sites, mode="zero", at="all", path="direct").value
+    assert found.part.values.tolist() == ["direct", "norm_rescale", "gate", "interaction", "mediated", "total"]
+    assert abs(found.sel(part="mediated", component=["L2.mlp", "L2.N3"])).max() < 1e-5
+    assert abs(found.drop_sel(part="total").sum("part") - found.sel(part="total")).max() < 1e-6
+    total = rl.effects(rm, PAIRS[:2], sites, mode="zero", at="all").value
+    assert abs(found.sel(part="total") - total).max() < 1e-6
+    last = rl.gate_routes(rm, PAIRS[:2], ["L2.mlp"], mode="zero", at="all").value.sel(component="L2.mlp")
+    direct = found.sel(component="L2.mlp")
+    assert abs(direct.sel(part=["direct", "norm_rescale"]).sum("part") - last.sel(route="value")).max() < 1e-5
+    for part in ("gate", "interaction"):
+        assert abs(direct.sel(part=part) - last.sel(route=part)).max() < 1e-5
+        assert abs(direct.sel(part=part)).max() > 1e-6
+    readout, text = rm.readout, rm.tokenize_pairs(PAIRS[:1])[0][0]
+    at = readout.gate_position(text)
+    written = values_at(rm, text, ["L1.attn"])["L1.attn"]
+    h, read = (values_at(rm, text, ["L2.resid_post"])["L2.resid_post"][p][None] for p in (text.reward_pos, at))
+    with torch.no_grad():
+        loss = readout.reward(h, read) - readout.reward(h, read - written[at])
+    assert float(found[0].sel(side="chosen", component="L1.attn", part="gate")) == pytest.approx(float(loss), abs=1e-5)
+    for settings in ({"mode": "noise"}, {"mode": "zero", "at": "response"}):
+        behind = rl.effects(rm, PAIRS[:2], sites, path="direct", **settings).value
+        assert (behind.sel(part=["gate", "interaction"]).fillna(0) == 0).all()
+
+
+@gated
+def test_a_frozen_norm_leaves_the_gate_live(models, name):
+    """The scale at the reward position is the clean run's, the weights are those of the changed prompt."""
+    rm = models[name]
+    text = rm.tokenize_pairs(PAIRS[:1])[0][0]
+    found = rl.effects(rm, PAIRS[:1], ["L1.attn"], mode="zero", at="all", norm="frozen").value
+    out = patch_rows(rm, text, [(Edit(rl.Site("attn", 1), range(len(text)), rl.zeros()),)])
+    readout = rm.readout
+    with torch.no_grad():
+        w, new_w = (readout.weights(g) @ readout.rows for g in (out.clean_gate, out.gate))
+        norm, h, new_h = readout.norm, out.clean_final, out.final
+        scale = norm(h) / h  # no shift, no mean in these models
+        loss = (w * scale * h).sum() - (new_w * scale * new_h).sum()
+    assert float(found[0].sel(side="chosen", component="L1.attn")) == pytest.approx(float(loss), abs=1e-5)
+
+
+@gated
+def test_gradients_of_changed_runs_hold_both_routes(models, name):
+    """The slope of a row's reward for a write at the gate's position, against differences of whole forwards."""
+    rm = models[name]
+    text = rm.tokenize_pairs(PAIRS[:1])[0][0]
+    gate = rm.readout.gate_position(text)
+    write = values_at(rm, text, ["L1.mlp"])["L1.mlp"]
+    here = write[gate : gate + 1] + 0.01  # on the way, as integrated estimates are: not the clean value itself
+    leaf = here.clone().requires_grad_(True)
+    source = Source("leaf", lambda x, site, run, positions: leaf.to(x).reshape(x.shape))
+    (slope,), _ = patch_gradients(rm, text, [(Edit(rl.Site("mlp", 1), range(gate, gate + 1), source), leaf)])
+    step = 2e-3 * torch.randn(1, rm.d_model, generator=torch.Generator().manual_seed(0))
+    moved = [patched_reward(rm, text, [("L1.mlp", [gate], here + sign * step)]) for sign in (1, -1)]
+    assert float((slope * step).sum()) == pytest.approx((moved[0] - moved[1]) / 2, rel=0.05, abs=1e-5)
+
+
+def test_what_has_no_gates_route_is_refused(models):
+    rm = models["armo"]
+    with pytest.raises(rl.StructureError, match="no gate that reads the prompt"):
+        rl.gate_routes(rm.for_objective(1), PAIRS)
+    with pytest.raises(rl.DataError, match="noise has nothing to patch in the prompt"):
+        rl.gate_routes(rm, PAIRS, mode="noise")
+    with pytest.raises(rl.DataError, match="gate_routes was asked for a mode it does not have"):
+        rl.gate_routes.__wrapped__(rm, PAIRS, mode="swap")
