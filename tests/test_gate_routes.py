@@ -14,6 +14,7 @@ PAIRS = rl.Pairs([rl.Pair(*texts) for texts in TEXT_PAIRS[:3]])
 TEXTS = rl.Pairs([rl.Pair(*texts) for texts in TEXT_PAIRS[3:6]])
 SITES = ["embed", "L0.attn", "L1.mlp", "L1.H2", "L1.resid_pre", "L2.attn", "L2.mlp", "L2.resid_post", "L2.N3"]
 gated = pytest.mark.parametrize("name", ["armo", "qrm"])
+one_quick = pytest.mark.parametrize("name", ["armo", pytest.param("qrm", marks=pytest.mark.full)])
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_a_sweep_over_prompt_and_response_is_the_slow_loop(models, name):
     assert behind.rewards.tolist() == pytest.approx(slow[3::4], abs=1e-5)
 
 
-@gated
+@one_quick
 def test_an_intervention_on_the_prompt_moves_the_gate_with_it(models, name):
     rm = models[name]
     texts = [rm.tokenize(*t[:2]) for t in TEXT_PAIRS[:3]]
@@ -72,7 +73,7 @@ def test_an_intervention_on_the_prompt_moves_the_gate_with_it(models, name):
     )
 
 
-@gated
+@one_quick
 def test_other_methods_read_the_prompt_as_it_was_changed(models, name):
     """Each against the module's own forward: ablation, knock-out, steering, circuits."""
     rm = models[name]
@@ -152,7 +153,7 @@ def test_the_routes_are_those_of_states_read_by_hand(folders, models, name, at):
     assert abs(parts - found.value.sel(route="total")).max() < 1e-12
 
 
-@gated
+@one_quick
 def test_patches_between_responses_never_take_the_gates_route(models, name):
     """E5: chosen and rejected share the prompt, so the gate reads the same to the bit, with shortcuts or not."""
     rm = models[name]
@@ -173,7 +174,7 @@ def test_patches_between_responses_never_take_the_gates_route(models, name):
     assert (nothing.sel(route=["gate", "interaction"]) == 0).all()
 
 
-@gated
+@one_quick
 def test_another_prompts_values_are_a_prompt_edit(models, name):
     """All of the prompt's residuals from a run with other words in it: the routes of the edit itself."""
     rm = models[name]
@@ -195,7 +196,7 @@ def test_another_prompts_values_are_a_prompt_edit(models, name):
     assert found.meta["settings"]["mode"] == "from_run"
 
 
-@gated
+@one_quick
 def test_means_draws_and_single_prompt_tokens(models, name):
     rm = models[name]
     mean = rl.gate_routes(rm, PAIRS[:2], ["L1.attn"], reference=TEXTS)
@@ -218,7 +219,7 @@ def test_means_draws_and_single_prompt_tokens(models, name):
     rl.gate_routes(rm, PAIRS[:2], ["L1.attn"], mode="zero", at=range(2, 5)).to_frame()
 
 
-@gated
+@one_quick
 def test_the_direct_path_has_a_route_through_the_gate(models, name):
     rm = models[name]
     sites = ["embed", "L1.attn", "L1.H2", "L2.attn", "L2.mlp", "L2.N3"]
@@ -246,7 +247,7 @@ def test_the_direct_path_has_a_route_through_the_gate(models, name):
         assert (behind.sel(part=["gate", "interaction"]).fillna(0) == 0).all()
 
 
-@gated
+@one_quick
 def test_a_frozen_norm_leaves_the_gate_live(models, name):
     """The scale at the reward position is the clean run's, the weights are those of the changed prompt."""
     rm = models[name]

@@ -109,6 +109,8 @@ PUBLIC = [
     "margin_features",
     "mean_of",
     "minimal_circuit",
+    "objective_contributions",
+    "objective_effects",
     "optimisation_pressure",
     "ov_pull",
     "pair_judge",

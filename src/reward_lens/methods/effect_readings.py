@@ -1,13 +1,16 @@
 """What is read of the rows of a sweep: the change of the reward, or several columns of it from the same rows."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from reward_lens.engine.patching import Patched
 from reward_lens.engine.runs import TextRun
 from reward_lens.model.heads.gated import require_gated
+from reward_lens.model.readout import Readout
 from reward_lens.model.reward_model import RewardModel
 
 
@@ -79,3 +82,28 @@ class Routes(Reading):
         size = self.rm.effect_scale(out.alone, float(changes.abs().max()))
         self.interaction_gap = max(self.interaction_gap, float((changes[2] - product).abs().max()) / size)
         return changes.cpu().numpy()
+
+
+class Objectives(Reading):
+    """Every objective of a head, each a column."""
+
+    dim = "objective"
+
+    def __init__(self, rm: RewardModel, readouts: Mapping[str, Readout]):
+        super().__init__(rm)
+        self.names, self.readouts = tuple(readouts), tuple(readouts.values())
+
+    @torch.no_grad()
+    def change(self, out: Patched) -> np.ndarray:
+        return self._read(out.final, out.gate) - self._read(out.clean_final, out.clean_gate)
+
+    @torch.no_grad()
+    def of_run(self, run: TextRun) -> np.ndarray:
+        return self._read(run.final[None], run.gate)[:, 0]
+
+    @torch.no_grad()
+    def of_clean(self, out: Patched) -> np.ndarray:
+        return self._read(out.clean_final[:1], None if out.clean_gate is None else out.clean_gate[:1])[:, 0]
+
+    def _read(self, h: Tensor, gate: Tensor | None) -> np.ndarray:
+        return torch.stack([one.reward(h, gate) for one in self.readouts]).double().cpu().numpy()

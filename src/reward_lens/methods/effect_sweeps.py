@@ -70,7 +70,7 @@ def exchanged(
         margin = read - reading.of_run(source) if mode == "noise" else reading.of_run(source) - read
         last = Site("resid_post", rm.n_layers - 1)
         if last in sites and spans is None and reading.norm == "live" and where.base:
-            size = rm.effect_scale(own, source.reward, own - source.reward)
+            size = rm.effect_scale(own, source.reward, *np.ravel(read).tolist(), *np.ravel(margin).tolist())
             if where.base[-1] == base.reward_pos and where.source[-1] == other.reward_pos:
                 gap = np.abs(values[..., sites.index(last), 0] - margin)
                 found.closing.append(float(gap[reading.whole].max()) / size)
