@@ -287,3 +287,40 @@ def test_what_has_no_gates_route_is_refused(models):
         rl.gate_routes(rm, PAIRS, mode="noise")
     with pytest.raises(rl.DataError, match="gate_routes was asked for a mode it does not have"):
         rl.gate_routes.__wrapped__(rm, PAIRS, mode="swap")
+
+
+def test_prompts_cut_to_different_lengths_differ_at_the_gate(tmp_path):
+    """Left truncation: the two responses of a pair no longer share the prompt, and patches do move the weights."""
+    rm = rl.load(published.save(tmp_path, "armo"), truncation="left")
+    rm.tokenizer.max_length = 48
+    chosen, rejected = rm.tokenize_pairs(PAIRS[:1])[0]
+    assert len(chosen) == len(rejected) == 48 and chosen.prompt != rejected.prompt
+    sites = ["embed", "L1.attn", "L2.resid_post"]
+    found = rl.gate_routes(rm, PAIRS[:1], sites, mode="noise", at="all", align="tail").value[0]
+    given = values_at(rm, rejected, sites)
+    for site in sites:
+        slow = patched_reward(rm, chosen, [(site, range(48), given[site])])
+        assert float(found.sel(component=site, route="total")) == pytest.approx(
+            float(rm.rewards([chosen])[0]) - slow, abs=1e-5
+        )
+        assert abs(float(found.sel(component=site, route="gate"))) > 1e-6
+    held = (
+        lambda: rl.effects(rm, PAIRS[:1], ["L1.attn"], at="all", align="tail", path="direct"),
+        lambda: rl.path_effects(rm, PAIRS[:1], ["L1.attn"], ["reward"], at="all", align="tail"),
+        lambda: rl.effects(rm, PAIRS[:1], ["L1.attn"], at="all", align="tail", estimator="gradient", norm="frozen"),
+    )
+    for ask in held:
+        with pytest.raises(rl.StructureError, match="reaches the gate of the reward head, which is held here"):
+            ask()
+
+
+@one_quick
+def test_what_patches_responses_is_as_it_was(models, name):
+    """Estimates, edges, paths and states downstream, which never reach the gate, against exact effects."""
+    rm = models[name]
+    exact = rl.effects(rm, PAIRS, ["L1.attn", "L2.mlp"], at="all", align="tail")
+    close = rl.effects(rm, PAIRS, ["L1.attn", "L2.mlp"], at="all", align="tail", estimator="integrated")
+    assert abs(close.value - exact.value).max() < 0.05 * abs(exact.value).max()
+    last = rl.path_effects(rm, PAIRS, ["L2.mlp"], ["reward"], at="all", align="tail").value[:, 0, 0]
+    assert abs(last - exact.value.sel(component="L2.mlp")).max() < 1e-5
+    rl.edge_effects(rm, PAIRS[:2], at="all", align="tail")

@@ -49,6 +49,20 @@ def reaches_gate(rm: RewardModel, tokens: Tokens, positions: Iterable[int]) -> b
     return isinstance(rm.readout, PromptGated) and min(positions) <= rm.readout.gate_position(tokens)
 
 
+def require_behind_gate(rm: RewardModel, tokens: Tokens, positions: Iterable[int]) -> None:
+    """Raise where a patch from one response to the other reaches the position that a prompt-gated head reads, for
+    methods that hold the weights: they share the prompt, unless it was cut differently."""
+    positions = list(positions)
+    if positions and reaches_gate(rm, tokens, positions):
+        raise StructureError(
+            "A patch between two responses reaches the gate of the reward head, which is held here",
+            found=f"a patch at position {min(positions)}; the gate is read at position {gate_inside(rm, tokens, 0)}",
+            expected="two texts that share the prompt, which truncation may cut to different lengths",
+            do="shorten the conversation, patch at='response', or ask effects (path='total', norm='live') or "
+            "gate_routes, where the gate answers",
+        )
+
+
 def out_map(rm: RewardModel, layer: int, kind: str) -> nn.Module:
     """The linear map from heads (kind "attn") or neurons ("mlp") to the write of one block."""
     path = rm.structure.attn_out if kind == "attn" else rm.structure.mlp_out

@@ -36,7 +36,8 @@ import torch
 from torch import Tensor
 
 from reward_lens.engine.activations import Activations, capture, positions_of
-from reward_lens.engine.places import gate_inside
+from reward_lens.engine.alignment import align as aligned
+from reward_lens.engine.places import gate_inside, require_behind_gate
 from reward_lens.errors import DataError
 from reward_lens.methods.ablations import Ablation, drawn_references, prepare_ablation
 from reward_lens.methods.effect_sweeps import site_coords
@@ -87,6 +88,9 @@ def direct_effects(
     if mode in ("mean", "resample", "zero"):
         ablation = prepare_ablation(rm, pairs, sites, mode, settings["at"], reference, n_draws, seed)
         settings["reference"] = ablation.name
+    for pair, both in zip(pairs, rm.tokenize_pairs(pairs), strict=True) if ablation is None else ():
+        base, source = both if mode == "noise" else both[::-1]
+        require_behind_gate(rm, base, aligned(base, source, settings["at"], settings["align"], str(pair.id)).base)
     found = [_of_pair(rm, writes, pair, mode, settings["at"], ablation) for pair in pairs]
     frozen, live, sizes = (np.stack(part) for part in zip(*found, strict=True))  # [pair(, side), site(, 3)], [pair]
     value, gate, whole = np.moveaxis(live, -1, 0)

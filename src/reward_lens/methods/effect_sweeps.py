@@ -9,6 +9,7 @@ from reward_lens.engine.activations import positions_of
 from reward_lens.engine.alignment import Alignment
 from reward_lens.engine.alignment import align as aligned
 from reward_lens.engine.patching import patch_rows
+from reward_lens.engine.places import gate_inside
 from reward_lens.engine.runs import common_start, keys_before, run_text
 from reward_lens.methods.ablations import Ablation, ablated_cells
 from reward_lens.methods.effect_cells import Cells, Spans, cells_of, exchange_rows, span_coords
@@ -69,7 +70,9 @@ def exchanged(
             own, read = alone.reward, reading.of_run(alone)
         margin = read - reading.of_run(source) if mode == "noise" else reading.of_run(source) - read
         last = Site("resid_post", rm.n_layers - 1)
-        if last in sites and spans is None and reading.norm == "live" and where.base:
+        gate = gate_inside(rm, base, 0)
+        one_gate = gate is None or gate < shared  # prompts that truncation cut differently set different weights
+        if last in sites and spans is None and reading.norm == "live" and where.base and one_gate:
             size = rm.effect_scale(own, source.reward, *np.ravel(read).tolist(), *np.ravel(margin).tolist())
             if where.base[-1] == base.reward_pos and where.source[-1] == other.reward_pos:
                 gap = np.abs(values[..., sites.index(last), 0] - margin)

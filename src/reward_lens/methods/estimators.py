@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from reward_lens.engine.alignment import align as aligned
+from reward_lens.engine.places import require_behind_gate
 from reward_lens.engine.runs import run_pair
 from reward_lens.errors import DataError
 from reward_lens.methods.effect_cells import cells_of
@@ -63,6 +64,8 @@ def estimated_effects(
         runs = run_pair(rm, tokens[0], tokens[1], held, only_final=settings["at"] == "final")
         base, source = runs if mode == "noise" else runs[::-1]
         where = aligned(base.tokens, source.tokens, settings["at"], settings["align"], str(pair.id))
+        if settings["norm"] == "frozen":
+            require_behind_gate(rm, base.tokens, where.base)
         cells = cells_of(base.tokens, where, spans, i, str(pair.id))
         change, drop = cells.empty(len(sites)), cells.empty(len(sites))
         if where.base:

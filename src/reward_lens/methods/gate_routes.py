@@ -9,8 +9,9 @@
 
 h' and p' are of one changed run, in which all that follows the change is recomputed. The three sum to the total
 exactly. The gate reads one position, so a change behind it leaves p as it is, to the bit: its gate and interaction are
-exactly 0. Chosen and rejected share the prompt, hence patches from one to the other (noise, denoise) never take the
-gate's route; ablations of prompt positions, and sources that bring another prompt's values, do.
+exactly 0. Chosen and rejected share the prompt (unless `truncation` cut it to different lengths), hence patches from
+one to the other (noise, denoise) do not take the gate's route; ablations of prompt positions, and sources that bring
+another prompt's values, do.
 
 What set the weights in the first place is `gate_attribution`; the same routes of one write alone, later components
 held, are the parts of `effects(path="direct")`.
