@@ -324,3 +324,40 @@ def test_what_patches_responses_is_as_it_was(models, name):
     last = rl.path_effects(rm, PAIRS, ["L2.mlp"], ["reward"], at="all", align="tail").value[:, 0, 0]
     assert abs(last - exact.value.sel(component="L2.mlp")).max() < 1e-5
     rl.edge_effects(rm, PAIRS[:2], at="all", align="tail")
+
+
+ASKED = {
+    "routes": lambda rm: rl.gate_routes(rm, PAIRS, mode="zero", spans="position", layers=[1]),
+    "routes, means": lambda rm: rl.gate_routes(rm, PAIRS, reference=TEXTS),
+    "routes, noise": lambda rm: rl.gate_routes(rm, PAIRS, mode="noise", at="final"),
+    "objectives": lambda rm: rl.objective_effects(rm, PAIRS),
+    "splits": lambda rm: rl.objective_contributions(rm, PAIRS),
+}
+
+
+@pytest.mark.parametrize(
+    "asked", [name if name == "routes, means" else pytest.param(name, marks=pytest.mark.full) for name in ASKED]
+)
+def test_results_keep_the_house_rules(models, asked, tmp_path):
+    rm = models["armo"]
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in rm.module.modules())
+    result, again = ASKED[asked](rm), ASKED[asked](rm)
+    assert result.value.identical(again.value)
+    loaded = rl.load_result(result.save(tmp_path / "result.nc"))
+    assert loaded.value.identical(result.value) and loaded.checks == result.checks and loaded.meta == result.meta
+    assert len(result.top(3)) <= 3 and len(result.to_frame()) == result.value.size
+    assert repr(loaded) == repr(result)
+    rl.save_chart(result, tmp_path / "chart.svg")
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in rm.module.modules()) == hooks
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@gated
+def test_routes_in_other_precisions(folders, name, dtype):
+    rm = rl.load(folders[name], dtype=dtype)
+    found = rl.gate_routes(rm, PAIRS[:2], ["L1.attn", "L2.mlp"], mode="zero", at="all").value
+    assert (abs(found.sel(route="gate", side=["chosen", "rejected"])) > 0).all()
+    rl.effects(rm, PAIRS[:2], ["L1.attn", "L2.mlp"], mode="zero", at="all", path="direct")
+    rl.objective_effects(rm, PAIRS[:2], ["L1.attn", "L2.resid_post"])
+    rl.objective_contributions(rm, PAIRS[:2])

@@ -16,7 +16,7 @@ ASKED = {
     "denoise": {"mode": "denoise", "at": "all", "align": "tail"},
     "zero": {"mode": "zero", "at": "all"},
 }
-HEADS = ("labels", "armo", "qrm", "urm")
+HEADS = ("labels", "armo", "qrm", "urm", "ldl")
 
 
 def cases(columns: dict, quick: tuple) -> list:

@@ -16,7 +16,7 @@ def with_every_objective(rm: RewardModel) -> tuple[RewardModel, dict[str, Readou
     if len(names) < 2:
         raise StructureError(
             "The head has one objective",
-            found=f"the objective {names[0]!r} of a readout of kind {rm.readout.kind!r}",
+            found=f"the objective {rm.readout.objective!r} of a readout of kind {rm.readout.kind!r}",
             expected="a head with several rows or objectives",
             do="use effects and contributions, which ask for the one that the model was loaded with",
         )
