@@ -194,6 +194,9 @@ def test_another_prompts_values_are_a_prompt_edit(models, name):
     through = own - rm.readout.reward(final, gates).detach().double()
     assert routes.sel(route="gate")[:2].values.tolist() == pytest.approx(through.tolist(), abs=1e-5)
     assert found.meta["settings"]["mode"] == "from_run"
+    words = rl.gate_routes(rm, [pair], ["embed"], mode=rl.from_run(acts), at="prompt").value[0]
+    total = words.sel(component="embed", route="total", side=["chosen", "rejected"]).values.tolist()
+    assert total == pytest.approx((own - theirs).tolist(), abs=1e-5)  # the texts differ in the prompt alone
 
 
 @one_quick
