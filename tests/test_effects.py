@@ -280,6 +280,6 @@ def test_the_check_of_the_last_write_can_fail():
     rm = model("llama")
     last = [rl.Site("mlp", rm.n_layers - 1)]
     for mediated, passed in ((1e-6, True), (1e-4, False)):
-        values = np.zeros((2, 1, 4))
-        values[0, 0, 2] = mediated
+        values = np.zeros((2, 1))
+        values[0, 0] = mediated
         assert _last_write(rm, np.ones(2), last, values)[0].passed is passed

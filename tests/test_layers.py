@@ -30,7 +30,8 @@ SIBLINGS = tuple(f"methods.{name}" for name in (
     # what selection by a reward does, from samples alone
     "best_of_n",
     # what patching methods share: rows of a sweep, reference sets, and the ways to an effect
-    "effect_cells", "ablations", "direct", "estimators", "estimate_task", "first_order", "integrated", "relevance",
+    "effect_cells", "effect_readings", "effect_sweeps", "ablations", "direct",
+    "estimators", "estimate_task", "first_order", "integrated", "relevance",
     # rewards of edited texts, for the probes and for the evaluation of an edit
     "edited_texts",
     # reliability of directions; what a steered text answers; concepts: states, and statistics over topics

@@ -72,6 +72,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.methods.concept_vectors import concept_vectors as concept_vectors
     from reward_lens.methods.conflict import term_conflict as term_conflict
     from reward_lens.methods.contributions import contributions as contributions
+    from reward_lens.methods.contributions import objective_contributions as objective_contributions
     from reward_lens.methods.counterfactual import counterfactual_patch as counterfactual_patch
     from reward_lens.methods.crosscoder_latents import crosscoder_latents as crosscoder_latents
     from reward_lens.methods.distortion import distortion_index as distortion_index
@@ -82,6 +83,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.methods.erasure import erase_concept as erase_concept
     from reward_lens.methods.exploits import find_exploits as find_exploits
     from reward_lens.methods.fitted_weights import fitted_weights as fitted_weights
+    from reward_lens.methods.gate_routes import gate_routes as gate_routes
     from reward_lens.methods.gates import gate_attribution as gate_attribution
     from reward_lens.methods.gates import gate_weights as gate_weights
     from reward_lens.methods.golden import golden_scores as golden_scores
@@ -104,6 +106,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.methods.linear_probes import linear_probes as linear_probes
     from reward_lens.methods.margin_features import margin_debug as margin_debug
     from reward_lens.methods.margin_features import margin_features as margin_features
+    from reward_lens.methods.objective_effects import objective_effects as objective_effects
     from reward_lens.methods.pair_judge import pair_judge as pair_judge
     from reward_lens.methods.path_patching import path_effects as path_effects
     from reward_lens.methods.pressure import optimisation_pressure as optimisation_pressure
@@ -173,13 +176,15 @@ _HOME = {
     "methods.accuracy": ("accuracy", "calibration", "length_partial", "ranking"),
     "methods.agreement": ("agreement", "agreement_by_length"),
     "methods.circuits": ("ablation_curve", "minimal_circuit"),
-    "methods.contributions": ("contributions",),
+    "methods.contributions": ("contributions", "objective_contributions"),
     "methods.counterfactual": ("counterfactual_patch",),
     "methods.divergence": ("divergence",),
     "methods.edges": ("edge_effects",),
     "methods.effects": ("effects",),
+    "methods.gate_routes": ("gate_routes",),
     "methods.gates": ("gate_attribution", "gate_weights"),
     "methods.integrated_contributions": ("integrated_contributions",),
+    "methods.objective_effects": ("objective_effects",),
     "methods.knockout": ("attention_knockout",),
     "methods.lens": ("crystallization_depth", "random_weight_copy", "reward_lens"),
     "methods.pair_judge": ("pair_judge",),

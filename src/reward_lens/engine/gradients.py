@@ -14,11 +14,10 @@ from torch import Tensor
 
 from reward_lens.engine import hooks
 from reward_lens.engine.editing import IN_ATTENTION, depth_of
-from reward_lens.engine.places import out_map
+from reward_lens.engine.places import gate_inside, out_map
 from reward_lens.errors import DataError
 from reward_lens.model.forward import suffix_batch
 from reward_lens.model.prefix import NO_PREFIX, KeyValues, PrefixCache
-from reward_lens.model.readout import PromptGated
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
 from reward_lens.model.tokens import Tokens
@@ -107,11 +106,12 @@ def reward_at(
     rm: RewardModel, h: Tensor, frozen_at: Tensor | None, gate: Tensor | None = None
 ) -> Float[Tensor, " row"]:
     """Reward of pre-norm residuals [row, d_model], the final norm's scale (and a gate, and the slope of a head that is
-    not linear) held at that of `frozen_at`, if given; `gate` [1, d_model] is what a prompt-gated head reads."""
+    not linear) held at that of `frozen_at`, if given; `gate` is what a prompt-gated head reads, [1 or row, d_model],
+    and the one that is held is its first row."""
     h = h.to(rm.like)
     if frozen_at is None:
         return rm.readout.reward(h, gate)
-    direction = rm.readout.direction(frozen_at[None].to(h), None if gate is None else gate.detach())
+    direction = rm.readout.direction(frozen_at[None].to(h), None if gate is None else gate[:1].detach())
     return h @ direction.u[0] + direction.constant[0]
 
 
@@ -153,11 +153,11 @@ class _Trace:
             if site.kind not in ("embed", "resid_mid") and site != Site("resid_pre", 0):
                 wanted.append(_keeping(rm, site, kept))
         at = tokens.reward_pos - start
-        inside = isinstance(rm.readout, PromptGated) and (gate := rm.readout.gate_position(tokens) - start) >= 0
-        read = [at, gate] if inside else [at]
+        gate = gate_inside(rm, tokens, start)
+        read = [at] if gate is None else [at, gate]
         wanted.append(rm.trunk.read_residual(rm.n_layers, lambda x: ends.extend(x[:, p] for p in read)))
         rm.trunk.run(self.batch, *wanted, *extra, past=past)
-        return ends[0], ends[1].to(rm.like) if inside else rm.readout_inputs([tokens])
+        return ends[0], rm.readout_inputs([tokens]) if gate is None else ends[1].to(rm.like)
 
     def gradients(self, reward: Tensor, start: int, again: bool = False) -> Gradients:
         """Slopes and values at the sites; `again`: the graph is kept for another backward."""

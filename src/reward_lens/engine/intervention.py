@@ -10,7 +10,8 @@ from torch import Tensor
 from reward_lens.engine.activations import Activations, positions_of, runs_of
 from reward_lens.engine.attention_tap import AttentionTap
 from reward_lens.engine.editing import IN_ATTENTION, Edit, Placed, Source, hooks_of
-from reward_lens.engine.places import require_behind_gate, require_site
+from reward_lens.engine.gate_states import pooled_and_gate
+from reward_lens.engine.places import reaches_gate, require_site
 from reward_lens.errors import AlignmentError, DataError
 from reward_lens.model.forward import Batch
 from reward_lens.model.reward_model import SIDES, RewardModel, pair_coords
@@ -120,8 +121,9 @@ def intervene(
     mask: 0 leaves the value exactly as it is, 1 takes exactly the source.
 
     Returns value (pair, side, state) or (text, state) in reward units; state = clean, intervened, change.
-    A total effect: everything after the site is recomputed. What it cannot show: whether the changed state is one the
-    network ever reaches by itself.
+    A total effect: everything after the site is recomputed, and under a prompt-gated head the weights too where a
+    change reaches the position they are read at (`gate_routes` takes the routes apart). What it cannot show: whether
+    the changed state is one the network ever reaches by itself.
     """
     sites = {Site.parse(site): source for site, source in sources.items()}
     for site in sites:
@@ -131,8 +133,7 @@ def intervene(
                         do="pass 1 to take the source, 0 to leave the value")  # fmt: skip
     tokens, pairs = runs_of(rm, texts_or_pairs)
     rewards = torch.empty(len(tokens), 2, dtype=torch.float64)
-    for text in tokens:
-        require_behind_gate(rm, text, positions_of(text, at))
+    moves_gate = [reaches_gate(rm, text, positions_of(text, at)) for text in tokens]
     gates = rm.readout_inputs(tokens)
     for batch in rm.batches(tokens, batch_size):
         for column, changed in enumerate(({}, sites)):
@@ -140,9 +141,8 @@ def intervene(
             tap = AttentionTap(rm, [p for p in edits if p.edit.site.kind in IN_ATTENTION])
             made = [*tap.hooks(), *hooks_of(rm, (batch.ids.shape[0], batch.ids.shape[1]), edits)]
             with tap.active():
-                pooled = rm.trunk.pooled(batch, *made)
-            inputs = None if gates is None else gates[list(batch.rows)]
-            rewards[list(batch.rows), column] = rm.readout.reward(pooled, inputs).double().cpu()
+                pooled, read = pooled_and_gate(rm, batch, tokens, gates, moves_gate, *made)
+            rewards[list(batch.rows), column] = rm.readout.reward(pooled, read).double().cpu()
     states = torch.cat([rewards, rewards[:, 1:] - rewards[:, :1]], 1).numpy()
     coords = {"state": np.array(["clean", "intervened", "change"], dtype=object)}
     settings = {"sites": {str(s): source.name for s, source in sites.items()}, "at": str(at), "mask": mask}

@@ -8,6 +8,9 @@ only the blocks it changes: one that changes what a block adds last joins behind
 common prefix (`model.prefix`) only positions from the first edited one on are run: for an edit at the reward position,
 one token a row. What follows it is not run: the network is causal.
 
+A prompt-gated head reads a second position, where its weights are set. Where a row's edits reach it the row is read
+with its own weights; a row whose edits are all behind it has those of the clean row, to the bit.
+
 The clean row goes all the way in the same batch, and each row is compared with it. Blocks are called with the
 arguments they were called with in a recorded pass over the same positions (`forward.record`).
 
@@ -17,6 +20,7 @@ arguments they were called with in a recorded pass over the same positions (`for
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -26,7 +30,7 @@ from reward_lens.engine import hooks
 from reward_lens.engine.attention_tap import AttentionTap
 from reward_lens.engine.editing import IN_ATTENTION, RESIDUALS, Edit, Placed, Source, block_hooks, depth_of, edited
 from reward_lens.engine.gradients import reward_at
-from reward_lens.engine.places import require_behind_gate, require_site
+from reward_lens.engine.places import gate_inside, reaches_gate, require_site
 from reward_lens.errors import CheckFailed, DataError
 from reward_lens.model.forward import TOKENS_PER_BATCH, Recording, record, suffix_batch
 from reward_lens.model.prefix import NO_PREFIX, KeyValues, PrefixCache, keys_and_values
@@ -63,7 +67,9 @@ class Patched:
     clean_states: dict[int, Tensor]
     """{depth: [d_model]}"""
     gate: Tensor | None
-    """[1, d_model] what a prompt-gated head read of the prompt, the same in every row; None for other heads."""
+    """[row, d_model] what a prompt-gated head read of the prompt in every row; None for other heads."""
+    clean_gate: Tensor | None
+    """The same of the clean row that walked with it; equal where the row's edits are behind the gate."""
     start: int
     """First position that was run; what is before came from its keys and values."""
     alone: float
@@ -124,13 +130,14 @@ def patch_rows(
     recording = record(rm.trunk, suffix_batch(base, start, rm.device, stop), *keeping, past=past)
     rows = [_joining_late(rm, row, i, writes, start) if _adds_last(rm, row) else row for i, row in enumerate(rows)]
     at = base.reward_pos - start
-    walk = _Walk(rm, recording, at, -start, sorted(set(depths)))
-    out = _Collected(len(rows), rm, base, recording, at, walk.depths)
+    walk = _Walk(rm, recording, at, gate_inside(rm, base, start), -start, sorted(set(depths)))
+    moves_gate = [reaches_gate(rm, base, [p for edit in row for p in edit.positions]) for row in rows]
+    out = _Collected(rm, base, walk, moves_gate)
     budget = max_rows or row_budget(rm, stop - start, stop)
     order = sorted(range(len(rows)), key=lambda i: _block(rows[i]))  # late rows together: early blocks are skipped
     for begin in range(0, len(order), budget):
         some = order[begin : begin + budget]
-        out.take(some, *walk.down([rows[i] for i in some], some))
+        out.take(some, walk.down([rows[i] for i in some], some))
         if progress is not None:
             progress(len(some))
     return out.patched(start)
@@ -148,18 +155,17 @@ def patch_gradients(
     """Of every row, which has one edit whose source gives a leaf: the gradient of the row's reward for that leaf.
 
     The walk is that of `patch_rows`; its rows are fewer, since every block's activations are kept for the backward.
-    `frozen_at`: the pre-norm residual [d_model] at which the final norm's scale is held. Returned besides: the rewards
-    of the clean rows that walked with them.
+    `frozen_at`: the pre-norm residual [d_model] at which the final norm's scale, and a gate, are held. Returned
+    besides: the rewards of the clean rows that walked with them.
     """
-    for edit, _ in rows:
-        require_behind_gate(rm, base, edit.positions)
-    gate = rm.readout_inputs([base])
     start = min(min(edit.positions) for edit, _ in rows) if rm.reuses_prefix(base) else 0
     stop = base.reward_pos + 1
     with torch.no_grad():
         past = PrefixCache(keys_and_values(rm.trunk, base, start, known), rm.n_layers) if start else None
         recording = record(rm.trunk, suffix_batch(base, start, rm.device, stop), past=past)
-    walk = _Walk(rm, recording, base.reward_pos - start, -start, [])
+    walk = _Walk(rm, recording, base.reward_pos - start, gate_inside(rm, base, start), -start, [])
+    moves_gate = [reaches_gate(rm, base, edit.positions) for edit, _ in rows]
+    fixed = rm.readout_inputs([base]) if walk.gate_at is None else None
     budget = max_rows or max(1, min(GRADIENT_TOKENS // (stop - start), SEEN_PER_BATCH // (4 * stop)))
     order = sorted(range(len(rows)), key=lambda i: _layer_of(rows[i][0]))
     out: list[Tensor] = [rows[0][1]] * len(rows)
@@ -167,8 +173,9 @@ def patch_gradients(
     for begin in range(0, len(order), budget):
         some = order[begin : begin + budget]
         with torch.enable_grad():
-            final, _ = walk.down([(rows[i][0],) for i in some], some)
-            rewards = reward_at(rm, final, frozen_at, gate)
+            reached = walk.down([(rows[i][0],) for i in some], some)
+            gate = fixed if reached.gate is None else _read_by_gate(rm, reached.gate, [moves_gate[i] for i in some])
+            rewards = reward_at(rm, reached.final, frozen_at, gate)
             slopes = torch.autograd.grad(rewards[1:].sum(), [rows[i][1] for i in some])
         clean.append(float(rewards[0].detach()))
         for i, slope in zip(some, slopes, strict=True):
@@ -189,18 +196,28 @@ def row_budget(rm: RewardModel, length: int, seen: int) -> int:
     return max(1, min(by_tokens, SEEN_PER_BATCH // seen, by_memory))
 
 
+class _Reached(NamedTuple):
+    """What a walk came to."""
+
+    final: Float[Tensor, "row d_model"]
+    """Pre-norm residual at the reward position of the clean row and then of all rows."""
+    gate: Float[Tensor, "row d_model"] | None
+    """The same at the gate's position, where that was walked."""
+    states: dict[int, tuple[list[int], Tensor]]
+    """By depth which rows had joined, and their residuals at the reward position."""
+
+
 class _Walk:
     """The walks over one recorded pass."""
 
-    def __init__(self, rm: RewardModel, recording: Recording, at: int, offset: int, depths: list[int]):
-        self.rm, self.recording, self.at, self.offset, self.depths = rm, recording, at, offset, depths
+    def __init__(
+        self, rm: RewardModel, recording: Recording, at: int, gate_at: int | None, offset: int, depths: list[int]
+    ):
+        self.rm, self.recording, self.at, self.gate_at = rm, recording, at, gate_at
+        self.offset, self.depths = offset, depths
 
-    def down(self, rows: Sequence[Row], names: Sequence[int]) -> tuple[Tensor, dict[int, tuple[list[int], Tensor]]]:
-        """Rows in order of their first block; `names` is how their sources know them.
-
-        Returns the pre-norm residual at the reward position of the clean row and of all rows, and by depth which rows
-        had joined and their residuals there.
-        """
+    def down(self, rows: Sequence[Row], names: Sequence[int]) -> _Reached:
+        """Rows in order of their first block; `names` is how their sources know them."""
         rm, blocks = self.rm, [_block(row) for row in rows]
         joined = 0
         x = self.recording.resid(blocks[0])
@@ -221,7 +238,8 @@ class _Walk:
                 states[layer] = (list(range(joined)), x[1:, self.at].clone())
             if layer < rm.n_layers:
                 x = self._block(layer, x, [p for p in placed if p.edit.site.kind not in RESIDUALS])
-        return x[:, self.at].clone(), states
+        gate = None if self.gate_at is None else x[:, self.gate_at].clone()
+        return _Reached(x[:, self.at].clone(), gate, states)
 
     def _block(self, layer: int, x: Tensor, placed: list[Placed]) -> Tensor:
         args, kwargs = hooks.with_first_input(*self.recording.calls[layer], x)
@@ -235,18 +253,25 @@ class _Walk:
 class _Collected:
     """The rows' outcomes, walk by walk."""
 
-    def __init__(self, n: int, rm: RewardModel, base: Tokens, recording: Recording, at: int, depths: list[int]):
-        self.rm, like = rm, rm.like
-        final = recording.last[:, at].to(like)
-        self.gate = rm.readout_inputs([base])
-        self.alone = float(rm.readout.reward(final, self.gate)[0])
+    def __init__(self, rm: RewardModel, base: Tokens, walk: _Walk, moves_gate: list[bool]):
+        self.rm, self.moves_gate, like, n = rm, moves_gate, rm.like, len(moves_gate)
+        last = walk.recording.last
+        gate = rm.readout_inputs([base]) if walk.gate_at is None else last[:, walk.gate_at].to(like)
+        self.gate, self.clean_gate = (None if gate is None else gate.repeat(n, 1) for _ in range(2))
+        self.alone = float(rm.readout.reward(last[:, walk.at].to(like), gate)[0])
         self.clean_final, self.final = (like.new_empty(n, like.shape[0]) for _ in range(2))
-        self.clean_states = {d: recording.resid(d)[0, at].to(like) for d in depths}
+        self.clean_states = {d: walk.recording.resid(d)[0, walk.at].to(like) for d in walk.depths}
         self.states = {d: s.repeat(n, 1) for d, s in self.clean_states.items()}
         self.clean, self.rewards = (torch.empty(n, dtype=torch.float64) for _ in range(2))
 
-    def take(self, rows: list[int], final: Tensor, states: dict[int, tuple[list[int], Tensor]]) -> None:
-        rewards = self.rm.readout.reward(final.to(self.final), self.gate).double().cpu()
+    def take(self, rows: list[int], reached: _Reached) -> None:
+        final, gate = reached.final.to(self.final), None
+        if self.gate is not None and self.clean_gate is not None:
+            if reached.gate is not None:
+                read = _read_by_gate(self.rm, reached.gate, [self.moves_gate[i] for i in rows])
+                self.clean_gate[rows], self.gate[rows] = read[0], read[1:]
+            gate = torch.cat([self.clean_gate[rows[:1]], self.gate[rows]])
+        rewards = self.rm.readout.reward(final, gate).double().cpu()
         if not torch.isfinite(rewards).all():
             raise CheckFailed(
                 "An intervention gave rewards that are not finite",
@@ -256,8 +281,8 @@ class _Collected:
                 "an added vector may overflow",
             )
         self.clean[rows], self.rewards[rows] = rewards[0], rewards[1:]
-        self.clean_final[rows], self.final[rows] = final[0].to(self.final), final[1:].to(self.final)
-        for depth, (which, state) in states.items():
+        self.clean_final[rows], self.final[rows] = final[0], final[1:]
+        for depth, (which, state) in reached.states.items():
             self.states[depth][[rows[i] for i in which]] = state.to(self.final)
 
     def patched(self, start: int) -> Patched:
@@ -271,10 +296,17 @@ class _Collected:
             self.states,
             self.clean_states,
             self.gate,
+            self.clean_gate,
             start,
             self.alone,
             gap,
         )
+
+
+def _read_by_gate(rm: RewardModel, walked: Tensor, moves_gate: list[bool]) -> Float[Tensor, "row d_model"]:
+    """Of a walk's clean row and its rows what the gate reads: the clean row's where a row's edits cannot reach it."""
+    live = torch.tensor([False, *moves_gate], device=walked.device)
+    return torch.where(live[:, None], walked, walked[:1]).to(rm.like)
 
 
 def grown(rm: RewardModel, args: tuple, kwargs: dict, rows: int) -> tuple[tuple, dict]:
@@ -335,7 +367,6 @@ def _require(rm: RewardModel, base: Tokens, row: Row) -> None:
             expected=f"at least one position, within the text's {len(base)} tokens",
             do="choose positions of the text (rm.tokenize shows them)",
         )
-    require_behind_gate(rm, base, positions)
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -34,19 +34,32 @@ def require_site(rm: RewardModel, site: Site) -> None:
         raise _no_site(rm, site, "residual streams, writes, heads, neurons, queries, keys, values, patterns")
 
 
-def require_behind_gate(rm: RewardModel, tokens: Tokens, positions: Iterable[int]) -> None:
-    """Raise for a change at or before the position at which a prompt-gated head reads its weights: the change would
-    move the weights too, and what is computed here holds them fixed."""
+def gate_inside(rm: RewardModel, tokens: Tokens, start: int) -> int | None:
+    """Where, in a pass over a text from position `start` on, a prompt-gated head reads its weights; None where the
+    head has no such gate, or reads it before `start`, so that nothing in the pass moves it."""
     if not isinstance(rm.readout, PromptGated):
-        return
-    gate, first = rm.readout.gate_position(tokens), min(positions)
-    if first <= gate:
+        return None
+    at = rm.readout.gate_position(tokens) - start
+    return at if at >= 0 else None
+
+
+def reaches_gate(rm: RewardModel, tokens: Tokens, positions: Iterable[int]) -> bool:
+    """Whether a change at these positions can move the weights of a prompt-gated head: the network is causal, so one
+    behind the position where they are read cannot."""
+    return isinstance(rm.readout, PromptGated) and min(positions) <= rm.readout.gate_position(tokens)
+
+
+def require_behind_gate(rm: RewardModel, tokens: Tokens, positions: Iterable[int]) -> None:
+    """Raise where a patch from one response to the other reaches the position that a prompt-gated head reads, for
+    methods that hold the weights: they share the prompt, unless it was cut differently."""
+    positions = list(positions)
+    if positions and reaches_gate(rm, tokens, positions):
         raise StructureError(
-            "A change in the prompt would move the gate of the reward head",
-            found=f"a change at position {first}; the gate is read at position {gate}",
-            expected=f"changes from position {gate + 1} on, where the weights of the objectives stay as they are",
-            do="change the response, ask gate_attribution what sets the weights, or load one objective (objective=), "
-            "which has no gate",
+            "A patch between two responses reaches the gate of the reward head, which is held here",
+            found=f"a patch at position {min(positions)}; the gate is read at position {gate_inside(rm, tokens, 0)}",
+            expected="two texts that share the prompt, which truncation may cut to different lengths",
+            do="shorten the conversation, patch at='response', or ask effects (path='total', norm='live') or "
+            "gate_routes, where the gate answers",
         )
 
 

@@ -30,6 +30,8 @@ class TextRun:
     final: Float[Tensor, " d_model"]
     """Pre-norm residual at the reward position."""
     reward: float
+    gate: Float[Tensor, "1 d_model"] | None
+    """What a prompt-gated head read of the prompt; None for other heads."""
     keys: KeyValues
     """Of the whole text; `NO_PREFIX` where the model takes none."""
 
@@ -69,8 +71,9 @@ def run_text(
     whole = list(dict.fromkeys(dataclasses.replace(site, index=None) for site in sites))
     end = rm.trunk.read_residual(rm.n_layers, lambda x: final.append(x[0, at].to(rm.like)))
     held = read_sites(rm, batch, whole, pick, end, past=past)
-    reward = float(rm.readout.reward(final[0][None], rm.readout_inputs([tokens]))[0])
-    return TextRun(tokens, first, held, final[0], reward, past.seen() if past is not None else NO_PREFIX)
+    gate = rm.readout_inputs([tokens])
+    reward = float(rm.readout.reward(final[0][None], gate)[0])
+    return TextRun(tokens, first, held, final[0], reward, gate, past.seen() if past is not None else NO_PREFIX)
 
 
 def common_start(first: Tokens, second: Tokens) -> int:

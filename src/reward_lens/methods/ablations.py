@@ -19,13 +19,13 @@ from torch import Tensor
 
 from reward_lens import data
 from reward_lens.engine.activations import Activations, capture, positions_of
-from reward_lens.engine.alignment import Alignment
 from reward_lens.engine.editing import Edit, Source
 from reward_lens.engine.intervention import values, zeros
 from reward_lens.engine.patching import patch_rows
 from reward_lens.engine.run import passes
 from reward_lens.errors import DataError
-from reward_lens.methods.effect_cells import Cells, Spans, cells_of, change_of, contiguous
+from reward_lens.methods.effect_cells import Cells, contiguous
+from reward_lens.methods.effect_readings import Reading
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
 from reward_lens.model.tokens import Tokens
@@ -48,6 +48,10 @@ class Ablation:
     """Of mean ablation: by site, by (prompt, role), the sum over positions and their number."""
     n_draws: int = FEWEST_DRAWS
     seed: int = 0
+    at: str = "final"
+    """Where values of references are wanted: at the reward position, or ("response", "all") anywhere."""
+    given: Source | None = None
+    """A source that stands for a mode."""
 
     def others(self, prompt: str) -> list[int]:
         """References of other prompts."""
@@ -86,35 +90,41 @@ def prepare_ablation(
     prompts = tuple(p.prompt_key for p in held for _ in range(2))
     name = f"{len(tokens)} responses to {len(set(prompts))} prompts, the pair's own excluded"
     means = _means(rm, tokens, prompts, sites, at) if mode == "mean" else {}
-    return Ablation(mode, name, tokens, prompts, means, n_draws, seed)
+    return Ablation(mode, name, tokens, prompts, means, n_draws, seed, at)
 
 
-def ablated_pair(
-    rm: RewardModel, ablation: Ablation, pair, number: int, text: Tokens, sites: Sequence[Site], at: str, spans: Spans,
-    norm: str, max_rows: int | None,
-) -> tuple[Cells, np.ndarray, np.ndarray, float]:  # fmt: skip
-    """Of one text: its groups of positions, effects [site, group], their spread over draws, the clean row's gap."""
-    positions = tuple(positions_of(text, at))
-    cells = cells_of(text, Alignment(positions, positions), spans, number, pair.id)
-    draws = _draws(rm, ablation, pair, sites, at) if ablation.mode == "resample" else [None]
+def ablated_cells(
+    rm: RewardModel, ablation: Ablation, pair, run: int, cells: Cells, sites: Sequence[Site], reading: Reading,
+    max_rows: int | None,
+) -> tuple[np.ndarray, np.ndarray, float]:  # fmt: skip
+    """Of one text: effects [(column,) site, group], their spread over draws, the clean row's gap. `run` is the text's
+    number, by which a given source knows it."""
+    text = cells.tokens
+    draws = _draws(rm, ablation, pair, sites) if ablation.mode == "resample" else [None]
     rows, index = [], []
     for g, group in enumerate(cells.groups):
         if group is None:
             continue
         for s, site in enumerate(sites):
             for d, drawn in enumerate(draws):
-                source = source_of(rm, ablation, pair.prompt_key, text, site, group.base, drawn)
+                source = source_of(ablation, pair.prompt_key, text, site, group.base, drawn, run)
                 rows.append((Edit(site, contiguous(group.base), source),))
                 index.append((s, g, d))
     out = patch_rows(rm, text, rows, max_rows=max_rows)
-    each = np.full((len(sites), len(cells.groups), len(draws)), np.nan)
-    each[tuple(np.array(index).T)] = -change_of(rm, out, norm)
-    spread = each.std(-1, ddof=1) if len(draws) > 1 else np.zeros(each.shape[:2])
-    return cells, each.mean(-1), spread, out.clean_gap
+    each = np.full((*reading.shape, len(sites), len(cells.groups), len(draws)), np.nan)
+    each[(..., *np.array(index).T)] = -reading.change(out)
+    spread = each.std(-1, ddof=1) if len(draws) > 1 else np.zeros(each.shape[:-1])
+    return each.mean(-1), spread, out.clean_gap
 
 
-def source_of(rm, ablation: Ablation, prompt: str, text: Tokens, site: Site, positions, drawn: Any = None) -> Source:
-    """What a site of a text with this prompt is replaced by; `drawn` is the reference that a resample takes."""
+def source_of(
+    ablation: Ablation, prompt: str, text: Tokens, site: Site, positions, drawn: Any = None, run: int = 0
+) -> Source:
+    """What a site of a text with this prompt is replaced by; `drawn` is the reference that a resample takes, `run` the
+    text's number."""
+    if ablation.given is not None:
+        give = ablation.given.give
+        return Source(ablation.name, lambda x, site, row, positions: give(x, site, run, positions))
     if ablation.mode == "zero":
         return zeros()
     if ablation.mode == "mean":
@@ -169,13 +179,13 @@ def _drawn(ablation: Ablation, pair) -> list[int]:
     return rng.choice(others, ablation.n_draws, replace=len(others) < ablation.n_draws).tolist()
 
 
-def _draws(rm: RewardModel, ablation: Ablation, pair, sites, at: str) -> list[tuple[Tokens | None, dict]]:
+def _draws(rm: RewardModel, ablation: Ablation, pair, sites) -> list[tuple[Tokens | None, dict]]:
     """Of each draw: the text (None at the reward position, where one value is held) and its values at the sites."""
     drawn = _drawn(ablation, pair)
     different = list(dict.fromkeys(drawn))
-    acts = capture(rm, [ablation.tokens[i] for i in different], sites, at="final" if at == "final" else "all")
+    acts = capture(rm, [ablation.tokens[i] for i in different], sites, at="final" if ablation.at == "final" else "all")
     place = {i: n for n, i in enumerate(different)}
-    if at == "final":
+    if ablation.at == "final":
         return [(None, {site: acts[site][place[i]][None] for site in sites}) for i in drawn]
     return [(ablation.tokens[i], {site: acts[site][place[i]] for site in sites}) for i in drawn]
 

@@ -34,7 +34,9 @@ from jaxtyping import Float
 from reward_lens import data, stats
 from reward_lens.errors import DataError
 from reward_lens.methods.contributions import By, contributions
-from reward_lens.methods.effects import EXCHANGES, effects, sites_of
+from reward_lens.methods.effect_cells import sites_of
+from reward_lens.methods.effect_sweeps import EXCHANGES
+from reward_lens.methods.effects import effects
 from reward_lens.methods.lens import random_weight_copy
 from reward_lens.methods.paired import paired_result
 from reward_lens.model.reward_model import RewardModel

@@ -35,7 +35,8 @@ from reward_lens.engine.places import require_site
 from reward_lens.errors import DataError
 from reward_lens.methods.ablations import Ablation, prepare_ablation, source_of
 from reward_lens.methods.effect_cells import sites_of
-from reward_lens.methods.effects import effects, site_coords
+from reward_lens.methods.effect_sweeps import site_coords
+from reward_lens.methods.effects import effects
 from reward_lens.methods.paired import paired_result
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
@@ -191,7 +192,7 @@ class Margins:
         self.clean = rm.rewards(self.texts).double().numpy()
         self.positions = [positions_of(text, at) for text in self.texts]
         self.sources: list[list[Source]] = [
-            [source_of(rm, ablation, pair.prompt_key, text, site, positions) for site in self.sites]
+            [source_of(ablation, pair.prompt_key, text, site, positions) for site in self.sites]
             for text, positions in zip(self.texts, self.positions, strict=True)
         ]
 

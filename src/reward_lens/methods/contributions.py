@@ -17,7 +17,7 @@ Reference: direct logit attribution (Elhage et al. 2021), with the reward head i
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ import torch
 from reward_lens.engine.activations import Activations, captured, pairs_of
 from reward_lens.methods.paired import paired_result
 from reward_lens.methods.splits import ComponentSplit, HeadSplit, NeuronSplit, Split
+from reward_lens.model.objectives import with_every_objective
+from reward_lens.model.readout import LOCAL, Readout
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.result import Check, Result
 
@@ -64,27 +66,19 @@ def contributions(
 
         return source_token_contributions(rm, pairs, scale)
     split = SPLITS[by](rm)
-    parts = [_of_chunk(rm, split, acts, scale) for acts in captured(rm, pairs, split.sites)]
+    parts = [
+        _of_chunk(rm, rm.readout, rm.readout_inputs(acts.tokens), split, acts, scale)
+        for acts in captured(rm, pairs, split.sites)
+    ]
     values = np.concatenate([p[0] for p in parts])
-    gaps = np.stack([p[1] for p in parts]).max(0)
     all_pairs = pairs_of(pairs)
-    tolerance = 1e-2 if rm.sixteen_bit else 1e-5
-    names = ["completeness", "margin split", *(["residual rounding"] if rm.sixteen_bit else [])]
-    names += ["finer split"] if by != "component" else []
-    gaps = [g for g in gaps if not np.isnan(g)]
-    checks = [Check(name, float(gap), tolerance) for name, gap in zip(names, gaps, strict=True)]
+    checks = _checks(rm, by, np.stack([p[1] for p in parts]))
     labels, layers, kinds, units = split.labels(scale)
     if top is not None and top < len(labels):
         values, keep = _keep_top(values, top)
         labels, kinds = [*(labels[i] for i in keep), "rest"], [*(kinds[i] for i in keep), "rest"]
         layers, units = [*(layers[i] for i in keep), -1], [*(units[i] for i in keep), -1]
-    coords = {
-        "component": np.array(labels, dtype=object),
-        "layer": ("component", np.array(layers)),
-        "kind": ("component", np.array(kinds, dtype=object)),
-    }
-    if by in ("head", "neuron"):
-        coords[by] = ("component", np.array(units))
+    coords = _coords(by, labels, layers, kinds, units)
     return paired_result(
         rm, "contributions", all_pairs, values, ("pair", "side", "component"), coords,
         checks=checks, title=f"Contributions by {by}", settings={"by": by, "scale": scale, "top": top},
@@ -95,11 +89,70 @@ def contributions(
     )  # fmt: skip
 
 
-def _of_chunk(rm: RewardModel, split: Split, acts: Activations, scale: str) -> tuple[np.ndarray, np.ndarray]:
+@torch.no_grad()
+def objective_contributions(
+    rm: RewardModel,
+    pairs,
+    by: Literal["component", "head", "neuron"] = "component",
+    scale: Literal["shared", "own"] = "shared",
+) -> Result:
+    """`contributions` to every objective of a head, the writes captured once.
+
+    Parameters
+    ----------
+    rm: a model with several objectives: a multi-label head, or ArmoRM, QRM, URM and LDL, whose first one is the gated
+        reward; it does not matter for which of them it was loaded.
+    by, scale: as in `contributions`.
+
+    Returns value (pair, side, component, objective) in units of each objective's reward; mean and interval over
+    prompts. Checks as in `contributions`, the worst objective's. Raises `StructureError` for a head with one objective,
+    and what `contributions` raises.
+    What it cannot show: how objectives compare, each having its own scale; nor what `contributions` cannot.
+    """
+    rm, readouts = with_every_objective(rm)
+    split = SPLITS[by](rm)
+    values, gaps = [], []
+    for acts in captured(rm, pairs, split.sites):
+        inputs = rm.readout_inputs(acts.tokens)
+        found = [_of_chunk(rm, readout, inputs, split, acts, scale) for readout in readouts.values()]
+        values.append(np.stack([part for part, _ in found], -1))
+        gaps += [gap for _, gap in found]
+    coords = _coords(by, *split.labels(scale)) | {"objective": np.array(list(readouts), dtype=object)}
+    local = [name for name, readout in readouts.items() if readout.exactness == "local"]
+    return paired_result(
+        rm, "objective_contributions", pairs_of(pairs), np.concatenate(values),
+        ("pair", "side", "component", "objective"), coords, checks=_checks(rm, by, np.stack(gaps)),
+        title=f"Contributions to every objective by {by}", settings={"by": by, "scale": scale}, local_objectives=local,
+        shows="What each part writes along the effective direction of every objective.",
+        cannot_show="How objectives compare, each having its own scale; nor whether removing a part would change one "
+        "by that much." + (" " + LOCAL if local and rm.readout.exactness == "exact" else ""),
+    )  # fmt: skip
+
+
+def _checks(rm: RewardModel, by: str, gaps: np.ndarray) -> list[Check]:
+    """From [part, check] gaps; NaN: no such check."""
+    tolerance = 1e-2 if rm.sixteen_bit else 1e-5
+    names = ["completeness", "margin split", *(["residual rounding"] if rm.sixteen_bit else [])]
+    names += ["finer split"] if by != "component" else []
+    worst = [float(g) for g in gaps.max(0) if not np.isnan(g)]
+    return [Check(name, gap, tolerance) for name, gap in zip(names, worst, strict=True)]
+
+
+def _coords(by: str, labels, layers, kinds, units) -> dict:
+    coords = {
+        "component": np.array(labels, dtype=object),
+        "layer": ("component", np.array(layers)),
+        "kind": ("component", np.array(kinds, dtype=object)),
+    }
+    return coords | ({by: ("component", np.array(units))} if by in ("head", "neuron") else {})
+
+
+def _of_chunk(
+    rm: RewardModel, readout: Readout, inputs: Any, split: Split, acts: Activations, scale: str
+) -> tuple[np.ndarray, np.ndarray]:
     """[pair, side, component] of one chunk, and its gaps (completeness, margin, rounding, finer; NaN: no check)."""
     h = acts[split.sites[-1]]
-    inputs = rm.readout_inputs(acts.tokens)
-    reward, direction = rm.readout.reward(h, inputs), rm.readout.direction(h, inputs)
+    reward, direction = readout.reward(h, inputs), readout.direction(h, inputs)
     other = torch.arange(len(h)).view(-1, 2).flip(1).flatten()  # the same pair's other run
     bias = direction.constant[:, None]
     own = torch.cat([split.dots(acts, direction.u), bias], 1).double()

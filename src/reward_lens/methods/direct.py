@@ -9,6 +9,16 @@ replaced by, the loss of reward splits exactly:
     mediated      total - [r(h) - r(h - c + c')]               what later components do about it
     total         the total effect, everything after the site recomputed (`effects`)
 
+A prompt-gated head has a second direct route, where the gate reads the site's write. With p its position and g, g' what
+it reads before and after,
+
+    direct, norm_rescale   as above, the gate held at g
+    gate                   r(h, g) - r(h, g')
+    interaction            what both changes do beyond the two: r(h, g) - r(h - c + c', g') less the three above
+    mediated               total - [r(h, g) - r(h - c + c', g')]
+
+Both are exactly 0 where the change does not reach the gate's position.
+
 (signs as in `effects`: for denoise the differences are turned round). `direct` is made of contributions: its noise and
 denoise mean is the shared margin split and its zero ablation the contribution itself (E7). That is an identity, not
 evidence for either. The last write has no mediated part, which is checked. A head's or a neuron's write is its own
@@ -25,17 +35,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reward_lens.engine.activations import Activations, capture
+from reward_lens.engine.activations import Activations, capture, positions_of
+from reward_lens.engine.alignment import align as aligned
+from reward_lens.engine.places import gate_inside, require_behind_gate
 from reward_lens.errors import DataError
 from reward_lens.methods.ablations import Ablation, drawn_references, prepare_ablation
+from reward_lens.methods.effect_sweeps import site_coords
 from reward_lens.methods.paired import paired_result
 from reward_lens.methods.splits import ComponentSplit, HeadSplit, NeuronSplit, Split
-from reward_lens.model.readout import read_size
+from reward_lens.model.readout import PromptGated, read_size
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
+from reward_lens.model.tokens import Tokens
 from reward_lens.result import Check, Result
 
 PARTS = ("direct", "norm_rescale", "mediated", "total")
+GATED_PARTS = ("direct", "norm_rescale", "gate", "interaction", "mediated", "total")
 SPLIT_OF = {"embed": ComponentSplit, "attn": ComponentSplit, "mlp": ComponentSplit, "head": HeadSplit,
             "neuron": NeuronSplit}  # fmt: skip
 
@@ -46,7 +61,7 @@ def direct_effects(
     max_rows: int | None, progress,
 ) -> Result:  # fmt: skip
     """`effects(path="direct")`. Returns value (pair[, side], component, part) in reward units."""
-    from reward_lens.methods.effects import effects, site_coords
+    from reward_lens.methods.effects import effects
 
     whole = [str(s) for s in sites if s.kind not in SPLIT_OF or (s.kind in ("head", "neuron") and s.index is None)]
     if whole:
@@ -73,21 +88,29 @@ def direct_effects(
     if mode in ("mean", "resample", "zero"):
         ablation = prepare_ablation(rm, pairs, sites, mode, settings["at"], reference, n_draws, seed)
         settings["reference"] = ablation.name
-    found = [_of_pair(rm, writes, pair, mode, ablation) for pair in pairs]
-    frozen, live, sizes = (np.stack(part) for part in zip(*found, strict=True))  # [pair(, side), site], [pair]
+    for pair, both in zip(pairs, rm.tokenize_pairs(pairs), strict=True) if ablation is None else ():
+        base, source = both if mode == "noise" else both[::-1]
+        require_behind_gate(rm, base, aligned(base, source, settings["at"], settings["align"], str(pair.id)).base)
+    found = [_of_pair(rm, writes, pair, mode, settings["at"], ablation) for pair in pairs]
+    frozen, live, sizes = (np.stack(part) for part in zip(*found, strict=True))  # [pair(, side), site(, 3)], [pair]
+    value, gate, whole = np.moveaxis(live, -1, 0)
     totals = total.value.values
-    values = np.stack([frozen, live - frozen, totals - live, totals], -1)
+    parts = [frozen, value - frozen, gate, whole - value - gate, totals - whole, totals]
+    names = GATED_PARTS if isinstance(rm.readout, PromptGated) else PARTS
+    values = np.stack([part for name, part in zip(GATED_PARTS, parts, strict=True) if name in names], -1)
     if mode in ("mean", "resample", "zero"):
         values[:, 2] = values[:, 0] - values[:, 1]
-    checks = [c for c in total.checks if c.name == "clean row"] + _last_write(rm, sizes, sites, values)
+    mediated = values[..., names.index("mediated")]
+    checks = [c for c in total.checks if c.name == "clean row"] + _last_write(rm, sizes, sites, mediated)
     dims = (*map(str, total.value.dims), "part")
     settings["norm"] = "frozen and live, apart"
     return paired_result(
-        rm, "effects", pairs, values, dims, {**site_coords(sites), "part": np.array(PARTS, dtype=object)},
+        rm, "effects", pairs, values, dims, {**site_coords(sites), "part": np.array(names, dtype=object)},
         checks=checks, settings=settings, seed=seed, noise_floor=rm.noise_floor,
         title=f"Direct and mediated effects ({mode}, {settings['at']})",
         shows="What a site's change does to the reward head's input directly, what the final norm's answer adds, and "
-        "what later components do about it; the three sum to the total effect.",
+        "what later components do about it (under a prompt gate also what the gate reads of it); all but the last sum "
+        "to the total effect.",
         cannot_show="The direct part is the contribution itself, an identity: that both agree is no evidence.",
     )  # fmt: skip
 
@@ -127,9 +150,9 @@ class Writes:
         return acts[site][run]
 
 
-def _of_pair(rm, writes: Writes, pair, mode: str, ablation: Ablation | None) -> tuple[np.ndarray, ...]:
-    """Frozen and live direct effects of one pair: [site], or [side, site] for ablations (the margin is left empty); and
-    the scale of the head's sum."""
+def _of_pair(rm, writes: Writes, pair, mode: str, at: str, ablation: Ablation | None) -> tuple[np.ndarray, ...]:
+    """Frozen [site] and live [site, 3] direct effects of one pair (see `_live`), with the sides before them for
+    ablations (the margin is left empty); and the scale of the head's sum."""
     acts = capture(rm, [pair], writes.needed)
     h = acts[Site("resid_post", rm.n_layers - 1)]
     inputs = rm.readout_inputs(acts.tokens)
@@ -146,13 +169,12 @@ def _of_pair(rm, writes: Writes, pair, mode: str, ablation: Ablation | None) -> 
     for run in (0, 1):
         own = writes.dots(acts, u)[run]
         if mode == "zero":
-            frozen, live = own, _live(rm, writes, acts, h, run, [torch.zeros_like(writes.value(s, acts, run))
-                                                                 for s in writes.sites])  # fmt: skip
+            none = [torch.zeros_like(writes.value(s, acts, run)) for s in writes.sites]
+            frozen, live = own, _live(rm, writes, acts, h, run, none, _at_gate(rm, writes, acts.tokens[run], at))
         else:
             frozen, live = _against_references(rm, writes, ablation, pair, acts, h, u, run, own)
         sides.append((frozen.cpu().numpy(), live.cpu().numpy()))
-    empty = np.full_like(sides[0][0], np.nan)
-    frozen, live = (np.stack([sides[0][k], sides[1][k], empty]) for k in (0, 1))
+    frozen, live = (np.stack([a, b, np.full_like(a, np.nan)]) for a, b in zip(*sides, strict=True))
     return frozen, live, np.array(size)
 
 
@@ -169,20 +191,41 @@ def _against_references(rm, writes, ablation, pair, acts, h, u, run, own):
     return frozen, torch.stack(each).mean(0)
 
 
-def _live(rm, writes: Writes, acts: Activations, h: Tensor, run: int, new: Sequence[Tensor]) -> Tensor:
-    """[site]: reward of the run less that with one write replaced in what the head reads, norm live."""
-    moved = torch.stack([writes.moved(s, acts, v, run) for s, v in zip(writes.sites, new, strict=True)])
-    gate = rm.readout_inputs([acts.tokens[run]])
-    both = rm.readout.reward(torch.cat([h[run][None], h[run] + moved]), gate).double()
-    return both[0] - both[1:]
+def _live(
+    rm, writes: Writes, acts: Activations, h: Tensor, run: int, new: Sequence[Tensor],
+    at_gate: Activations | None = None,
+) -> Tensor:  # fmt: skip
+    """[site, 3]: reward of the run less that with one write replaced in what the head reads, norm live: at the reward
+    position, at the gate's position, at both. `at_gate` holds the writes there where the change reaches it."""
+
+    def replaced(held: Activations, place: int) -> Tensor:
+        return torch.stack([writes.moved(s, held, v, place) for s, v in zip(writes.sites, new, strict=True)])
+
+    gate, read = rm.readout_inputs([acts.tokens[run]]), rm.readout.reward
+    changed = h[run] + replaced(acts, run)
+    value = read(torch.cat([h[run][None], changed]), gate).double()
+    losses = value[0] - value[1:]
+    if gate is None or at_gate is None:
+        return torch.stack([losses, torch.zeros_like(losses), losses], -1)
+    gates = gate + replaced(at_gate, 0)
+    through, whole = (read(states, gates).double() for states in (h[run].expand_as(changed), changed))
+    return torch.stack([losses, value[0] - through, value[0] - whole], -1)
 
 
-def _last_write(rm: RewardModel, sizes: np.ndarray, sites: Sequence[Site], values: np.ndarray) -> list[Check]:
+def _at_gate(rm: RewardModel, writes: Writes, text: Tokens, at: str) -> Activations | None:
+    """The writes where a prompt-gated head reads its weights, if a change at these positions reaches that."""
+    gate = gate_inside(rm, text, 0)
+    if gate is None or gate not in positions_of(text, at):
+        return None
+    return capture(rm, [text.first(gate + 1)], writes.needed)
+
+
+def _last_write(rm: RewardModel, sizes: np.ndarray, sites: Sequence[Site], mediated: np.ndarray) -> list[Check]:
     """Nothing comes after the last MLP (in parallel blocks, after either write): its mediated part is zero."""
     last = rm.n_layers - 1
     kinds = ("mlp", "neuron", *(("attn", "head") if rm.structure.parallel else ()))
     columns = [i for i, s in enumerate(sites) if s.layer == last and s.kind in kinds]
     if not columns:
         return []
-    mediated = np.abs(values[..., columns, 2]).reshape(len(sizes), -1).max(1)
-    return [Check("last write is not mediated", float((mediated / sizes).max()), 2e-2 if rm.sixteen_bit else 1e-5)]
+    worst = np.abs(mediated[..., columns]).reshape(len(sizes), -1).max(1)
+    return [Check("last write is not mediated", float((worst / sizes).max()), 2e-2 if rm.sixteen_bit else 1e-5)]

@@ -165,7 +165,8 @@ def downstream(
         out = patch_rows(rm, base, [*rows, *([reads[-1]] if reads[-1] else [])], (depth, rm.n_layers))
         rewards = out.rewards[: len(rows)]
         clean = out.clean.expand(len(out.rewards))[: len(rows)]
-        given = rm.readout.reward(out.states[rm.n_layers][: len(rows)], out.gate).double().cpu()
+        gate = None if out.gate is None else out.gate[: len(rows)]
+        given = rm.readout.reward(out.states[rm.n_layers][: len(rows)], gate).double().cpu()
         size = max(spread, float(torch.cat([rewards, clean]).abs().max()))
         gaps.append(float((given - rewards).abs().max()) / size)
         after = torch.cat([out.states[depth][: len(rows)], out.clean_states[depth][None]])

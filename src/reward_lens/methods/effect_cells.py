@@ -9,7 +9,7 @@ import numpy as np
 from reward_lens.engine.alignment import Alignment, require_unshifted
 from reward_lens.engine.editing import Edit
 from reward_lens.engine.intervention import pattern, values
-from reward_lens.engine.patching import Patched, Row
+from reward_lens.engine.patching import Row
 from reward_lens.engine.runs import TextRun
 from reward_lens.errors import DataError
 from reward_lens.model.reward_model import RewardModel
@@ -105,14 +105,6 @@ def exchange_rows(
             rows.append((Edit(site, positions, pattern(given) if site.kind == "pattern" else values(given)),))
             index.append((s, g))
     return rows, index
-
-
-def change_of(rm: RewardModel, out: Patched, norm: str) -> np.ndarray:
-    """Change of the reward of every row; with the norm's scale held at the clean row's, if asked."""
-    if norm == "live":
-        return out.change.numpy()
-    direction = rm.readout.direction(out.clean_final, out.gate)
-    return ((out.final.double() - out.clean_final.double()) * direction.u.double()).sum(-1).cpu().numpy()
 
 
 def span_coords(groups: Sequence[Cells], width: int) -> tuple[dict[str, Any], str | None, str | None]:

@@ -6,7 +6,9 @@
 
 Positive in noise and denoise: the site supports the preference. Nothing is frozen (`path="total"`, `norm="live"`)
 unless asked for: `path="direct"` changes the site in what the reward head reads alone (see `direct`), `norm="frozen"`
-holds the final norm's scale at its value in the clean run. Every row is compared with a clean row of its own batch.
+holds the final norm's scale at its value in the clean run. A prompt-gated head's weights answer to a change of the
+prompt like everything else; `gate_routes` takes that route apart. Every row is compared with a clean row of its own
+batch.
 
 What this cannot show: that the changed state is one the network ever reaches by itself (see `divergence`); and a small
 effect of one site is no proof that it does nothing, since others may stand in for it.
@@ -14,29 +16,23 @@ effect of one site is no proof that it does nothing, since others may stand in f
 Reference: Zhang and Nanda 2023, arXiv 2309.16042; Heimersheim and Nanda 2024, arXiv 2404.15255.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-import numpy as np
-
 from reward_lens import data
-from reward_lens.engine.alignment import align as aligned
-from reward_lens.engine.patching import patch_rows
 from reward_lens.engine.places import require_site
-from reward_lens.engine.runs import common_start, keys_before, run_text
 from reward_lens.errors import DataError
-from reward_lens.methods.ablations import ablated_pair, prepare_ablation
-from reward_lens.methods.effect_cells import Cells, Spans, cells_of, change_of, exchange_rows, sites_of, span_coords
-from reward_lens.methods.paired import paired_result
+from reward_lens.methods.ablations import prepare_ablation
+from reward_lens.methods.effect_cells import Spans, sites_of
+from reward_lens.methods.effect_readings import Reading
+from reward_lens.methods.effect_sweeps import ABLATIONS, EXCHANGES, Progress, ablated, effects_result, exchanged
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
-from reward_lens.result import Check, Result
+from reward_lens.result import Result
 
 Mode = Literal["noise", "denoise", "zero", "mean", "resample"]
 Estimator = Literal["exact", "gradient", "integrated", "integrated_block", "integrated_joint", "relevance"]
-EXCHANGES, ABLATIONS = ("noise", "denoise"), ("zero", "mean", "resample")
 ESTIMATORS = get_args(Estimator)
-Progress = Callable[[int, int], None]
 
 
 def effects(
@@ -68,7 +64,8 @@ def effects(
     at: "final", the reward position, always comparable. "response" and "all" need responses of the same token count or
         an alignment; positions that chosen and rejected share are the same in both runs and are left alone.
     estimator: "exact" runs every change; the others estimate from gradients (see `estimators`) and are labelled so.
-    path: "direct" adds a dim `part`: direct (frozen norm), norm_rescale, mediated, total.
+    path: "direct" adds a dim `part`: direct (frozen norm), norm_rescale, mediated, total; under a prompt-gated head
+        also gate and interaction, the route through what the gate reads.
     align: "tail", "diff" or "legacy_prefix" (a known artefact), for responses of different length.
     spans: patch parts of the aligned positions one by one: "position" (each by itself: a dim `position`), or {name:
         range of positions in the changed run} for all pairs or one such mapping a pair (a dim `span`).
@@ -113,140 +110,11 @@ def effects(
         return estimated_effects(rm, pairs, wanted, settings, spans=spans, seed=seed, max_rows=max_rows,
                                  progress=progress, **options)  # fmt: skip
     if mode in EXCHANGES:
-        found = _exchanged(rm, pairs, wanted, settings, spans, max_rows, progress)
+        found = exchanged(rm, pairs, wanted, settings, Reading(rm, norm), spans, max_rows, progress)
     else:
-        found = _ablated(rm, pairs, wanted, settings, spans, reference, n_draws, seed, max_rows, progress)
+        ablation = prepare_ablation(rm, pairs, wanted, mode, at, reference, n_draws, seed)
+        found = ablated(rm, pairs, wanted, settings, Reading(rm, norm), ablation, spans, max_rows, progress)
     return effects_result(rm, pairs, wanted, found, settings, seed)
-
-
-class Found:
-    """Values of all pairs as they come, and what the result needs besides."""
-
-    def __init__(self):
-        self.values: list[np.ndarray] = []
-        """A pair: [site, group], or [side, site, group]."""
-        self.groups: list[Cells] = []
-        self.draw_sd: list[np.ndarray] = []
-        self.grad_drop: list[np.ndarray] = []
-        self.margins: list[float] = []
-        self.gaps: list[float] = []
-        """Distance of clean rows from the runs' own rewards, over the scale of effects."""
-        self.closing: list[float] = []
-        """Distance of the last residual's effect from the margin, where it is among the sites."""
-
-
-def _exchanged(rm, pairs, sites, settings, spans, max_rows, progress) -> Found:
-    found = Found()
-    mode, only_final = settings["mode"], settings["at"] == "final"
-    for i, (pair, tokens) in enumerate(zip(pairs, rm.tokenize_pairs(pairs), strict=True)):
-        # The changed run's own values are not needed; the sweep runs it beside the changed rows.
-        base, other = tokens if mode == "noise" else tokens[::-1]
-        where = aligned(base, other, settings["at"], settings["align"], pair.id)
-        cells = cells_of(base, where, spans, i, pair.id)
-        shared = common_start(base, other)
-        source = run_text(rm, other, sites, only_final=only_final, hold=shared)
-        known = keys_before(rm, source, shared, base)
-        rows, index = exchange_rows(sites, cells, source, pair.id)
-        values = cells.empty(len(sites))
-        if rows:
-            out = patch_rows(rm, base, rows, known=known, max_rows=max_rows)
-            change = change_of(rm, out, settings["norm"])
-            values[tuple(np.array(index).T)] = -change if mode == "noise" else change
-            own = out.alone
-            size = rm.effect_scale(own, source.reward, own - source.reward)
-            found.gaps.append(float((out.clean - own).abs().max()) / size)
-        else:
-            own = run_text(rm, base, [], only_final=True, known=known).reward
-        margin = own - source.reward if mode == "noise" else source.reward - own
-        last = Site("resid_post", rm.n_layers - 1)
-        if last in sites and spans is None and settings["norm"] == "live" and where.base:
-            size = rm.effect_scale(own, source.reward, margin)
-            if where.base[-1] == base.reward_pos and where.source[-1] == other.reward_pos:
-                found.closing.append(abs(values[sites.index(last), 0] - margin) / size)
-        found.values.append(values)
-        found.groups.append(cells)
-        found.margins.append(margin)
-        if progress is not None:
-            progress(i + 1, len(pairs))
-    return found
-
-
-def _ablated(rm, pairs, sites, settings, spans, reference, n_draws, seed, max_rows, progress) -> Found:
-    found = Found()
-    ablation = prepare_ablation(rm, pairs, sites, settings["mode"], settings["at"], reference, n_draws, seed)
-    settings["reference"] = ablation.name
-    if settings["mode"] == "resample":
-        settings["n_draws"] = n_draws
-    for i, (pair, tokens) in enumerate(zip(pairs, rm.tokenize_pairs(pairs), strict=True)):
-        sides, spreads = [], []
-        for text in tokens:
-            cells, values, spread, gap = ablated_pair(
-                rm, ablation, pair, i, text, sites, settings["at"], spans, settings["norm"], max_rows
-            )
-            sides.append(values)
-            spreads.append(spread)
-            found.gaps.append(gap)
-        found.values.append(np.stack([*sides, sides[0] - sides[1]]))
-        found.draw_sd.append(np.stack([*spreads, np.sqrt(spreads[0] ** 2 + spreads[1] ** 2)]))
-        found.groups.append(cells)
-        if progress is not None:
-            progress(i + 1, len(pairs))
-    return found
-
-
-def effects_result(
-    rm: RewardModel, pairs, sites: Sequence[Site], found: Found, settings: dict, seed: int, **meta
-) -> Result:
-    """The `Result` of one sweep over pairs, ragged groups padded with NaN."""
-    widest = max(v.shape[-1] for v in found.values)
-    values = np.stack([_padded(v, widest) for v in found.values])
-    coords, dim, undefined = span_coords(found.groups, widest)
-    coords |= site_coords(sites)
-    dims = ["pair", *(["side"] if values.ndim == 4 else []), "component", *([dim] if dim else [])]
-    if dim is None:
-        values = values[..., 0]
-    if found.draw_sd and settings["mode"] == "resample":
-        spread = np.stack([_padded(v, widest) for v in found.draw_sd])
-        coords["draw_sd"] = (dims, spread if dim else spread[..., 0])
-    if found.grad_drop:
-        drop = np.stack([_padded(v, widest) for v in found.grad_drop])
-        coords["grad_drop"] = (dims, drop if dim else drop[..., 0])
-    if found.margins:
-        margin = np.array(found.margins).reshape(-1, *[1] * (values.ndim - 1))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            share = np.where(np.abs(margin) > rm.noise_floor, values / margin, np.nan)
-        coords["recovered"] = (dims, share)
-        coords["margin"] = ("pair", np.array(found.margins))
-    checks = [Check("clean row", max(found.gaps), 2e-2 if rm.sixteen_bit else 1e-4)] if found.gaps else []
-    if found.closing:
-        checks.append(Check("last residual", max(found.closing), 2e-2 if rm.sixteen_bit else 1e-5))
-    words: dict[str, Any] = {
-        "title": f"Effects ({settings['mode']}, {settings['at']})",
-        "shows": "How much of the reward, or of the margin, is lost or won when one site is changed and all after it "
-        "is recomputed: a total effect.",
-        "cannot_show": "Whether the changed state is natural, and whether other sites would stand in for this one.",
-    }
-    return paired_result(
-        rm, "effects", pairs, values, dims, coords, checks=checks, undefined=undefined, settings=settings, seed=seed,
-        noise_floor=rm.noise_floor, **(words | meta),
-    )  # fmt: skip
-
-
-def site_coords(sites: Sequence[Site]) -> dict[str, Any]:
-    """Coordinates of `component`: its name, layer (-1 before block 0), kind, and index of a head or neuron."""
-    coords = {
-        "component": np.array([str(s) for s in sites], dtype=object),
-        "layer": ("component", np.array([-1 if s.layer is None else s.layer for s in sites])),
-        "kind": ("component", np.array([s.kind for s in sites], dtype=object)),
-    }
-    if any(s.kind == "head" for s in sites):
-        coords["head"] = ("component", np.array([s.index if s.kind == "head" else -1 for s in sites]))
-    return coords
-
-
-def _padded(values: np.ndarray, width: int) -> np.ndarray:
-    short = [(0, 0)] * (values.ndim - 1) + [(0, width - values.shape[-1])]
-    return np.pad(values, short, constant_values=np.nan)
 
 
 def _require_settings(mode: str, estimator: str, path: str, norm: str, options: Mapping) -> None:

@@ -26,9 +26,11 @@ from typing import Any
 import numpy as np
 
 from reward_lens.engine.alignment import align as aligned
+from reward_lens.engine.places import require_behind_gate
 from reward_lens.engine.runs import run_pair
 from reward_lens.errors import DataError
 from reward_lens.methods.effect_cells import cells_of
+from reward_lens.methods.effect_sweeps import Found, effects_result
 from reward_lens.methods.estimate_task import Estimate, Task
 from reward_lens.methods.first_order import gradient, integrated_joint, relevance
 from reward_lens.methods.integrated import block_carriers, integrated, integrated_block
@@ -51,8 +53,6 @@ def estimated_effects(
     least 100 (pair, site) cells, of whole pairs drawn at random, on which the estimate is held against exact effects;
     Pearson, Spearman and the recall of the ten largest stand in meta["calibration"].
     """
-    from reward_lens.methods.effects import Found, effects_result
-
     mode, estimator = settings["mode"], settings["estimator"]
     steps = _require(mode, estimator, steps, grad_drop, calibrate, unknown)
     settings |= {"steps": steps} if estimator in STEPS else {}
@@ -64,6 +64,8 @@ def estimated_effects(
         runs = run_pair(rm, tokens[0], tokens[1], held, only_final=settings["at"] == "final")
         base, source = runs if mode == "noise" else runs[::-1]
         where = aligned(base.tokens, source.tokens, settings["at"], settings["align"], str(pair.id))
+        if settings["norm"] == "frozen":
+            require_behind_gate(rm, base.tokens, where.base)
         cells = cells_of(base.tokens, where, spans, i, str(pair.id))
         change, drop = cells.empty(len(sites)), cells.empty(len(sites))
         if where.base:

@@ -9,6 +9,8 @@
 
 with the norm's scale held. The gate is a network, so u_k is local: its slope at this prompt.
 
+What a change of the prompt does to the reward through the gate, and past it, is `gate_routes`.
+
 Reference: Wang et al. 2024, arXiv 2406.12845.
 """
 
@@ -20,11 +22,11 @@ import torch
 
 from reward_lens import data
 from reward_lens.engine.activations import capture
-from reward_lens.errors import DataError, StructureError
+from reward_lens.errors import DataError
 from reward_lens.methods.paired import paired_result
 from reward_lens.methods.source_tokens import placed, source_runs
 from reward_lens.methods.splits import ComponentSplit, HeadSplit
-from reward_lens.model.heads.gated import GatedReadout
+from reward_lens.model.heads.gated import require_gated
 from reward_lens.model.heads.local import LocalReadout
 from reward_lens.model.readout import LOCAL
 from reward_lens.model.reward_model import RewardModel
@@ -50,7 +52,7 @@ def gate_weights(rm: RewardModel, pairs) -> Result:
     of their sizes; 1e-2 in 16 bits). Raises `StructureError` for a head without a prompt gate.
     What it cannot show: how far an objective moves the margin, which depends on how its reward differs as well.
     """
-    readout = _gated(rm)
+    readout = require_gated(rm.readout)
     pairs = data.as_pairs(pairs)
     both = [t for two in rm.tokenize_pairs(pairs) for t in two]
     last = Site("resid_post", rm.n_layers - 1)
@@ -89,9 +91,10 @@ def gate_attribution(rm: RewardModel, pairs, by: Literal["component", "token"] =
     position wrote), `token`, `piece` and `n_positions`; both in the unit of a weight, and both sum to g (by token: with
     the constant). Mean and interval over prompts by component. Checks "completeness" and, by token, "finer split":
     1e-5 of the sum of sizes, 1e-2 in 16 bits. Raises `StructureError` for a head without a prompt gate.
-    What it cannot show: what a weight would be without a component; the gate is a network, and its slope is local.
+    What it cannot show: what a weight would be without a component (`gate_routes` takes it out); the gate is a network,
+    and its slope is local.
     """
-    readout = _gated(rm)
+    readout = require_gated(rm.readout)
     if by not in ("component", "token"):
         raise DataError("The attribution was asked for something it does not have", found=f"by={by!r}",
                         expected="'component' or 'token'", do="pass one of these")  # fmt: skip
@@ -167,14 +170,3 @@ def _by_token(rm: RewardModel, texts: Sequence[Tokens], weights: Sequence[LocalR
     }
     whole, finer = np.max(gaps, axis=0)
     return values, coords, {"completeness": float(whole), "finer split": float(finer)}
-
-
-def _gated(rm: RewardModel) -> GatedReadout:
-    if isinstance(rm.readout, GatedReadout):
-        return rm.readout
-    raise StructureError(
-        "This reward has no gate that reads the prompt",
-        found=f"a readout of kind {rm.readout.kind!r} for the objective {rm.readout.objective!r}",
-        expected="a prompt-gated head (ArmoRM, QRM), loaded without objective=",
-        do="load the model without objective=, or ask contributions what an ungated head reads",
-    )

@@ -27,7 +27,7 @@ from reward_lens.engine.alignment import align as aligned
 from reward_lens.engine.editing import Edit
 from reward_lens.engine.intervention import values
 from reward_lens.engine.patching import patch_rows
-from reward_lens.engine.places import require_site
+from reward_lens.engine.places import require_behind_gate, require_site
 from reward_lens.engine.receivers import received
 from reward_lens.engine.runs import TextRun, run_pair
 from reward_lens.errors import DataError
@@ -126,6 +126,7 @@ def _of_pair(
     rows, cells = [], []
     for r, name in enumerate(receivers):
         if name == REWARD:
+            require_behind_gate(rm, base.tokens, where.base)
             h = recording.last[:, base.tokens.reward_pos - start].to(rm.like)
             ends = where.base[-1] == base.tokens.reward_pos
             at_end = torch.stack([move[-1] if ends else torch.zeros_like(move[-1]) for move in moves])

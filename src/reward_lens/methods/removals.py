@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from reward_lens.engine.places import require_behind_gate
+from reward_lens.engine.gate_states import pooled_and_gate
+from reward_lens.engine.places import reaches_gate
 from reward_lens.errors import DataError
 from reward_lens.methods.units import Unit
-from reward_lens.model.forward import at_rows
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.tokens import Tokens
 
@@ -68,21 +68,17 @@ def rewards(rm: RewardModel, variants: Sequence[Variant]) -> tuple[np.ndarray, i
     index = {(text.ids, hidden): i for i, (text, hidden) in enumerate(variants)}
     distinct = [variants[i] for i in index.values()]
     read = np.full(len(distinct), np.nan)
-    for text, hidden in distinct:
-        if len(hidden):
-            require_behind_gate(rm, text, hidden)
-    gates = rm.readout_inputs([text for text, _ in distinct])
-    for batch in rm.batches([text for text, _ in distinct]):
-        mask, kept = batch.mask.clone(), []
+    texts = [text for text, _ in distinct]
+    moves_gate = [len(hidden) > 0 and reaches_gate(rm, text, hidden) for text, hidden in distinct]
+    gates = rm.readout_inputs(texts)
+    for batch in rm.batches(texts):
+        mask = batch.mask.clone()
         for row, (run, first) in enumerate(zip(batch.rows, batch.offset.tolist(), strict=True)):
             hidden = distinct[run][1]
             mask[row, first + hidden.start : first + hidden.stop] = 0
-        pick = at_rows(batch.reward_pos)
-        read_end = rm.trunk.read_residual(rm.n_layers, lambda x, pick=pick, kept=kept: kept.append(pick(x)))
         # The position ids are those of the whole text: only attention is blocked.
-        rm.trunk.run(dataclasses.replace(batch, mask=mask), read_end)
-        inputs = None if gates is None else gates[list(batch.rows)]
-        read[list(batch.rows)] = rm.readout.reward(kept[0], inputs).double().cpu().numpy()
+        pooled, inputs = pooled_and_gate(rm, dataclasses.replace(batch, mask=mask), texts, gates, moves_gate)
+        read[list(batch.rows)] = rm.readout.reward(pooled, inputs).double().cpu().numpy()
     for i, (text, hidden) in enumerate(distinct):
         if text.reward_pos in hidden:
             read[i] = np.nan

@@ -20,7 +20,8 @@ import numpy as np
 from reward_lens import data
 from reward_lens.errors import DataError
 from reward_lens.methods.effect_cells import sites_of
-from reward_lens.methods.effects import Estimator, effects, site_coords
+from reward_lens.methods.effect_sweeps import site_coords
+from reward_lens.methods.effects import Estimator, effects
 from reward_lens.methods.paired import paired_result
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site

@@ -29,10 +29,10 @@ from torch import Tensor
 
 from reward_lens import data
 from reward_lens.engine.activations import captured, pairs_of
-from reward_lens.engine.places import require_behind_gate
-from reward_lens.errors import DataError
+from reward_lens.errors import DataError, StructureError
 from reward_lens.methods.paired import margin_of, paired_result
 from reward_lens.model.forward import Batch, at_rows
+from reward_lens.model.readout import PromptGated
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
 from reward_lens.result import Check, Result
@@ -116,9 +116,15 @@ def gradient_lens(
     # Sums over runs of the gradient at every depth and, in the last row, of the effective direction.
     sums = torch.zeros(rm.n_layers + 2, rm.d_model, dtype=torch.float64)
     gaps = []
-    if at == "all":
-        for text in tokens:
-            require_behind_gate(rm, text, range(1))
+    if at == "all" and isinstance(rm.readout, PromptGated):
+        raise StructureError(
+            "The gradient lens at all positions has no last depth under a gate that reads the prompt",
+            found="at='all' and a prompt-gated readout: slopes in the prompt go through the gate too, a network of its "
+            "own, so that slope times residual does not sum to the reward",
+            expected="at='final', where the weights are those of the prompt",
+            do="use at='final'; gate_attribution says what set the weights, gate_routes what a change of the prompt "
+            "does through them; a single objective (objective=) has no gate",
+        )
     gates = rm.readout_inputs(tokens)
     for batch in rm.batches(tokens, batch_size):
         inputs = None if gates is None else gates[list(batch.rows)]

@@ -218,6 +218,18 @@ class GatedQuantiles(GatedRows):
         return transformed
 
 
+def require_gated(readout: Any) -> GatedReadout:
+    """The readout, if its weights are set by the prompt; a `StructureError` otherwise."""
+    if isinstance(readout, GatedReadout):
+        return readout
+    raise StructureError(
+        "This reward has no gate that reads the prompt",
+        found=f"a readout of kind {readout.kind!r} for the objective {readout.objective!r}",
+        expected="a prompt-gated head (ArmoRM, QRM), loaded without objective=",
+        do="load the model without objective=, or ask contributions and effects what an ungated head reads",
+    )
+
+
 def gate_place(ids: Sequence[int], pattern: tuple[int, ...]) -> int:
     """Where the pattern begins for the last time; raises `DataError` if it does not occur."""
     for at in range(len(ids) - len(pattern), -1, -1):
