@@ -1,80 +1,87 @@
-"""The exactness contract in numbers: the largest gap of each identity on every architecture family of the tests.
+"""The exactness contract in numbers, on every architecture family and every kind of readout of the tests.
 
-    python benchmarks/conformance.py
+    python benchmarks/conformance.py --workers 2 [--only llama,gemma2]
 
-Writes benchmarks/conformance.md. A gap is divided by the scale its identity names; E5 is in reward units.
+For each model the largest gap of every identity, in float32 and bfloat16, and the outcome of every method: its checks
+held, or it refused in words. Anything else stops the run. `--only` runs some models and keeps the rows of the others.
+Writes conformance_identities.csv and conformance_methods.csv beside this file, and from them conformance.md and
+docs/models.md. A gap is divided by the scale that its identity names; E5 is in reward units.
 """
 
+import argparse
 import sys
 import warnings
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 import torch
 
 import reward_lens as rl
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from families import FAMILIES, TEXT_PAIRS, tiny_model  # noqa: E402
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
+from conformance_pages import write_pages  # noqa: E402
+from every_method import METHODS, READOUT_METHODS  # noqa: E402
+from identities import DTYPES, MODELS, gaps, model_of, readable  # noqa: E402
+from workers import add_workers, in_order  # noqa: E402
 
-PAIRS = [rl.Pair(*texts) for texts in TEXT_PAIRS]
-COLUMNS = ("E1", "E2 lens", "E2 sum", "E3 heads", "E3 neurons", "E3 sources", "E4", "E5", "E6", "E9")
-LIMITS = {torch.float32: (1e-5, *[1e-5] * 6, 0.0, 1e-5, 1e-6), torch.bfloat16: (None, *[1e-2] * 6, 0.0, 1e-2, None)}
-
-
-def gaps(family: str, dtype: torch.dtype) -> list[float]:
-    """One number a column; NaN where the model has no such split and says so."""
-    rm = rl.RewardModel(*tiny_model(family, dtype=dtype, seed=1), name=family)
-    equal = [p for p, (a, b) in zip(PAIRS, rm.tokenize_pairs(PAIRS), strict=True) if len(a) == len(b)]
-    scores = rm.score_pairs(PAIRS).value.sel(side=["chosen", "rejected"])
-    own = np.array([[rm.hf_score(p.prompt, r) for r in p.responses] for p in PAIRS])
-    alone = np.array([[rm.score(p.prompt, r) for r in p.responses] for p in PAIRS])
-    row = [float((np.abs(alone - own) / np.maximum(np.abs(own), float(scores.std()))).max())]
-    parts = rl.contributions(rm, PAIRS)
-    row += [check(rl.reward_lens(rm, PAIRS, norm="frozen"), "last depth"), check(parts, "completeness")]
-    for by in ("head", "neuron", "token"):
-        try:
-            row.append(check(rl.contributions(rm, PAIRS, by=by), "finer split"))
-        except rl.StructureError:
-            row.append(float("nan"))
-    row.append(check(parts, "margin split"))
-    sites = ["embed", *(f"L{layer}.{kind}" for layer in range(rm.n_layers) for kind in ("attn", "mlp"))]
-    acts = rl.capture(rm, equal, sites, at="all")
-    own = rl.from_run(acts)
-    unchanged = [rl.intervene(rm, equal, {s: own}, at="all").value.sel(state="change") for s in sites]
-    row.append(max(float(np.abs(change).max()) for change in unchanged))
-    other = rl.from_run(acts.swapped())
-    every = rl.intervene(rm, equal, dict.fromkeys(sites, other), at="all").value
-    off = every.sel(side="chosen", state="intervened") - every.sel(side="rejected", state="clean")
-    row.append(float(np.abs(off).max() / np.abs(every.sel(state="clean")).max()))
-    swapped = rl.contributions(rm, [rl.Pair(p.prompt, p.rejected, p.chosen) for p in PAIRS]).value
-    total = parts.value.sel(side="margin") + swapped.sel(side="margin")
-    return [*row, float(np.abs(total).max() / np.abs(parts.value).max())]
+HERE = Path(__file__).parent
+EVERY = METHODS | READOUT_METHODS
 
 
-def check(result: rl.Result, name: str) -> float:
-    return next(c.gap for c in result.checks if c.name == name)
+def described(name: str, rm: rl.RewardModel) -> dict[str, object]:
+    """What the tables say of a model besides its numbers."""
+    s = rm.structure
+    return {
+        "model": name, "class": type(rm.module).__name__, "readout": rm.readout.kind,
+        "directions": rm.readout.exactness, "blocks": "parallel" if s.parallel else "sequential",
+        "heads": "split" if s.attn_out else "not split", "neurons": "split" if s.mlp_out else "not split",
+        "reuse": "reused" if rm.reuses_prefix() else "whole texts",
+    }  # fmt: skip
+
+
+def outcome(rm: rl.RewardModel, method: str) -> str:
+    """ "holds", with the largest share of a tolerance that a check used, or "refused" and why."""
+    try:
+        result = EVERY[method](rm, readable(rm))
+    except rl.RewardLensError as error:
+        return f"refused: {error.what}"
+    used = [c.gap / c.tolerance for c in result.checks if 0 < c.tolerance < float("inf")]
+    return f"holds {max(used, default=0.0):.2g}"
+
+
+def measured(name: str) -> tuple[dict, list[dict]]:
+    """The row of the methods and the rows of the identities of one model."""
+    warnings.simplefilter("ignore")
+    rm = model_of(name, torch.float32)
+    about = described(name, rm)
+    methods = about | {method: outcome(rm, method) for method in EVERY}
+    rows = [
+        {"model": name, "precision": precision} | gaps(rm if dtype == torch.float32 else model_of(name, dtype))
+        for precision, dtype in DTYPES.items()
+    ]
+    return methods, rows
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_workers(parser)
+    parser.add_argument("--only", default="", help="models by commas; the others keep their rows")
+    parser.add_argument("--pages", action="store_true", help="only write the pages again")
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    lines = [
-        "# Conformance", "",
-        f"Largest gap of each identity over {len(PAIRS)} pairs; {len(FAMILIES)} families, tiny random models of the "
-        f"real classes, every norm and bias randomised; torch {torch.__version__}. A dash: refused with the reason.",
-        "",
-    ]  # fmt: skip
-    for dtype in (torch.float32, torch.bfloat16):
-        limits = ["at load" if x is None else f"{x:.0e}" for x in LIMITS[dtype]]
-        lines += [f"## {str(dtype).removeprefix('torch.')}", "", "| family | " + " | ".join(COLUMNS) + " |"]
-        lines += ["| --- " * (len(COLUMNS) + 1) + "|", "| tolerance | " + " | ".join(limits) + " |"]
-        for family in FAMILIES:
-            row = gaps(family, dtype)
-            print(family, dtype, flush=True)
-            lines.append(f"| {family} | " + " | ".join("-" if np.isnan(x) else f"{x:.0e}" for x in row) + " |")
-        lines.append("")
-    Path(__file__).with_suffix(".md").write_text("\n".join(lines))
+    only = [name.strip() for name in options.only.split(";" if ";" in options.only else ",") if name.strip()]
+    files = HERE / "conformance_methods.csv", HERE / "conformance_identities.csv"
+    run = [] if options.pages else only or MODELS
+    kept = [pd.read_csv(f) if f.exists() and (only or options.pages) else pd.DataFrame() for f in files]
+    for methods, identities in in_order(measured, [(name,) for name in run], options.workers):
+        print(methods["model"], flush=True)
+        for i, rows in enumerate(([methods], identities)):
+            others = kept[i][kept[i]["model"] != methods["model"]] if len(kept[i]) else kept[i]
+            kept[i] = pd.concat([others, pd.DataFrame(rows)])
+            order = kept[i]["model"].map({name: place for place, name in enumerate(MODELS)})
+            kept[i] = kept[i].assign(order=order).sort_values("order", kind="stable").drop(columns="order")
+            kept[i].to_csv(files[i], index=False, float_format="%.1e")
+    write_pages(*map(pd.read_csv, files))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import torch
 import reward_lens as rl
 from dictionaries import random_crosscoder, random_sae
 from planted import planted_pairs
+from step_models import SOLUTIONS
 
 
 def sae(rm: rl.RewardModel, site: str = "L2.resid_post") -> rl.SAE:
@@ -90,4 +91,18 @@ METHODS = {
     ),
     "vocabulary": lambda rm, pairs: rl.vocab_alignment(rm),
     "ov": lambda rm, pairs: rl.ov_pull(rm),
+}
+
+# What only some kinds of reward answer; the others refuse in words.
+STEPS = [rl.Solution(prompt, steps) for prompt, steps in SOLUTIONS]
+READOUT_METHODS = {
+    "gate weights": lambda rm, pairs: rl.gate_weights(rm, pairs),
+    "gate attribution": lambda rm, pairs: rl.gate_attribution(rm, pairs),
+    "gate routes": lambda rm, pairs: rl.gate_routes(rm, pairs, ["L0.attn", "L1.mlp"], mode="zero"),
+    "objective effects": lambda rm, pairs: rl.objective_effects(rm, pairs, ["L0.attn", "L1.mlp"]),
+    "objective contributions": lambda rm, pairs: rl.objective_contributions(rm, pairs),
+    "pair judge": lambda rm, pairs: rl.pair_judge(rm, pairs),
+    "step rewards": lambda rm, pairs: rl.step_rewards(rm, STEPS),
+    "step lens": lambda rm, pairs: rl.step_lens(rm, STEPS),
+    "step contributions": lambda rm, pairs: rl.step_contributions(rm, STEPS),
 }
