@@ -79,9 +79,9 @@ def test_effects_equal_plain_hooks(form):
             layer, kind = int(site[1]), site[3:]
             writer = rm.module.quarry.slabs[layer].get_submodule(getattr(rm.structure, kind))
             taken = []
-            plain_run(rm, rejected, writer, lambda x, taken=taken: taken.append(x[0, rejected.reward_pos].clone()) or x)
+            plain_run(rm, rejected, writer, lambda x, taken=taken: taken.append(x.clone()) or x)
 
-            def put(x, value=taken[0], at=chosen.reward_pos):
+            def put(x, value=taken[0][0, rejected.reward_pos], at=chosen.reward_pos):
                 x = x.clone()
                 x[0, at] = value
                 return x

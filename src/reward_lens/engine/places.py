@@ -52,7 +52,7 @@ def require_behind_gate(rm: RewardModel, tokens: Tokens, positions: Iterable[int
 
 def out_map(rm: RewardModel, layer: int, kind: str) -> nn.Module:
     """The linear map from heads (kind "attn") or neurons ("mlp") to the write of one block."""
-    path = rm.structure.attn_out if kind == "attn" else rm.structure.mlp_out
+    path = rm.structure.path(f"{kind}_out", layer)
     unit = "heads" if kind == "attn" else "neurons"
     try:
         if path is None:

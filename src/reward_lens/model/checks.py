@@ -244,7 +244,8 @@ def _unpadded_gap(rm, tokens: list[Tokens], alone: Tensor) -> float:
 
 def _residuals(rm, tokens: Tokens):
     worst = max(rm.structure.gaps)
-    found = f"({rm.structure.attn}, {rm.structure.mlp}) in each of {rm.n_layers} blocks"
+    attn, mlp = (" or ".join(rm.structure.paths(part)) for part in ("attn", "mlp"))
+    found = f"({attn}, {mlp}) in each of {rm.n_layers} blocks"
     yield "writes close", worst, 0.02, found
     batch = make_batch([tokens], [0], rm.pad_id, rm.device)
     writes: list[Tensor] = []

@@ -199,8 +199,8 @@ def trunk_of(module: Any, structure: "Structure") -> Trunk:
     """The trunk of a module whose structure is proven."""
     blocks = list(module.get_submodule(structure.blocks))
     writers = {
-        kind: [block.get_submodule(path) for block in blocks]
-        for kind, path in (("attn", structure.attn), ("mlp", structure.mlp))
+        kind: [block.get_submodule(structure.path(kind, layer)) for layer, block in enumerate(blocks)]
+        for kind in ("attn", "mlp")
     }
     final_norm = None if structure.final_norm is None else module.get_submodule(structure.final_norm)
     return Trunk(trunk_module(module, structure.blocks), blocks, final_norm, writers, structure.write_scale)

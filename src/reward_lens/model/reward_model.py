@@ -108,9 +108,10 @@ class RewardModel(OnTrunk):
 
     @functools.cached_property
     def n_kv_heads(self) -> int:
-        """Heads whose keys and values a block caches (fewer than `n_heads` in grouped-query attention), measured."""
+        """Heads whose keys and values a block caches (fewer than `n_heads` in grouped-query attention): measured,
+        or the config's word where nothing is cached."""
         if not self.reuses_prefix():
-            return self.n_heads
+            return getattr(self.config.get_text_config(), "num_key_value_heads", None) or self.n_heads
         tokens = self.tokenizer.text("a")
         with torch.no_grad():
             return keys_and_values(self.trunk, tokens, 1).layers[0][0].shape[1]
