@@ -391,7 +391,7 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     embed_scale = getattr(module.config, "embedding_multiplier", 1.0)
     if module.config.model_type.startswith("gemma"):
-        embed_scale = module.config.hidden_size**0.5
+        embed_scale = module.config.get_text_config().hidden_size ** 0.5
 
     def draw(parameter: nn.Parameter, std: float, mean: float = 0.0) -> None:
         values = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)

@@ -71,7 +71,8 @@ def test_no_parameter_is_at_its_default(family):
     module, _ = tiny_model(family)
     for name, parameter in module.named_parameters():
         # a constant tensor is a default; 0.02 is Hugging Face's usual scale of weights
-        assert parameter.std() > (0.05 if parameter.numel() > 8 else 0.01), name
+        if parameter.numel() > 1:
+            assert parameter.std() > (0.05 if parameter.numel() > 8 else 0.01), name
     norms = [m for m in module.modules() if "Norm" in type(m).__name__ and list(m.parameters(recurse=False))]
     assert norms or family == "olmo"  # OLMo's norms have no parameters
 
@@ -82,7 +83,8 @@ def test_every_parameter_reaches_the_reward(family):
     text = _texts(tokenizer)[0]
     module(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits.sum().backward()
     silent = [name for name, p in module.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
-    assert silent == []
+    # What only chooses (experts, keys to attend to) has no gradient.
+    assert [n for n in silent if not any(part in n for part in (".indexer.", "correction_bias", "expert_bias"))] == []
 
 
 @every

@@ -27,6 +27,18 @@ def kinds_of(blocks: Sequence[nn.Module]) -> list[list[int]]:
     return list(kinds.values())
 
 
+def that_run(model: nn.Module, lists: Sequence[str], run_probe: Callable[[], Tensor]) -> list[str]:
+    """Those of the lists of modules whose first module is called in a run."""
+    called: list[str] = []
+
+    def calling(path: str):
+        return lambda args, kwargs: called.append(path)
+
+    with hooks.attached([hooks.read_call(model.get_submodule(f"{path}.0"), calling(path)) for path in lists]):
+        run_probe()
+    return [path for path in lists if path in called]
+
+
 def spread(kinds: Sequence[Sequence[int]], found: Sequence[Any]) -> Any:
     """What was found of each kind, one entry a block; the entry itself where all are equal."""
     if all(one == found[0] for one in found):

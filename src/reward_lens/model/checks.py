@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from reward_lens.engine import hooks
 from reward_lens.errors import LoadError
-from reward_lens.model.forward import at_rows, make_batch, record, replay
+from reward_lens.model.forward import at_rows, make_batch, padding_id, record, replay
 from reward_lens.model.heads.own import OwnHead
 from reward_lens.model.prefix import pooled_with_prefix
 from reward_lens.model.structure import is_linear
@@ -55,7 +55,7 @@ def run_probe(module: Any, device: torch.device) -> Tensor:
     vocabulary = module.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(min(8, vocabulary // 2), vocabulary, (2, 7), generator=generator).to(device)
-    pad = module.config.pad_token_id
+    pad = padding_id(module.config)
     if pad is not None:
         ids[ids == pad] = (pad + 1) % vocabulary
     ending = torch.tensor([module.probe_ending if isinstance(module, OwnHead) else ()], dtype=ids.dtype)

@@ -241,6 +241,12 @@ def trunk_module(module: nn.Module, blocks_path: str) -> nn.Module:
     return base
 
 
+def padding_id(config) -> int | None:
+    """The padding token that a config names: its own, or that of its text model."""
+    named = (getattr(some, "pad_token_id", None) for some in (config, config.get_text_config()))
+    return next((i for i in named if i is not None), None)
+
+
 def rotary_threshold(config) -> int | None:
     """The length past which a model's rotary factors change (longrope, dynamic); None where they do not."""
     scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}

@@ -17,7 +17,7 @@ from torch import Tensor
 from reward_lens import data
 from reward_lens.model import checks
 from reward_lens.model import structure as structures
-from reward_lens.model.forward import Batch, OnTrunk, batches, rotary_threshold, trunk_of
+from reward_lens.model.forward import Batch, OnTrunk, batches, padding_id, rotary_threshold, trunk_of
 from reward_lens.model.heads.own import OwnHead, head_of, published_path
 from reward_lens.model.norm import measure_norm
 from reward_lens.model.prefix import keys_and_values
@@ -71,7 +71,7 @@ class RewardModel(OnTrunk):
         self.edits: tuple[dict[str, Any], ...] = tuple(dict(edit) for edit in edits)
         checks.require_usable_weights(module, self.name)
         text_config = self.config.get_text_config()
-        pad_id = self.config.pad_token_id if self.config.pad_token_id is not None else text_config.pad_token_id
+        pad_id = padding_id(self.config)
         limit = getattr(text_config, "max_position_embeddings", None)
         self.vocabulary = vocabulary_of(readout, module, tokenizer)
         # A network that reads a text's steps (model.step_readout) brings its own way of writing texts.

@@ -28,8 +28,8 @@ ACCEPT = 0.02  # largest share of a block's change that its two writes may leave
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """Paths of the network's parts. `attn` and `mlp` are relative to a block, the others to the model. A tuple holds one
-    path a block, where blocks differ (mixers of two kinds, dense MLPs before experts)."""
+    """Paths of the network's parts. `attn` and `mlp` are relative to a block, the others to the model. A tuple holds
+    one path a block, where blocks differ (mixers of two kinds, dense MLPs before experts)."""
 
     blocks: str
     """The list of blocks, e.g. ``"model.layers"``."""
@@ -70,10 +70,13 @@ class Structure:
         return tuple(dict.fromkeys(found)) if isinstance(found, tuple) else (found,)
 
 
-def find_blocks(model: Any, n_layers: int) -> str:
-    """Path of the outermost ModuleList with one entry a layer."""
+def find_blocks(model: Any, n_layers: int, run_probe) -> str:
+    """Path of the outermost ModuleList with one entry a layer; of those that run on text, where there are several (a
+    vision tower may have as many layers)."""
     lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     paths = [path for path, m in lists if len(m) == n_layers and n_layers > 0]
+    if len(paths) > 1:
+        paths = block_kinds.that_run(model, paths, run_probe) or paths
     if not paths:
         raise StructureError(
             f"The blocks of {type(model).__name__} were not found",
@@ -87,7 +90,7 @@ def find_blocks(model: Any, n_layers: int) -> str:
 def find_structure(model: Any, run_probe, n_layers: int, n_heads: int, head: str | None = None) -> Structure:
     """Search the parts; `run_probe()` runs one probe batch through the whole model and returns its logits. `head`: the
     path of what reads the normed residual, where it is known and is no linear map to the logits."""
-    blocks_path = find_blocks(model, n_layers)
+    blocks_path = find_blocks(model, n_layers, run_probe)
     blocks = list(model.get_submodule(blocks_path))
     kinds = block_kinds.kinds_of(blocks)
     found: list[tuple[str, str, str | None, str | None]] = []
