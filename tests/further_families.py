@@ -67,7 +67,8 @@ FURTHER_SPECS: dict[str, Family] = {
     "ministral3": Family("ministral3", "Ministral3", lambda n: {**WIDE, "sliding_window": WINDOW}),
     "mistral4": Family("mistral4", "Mistral4", lambda n: {**_MLA, **_ROUTED, "first_k_dense_replace": 1}),
     "persimmon": Family("persimmon", "Persimmon"),
-    "phimoe": Family("phimoe", "Phimoe", lambda n: {**GQA, **MOE, "sliding_window": WINDOW, "router_jitter_noise": 0.4}),
+    "phimoe": Family("phimoe", "Phimoe",
+                     lambda n: {**GQA, **MOE, "sliding_window": WINDOW, "router_jitter_noise": 0.4}),
     "qwen3_moe": Family(
         "qwen3_moe", "Qwen3Moe",
         lambda n: {**GQA, **_EXPERTS, "moe_intermediate_size": 24, "norm_topk_prob": True, "mlp_only_layers": [0]},

@@ -35,8 +35,10 @@ def _under_head(base: type, name: str) -> type:
 
 
 def _gemma3(tokenizer):
-    vision = {"model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 20, "image_size": 16,
-              "num_hidden_layers": LAYERS, "num_attention_heads": 2, "patch_size": 8, "vision_use_head": False}  # fmt: skip
+    vision = {
+        "model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 20, "image_size": 16,
+        "num_hidden_layers": LAYERS, "num_attention_heads": 2, "patch_size": 8, "vision_use_head": False,
+    }  # fmt: skip
     config = Gemma3Config(
         text_config=_text("gemma3_text", tokenizer), vision_config=vision, mm_tokens_per_image=4, num_labels=1,
         image_token_index=287, boi_token_index=285, eoi_token_index=286, tie_word_embeddings=False,

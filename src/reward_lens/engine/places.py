@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from reward_lens.errors import StructureError
+from reward_lens.model.experts import Experts
 from reward_lens.model.readout import PromptGated
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
@@ -30,8 +31,12 @@ def require_site(rm: RewardModel, site: Site) -> None:
         count = rm.n_heads if site.kind in ("q", "pattern") else rm.n_kv_heads
         if site.index is not None and not 0 <= site.index < count:
             raise _no_site(rm, site, f"indices 0 to {count - 1}")
-    elif site.kind in ("latent", "router"):
-        raise _no_site(rm, site, "residual streams, writes, heads, neurons, queries, keys, values, patterns")
+    elif site.kind in ("router", "expert"):
+        count = experts_of(rm, site.block).n
+        if site.index is not None and not 0 <= site.index < count:
+            raise _no_site(rm, site, f"experts 0 to {count - 1}")
+    elif site.kind == "latent":
+        raise _no_site(rm, site, "residual streams, writes, heads, neurons, queries, keys, values, patterns, routers")
 
 
 def require_behind_gate(rm: RewardModel, tokens: Tokens, positions: Iterable[int]) -> None:
@@ -48,6 +53,21 @@ def require_behind_gate(rm: RewardModel, tokens: Tokens, positions: Iterable[int
             do="change the response, ask gate_attribution what sets the weights, or load one objective (objective=), "
             "which has no gate",
         )
+
+
+def experts_of(rm: RewardModel, layer: int) -> Experts:
+    """The routed experts of one block."""
+    experts = rm.experts[layer]
+    if experts is None:
+        having = [str(i) for i, one in enumerate(rm.experts) if one is not None]
+        raise StructureError(
+            f"Block {layer} of {rm.name} has no experts that can be told apart",
+            found=f"experts in blocks {', '.join(having)}" if having else "no experts in any block",
+            expected="a module called with states, numbers of chosen experts and their weights, whose output is their "
+            "weighted sum",
+            do="name a block that has them; experts whose weights multiply what they read have no separate parts",
+        )
+    return experts
 
 
 def out_map(rm: RewardModel, layer: int, kind: str) -> nn.Module:

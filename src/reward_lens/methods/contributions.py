@@ -23,16 +23,18 @@ import numpy as np
 import torch
 
 from reward_lens.engine.activations import Activations, captured, pairs_of
+from reward_lens.methods.expert_split import ExpertSplit
 from reward_lens.methods.paired import paired_result
 from reward_lens.methods.splits import ComponentSplit, HeadSplit, NeuronSplit, Split
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.result import Check, Result
 
-By = Literal["component", "head", "neuron", "token"]
+By = Literal["component", "head", "neuron", "expert", "token"]
 SPLITS: dict[str, Callable[[RewardModel], Split]] = {
     "component": ComponentSplit,
     "head": HeadSplit,
     "neuron": NeuronSplit,
+    "expert": ExpertSplit,
 }
 
 
@@ -44,13 +46,14 @@ def contributions(
     scale: Literal["shared", "own"] = "shared",
     top: int | None = None,
 ) -> Result:
-    """Split rewards and margins exactly over components, heads, neurons or source tokens.
+    """Split rewards and margins exactly over components, heads, neurons, experts or source tokens.
 
     Parameters
     ----------
     pairs: preference pairs, or `Activations` of pairs that hold every residual and write (`by="component"`).
     by: "component" (embed, L0.attn, L0.mlp, ...); "head" or "neuron" (attention or MLP writes split further, the other
-        write kept whole); "token" (attention writes split over the positions their heads read).
+        write kept whole); "expert" (MLP writes of blocks with routed experts split further: what each adds, and the
+        rest); "token" (attention writes split over the positions their heads read).
     scale: how a margin treats the two runs' different norm scales.
     top: keep only the components largest in mean absolute margin; the others are summed in the row "rest".
 
@@ -83,7 +86,7 @@ def contributions(
         "layer": ("component", np.array(layers)),
         "kind": ("component", np.array(kinds, dtype=object)),
     }
-    if by in ("head", "neuron"):
+    if by in ("head", "neuron", "expert"):
         coords[by] = ("component", np.array(units))
     return paired_result(
         rm, "contributions", all_pairs, values, ("pair", "side", "component"), coords,

@@ -62,8 +62,9 @@ def effects(
 
     Parameters
     ----------
-    sites: "components" (embed and every attention and MLP write), "heads", "residual" (the stream at every depth), or a
-        list of `Site` objects or written forms (``"L3.H5"``, ``"L3.N17"``, ``"L2.resid_mid"``, ``"L4.K1"``).
+    sites: "components" (embed and every attention and MLP write), "heads", "residual" (the stream at every depth),
+        "experts" (the weight of every routed expert), or a list of `Site` objects or written forms (``"L3.H5"``,
+        ``"L3.N17"``, ``"L2.resid_mid"``, ``"L4.K1"``, ``"L3.R2"``, ``"L3.router"``: a block's routing as a whole).
     mode: see the top of the module. Ablations have a dim `side`; only its margin speaks of the preference.
     at: "final", the reward position, always comparable. "response" and "all" need responses of the same token count or
         an alignment; positions that chosen and rejected share are the same in both runs and are left alone.
@@ -233,7 +234,8 @@ def effects_result(
 
 
 def site_coords(sites: Sequence[Site]) -> dict[str, Any]:
-    """Coordinates of `component`: its name, layer (-1 before block 0), kind, and index of a head or neuron."""
+    """Coordinates of `component`: its name, layer (-1 before block 0), kind, and index of a head or
+    an expert."""
     coords = {
         "component": np.array([str(s) for s in sites], dtype=object),
         "layer": ("component", np.array([-1 if s.layer is None else s.layer for s in sites])),
@@ -241,6 +243,8 @@ def site_coords(sites: Sequence[Site]) -> dict[str, Any]:
     }
     if any(s.kind == "head" for s in sites):
         coords["head"] = ("component", np.array([s.index if s.kind == "head" else -1 for s in sites]))
+    if any(s.kind == "router" and s.index is not None for s in sites):
+        coords["expert"] = ("component", np.array([s.index if s.kind == "router" else -1 for s in sites]))
     return coords
 
 

@@ -5,6 +5,7 @@ lengths, never from `ids != pad`; the reward head is applied by the readout, in 
 """
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from reward_lens.engine import hooks
+from reward_lens.model.experts import Experts, find_experts
 from reward_lens.model.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -211,11 +213,18 @@ class OnTrunk:
 
     module: Any
     trunk: Trunk
+    tokenizer: Any
 
     @property
     def n_layers(self) -> int:
         """Number of blocks."""
         return len(self.trunk.blocks)
+
+    @functools.cached_property
+    def experts(self) -> tuple[Experts | None, ...]:
+        """The routed experts of every block, None where it has none."""
+        batch = suffix_batch(self.tokenizer.text("Experts are chosen by token."), 0, self.device)
+        return find_experts(self.trunk.blocks, lambda wanted: self.trunk.run(batch, *wanted))
 
     @property
     def device(self) -> torch.device:
