@@ -76,12 +76,12 @@ def test_the_router_is_what_the_model_chose(family):
     acts = rl.capture(rm, PAIRS, [f"L{layer}.router", f"L{layer}.R2"], at="all")
     for tokens, all_weights, one in zip(acts.tokens, acts[f"L{layer}.router"], acts[f"L{layer}.R2"], strict=True):
         expected = routing_of(rm, tokens, layer)
-        np.testing.assert_allclose(all_weights, expected, atol=1e-6)
+        np.testing.assert_allclose(all_weights, expected, atol=1e-5)
         assert torch.equal(one, all_weights[:, 2])
         assert ((all_weights != 0).sum(1) == 2).all()
     final = rl.capture(rm, PAIRS, [f"L{layer}.router"])[f"L{layer}.router"]
     for tokens, row, everywhere in zip(acts.tokens, final, acts[f"L{layer}.router"], strict=True):
-        np.testing.assert_allclose(row, everywhere[tokens.reward_pos], atol=1e-6)
+        np.testing.assert_allclose(row, everywhere[tokens.reward_pos], atol=1e-5)
 
 
 @routed

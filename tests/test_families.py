@@ -18,7 +18,7 @@ WIDE_HEADS = (
 )  # fmt: skip
 
 
-NEW = ("deepseek_v2", "qwen3_next")  # as in the conformance suite
+NEW = ("deepseek_v2", "qwen3_next")  # latent attention and experts; mixers of two kinds
 every = pytest.mark.parametrize("family", [*FAMILIES, *SPECIAL, *NEW, *more(*(f for f in FURTHER if f not in NEW))])
 
 

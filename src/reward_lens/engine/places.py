@@ -28,6 +28,9 @@ def require_site(rm: RewardModel, site: Site) -> None:
     elif site.kind == "resid_mid" and rm.structure.parallel:
         raise _no_site(rm, site, "resid_pre and resid_post: the blocks are parallel, so there is no resid_mid")
     elif site.kind in ("q", "k", "v", "pattern"):
+        if not rm.structure.attends(site.block):
+            attending = ", ".join(str(i) for i in range(rm.n_layers) if rm.structure.attends(i))
+            raise _no_site(rm, site, f"a block with attention ({attending}); this one's mixer has no queries and keys")
         count = rm.n_heads if site.kind in ("q", "pattern") else rm.n_kv_heads
         if site.index is not None and not 0 <= site.index < count:
             raise _no_site(rm, site, f"indices 0 to {count - 1}")

@@ -46,7 +46,12 @@ def sites_of(rm: RewardModel, sites: "str | Sequence[Site | str]", layers: Seque
     if isinstance(sites, str) and sites in ("components", "heads", "residual", "experts"):
         named = {
             "components": [Site("embed"), *(Site(kind, layer) for layer in depth for kind in ("attn", "mlp"))],
-            "heads": [Site("head", layer, head) for layer in depth for head in range(rm.n_heads)],
+            "heads": [
+                Site("head", layer, head)
+                for layer in depth
+                if rm.structure.attends(layer)
+                for head in range(rm.n_heads)
+            ],
             "experts": [
                 Site("router", layer, expert)
                 for layer, experts in enumerate(rm.experts if sites == "experts" else ())

@@ -86,8 +86,7 @@ class RewardModel(OnTrunk):
         kept = checks.kept_report(self)
         with torch.no_grad():
             if kept is not None:
-                known = kept.meta["structure"]
-                found = self.structure = Structure(**known | {"gaps": tuple(known["gaps"])})
+                found = self.structure = Structure.of(kept.meta["structure"])
             else:
                 found = structure or structures.find_structure(
                     module, probe, text_config.num_hidden_layers, text_config.num_attention_heads,

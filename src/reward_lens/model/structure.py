@@ -12,7 +12,7 @@ Reference: the residual-stream view is Elhage et al. 2021, "A Mathematical Frame
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -54,10 +54,10 @@ class Structure:
     gaps: tuple[float, ...] = dataclasses.field(default=(), compare=False)
     """Unexplained share of each block's change, measured by the proof."""
 
-    def __post_init__(self):
-        for name in ("attn", "mlp", "attn_out", "mlp_out"):
-            if isinstance(getattr(self, name), list):  # as a file holds it
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+    @classmethod
+    def of(cls, held: Mapping[str, Any]) -> "Structure":
+        """A structure as a file holds it, where tuples are lists."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in held.items()})
 
     def path(self, part: str, layer: int) -> Any:
         """Path of "attn", "mlp", "attn_out" or "mlp_out" in one block."""
@@ -68,6 +68,10 @@ class Structure:
         """The different paths of a part, in the order of the blocks."""
         found = getattr(self, part)
         return tuple(dict.fromkeys(found)) if isinstance(found, tuple) else (found,)
+
+    def attends(self, layer: int) -> bool:
+        """Whether a block's mixer is attention: False where it has no heads beside blocks that have."""
+        return self.path("attn_out", layer) is not None or self.paths("attn_out") == (None,)
 
 
 def find_blocks(model: Any, n_layers: int, run_probe) -> str:
