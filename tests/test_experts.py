@@ -226,6 +226,19 @@ def test_sites_that_are_not_there(family, site, message):
         rl.effects(rm, PAIRS[:1], [site])
 
 
+@pytest.mark.full
+def test_experts_that_unfold_their_states_themselves():
+    """DBRX hands its experts [batch, pos, d_model]."""
+    rm = model("dbrx")
+    value = rl.contributions(rm, PAIRS, by="expert").value
+    assert all(rm.experts)
+    np.testing.assert_allclose(value.sum("component"), rm.score_pairs(PAIRS).value, atol=1e-4)
+    np.testing.assert_allclose(value.isel(component=value.kind.values == "mlp_rest"), 0.0, atol=1e-5)
+    own = rl.from_run(rl.capture(rm, PAIRS[:1], ["L1.router"], at="all"))
+    change = rl.intervene(rm, PAIRS[:1], {"L1.router": own}, at="all").value.sel(state="change")
+    assert float(np.abs(change).max()) == 0.0
+
+
 @pytest.mark.parametrize("family", more("jetmoe", "llama4_text"))
 def test_experts_without_separate_parts_are_none(family):
     """JetMoE sorts its tokens by expert outside of them; Llama 4 weights what its experts read."""

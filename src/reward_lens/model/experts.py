@@ -65,18 +65,20 @@ class Experts:
         out = x.new_zeros(len(x), self.n, x.shape[1])
         for expert in weights.any(0).nonzero()[:, 0].tolist():
             which = torch.full((len(x), 1), expert, dtype=torch.long, device=x.device)
-            out[:, expert] = self.module.forward(x, which, weights[:, expert, None])  # no hooks: those of this call run
+            one = self.module.forward(x, which, weights[:, expert, None])  # past the hooks: those of this call run
+            out[:, expert] = one.reshape(x.shape)
         return out
 
 
 def call_of(args: tuple, kwargs: dict) -> Call | None:
     """The tensors of a call of experts; None for any other call."""
-    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim() == 2]
+    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim() in (2, 3)]
     floats = [a for a in tensors if a.is_floating_point()]
     whole = [a for a in tensors if not a.is_floating_point() and a.dtype != torch.bool]
-    if len(floats) != 2 or len(whole) != 1 or floats[1].shape != whole[0].shape or len(floats[0]) != len(whole[0]):
+    if len(floats) != 2 or len(whole) != 1 or whole[0].dim() != 2 or floats[1].shape != whole[0].shape:
         return None
-    return Call(floats[0], whole[0], floats[1])
+    x = floats[0].reshape(-1, floats[0].shape[-1])
+    return Call(x, whole[0], floats[1]) if len(x) == len(whole[0]) else None
 
 
 @torch.no_grad()
@@ -89,8 +91,8 @@ def find_experts(blocks: list[nn.Module], run: Any) -> tuple[Experts | None, ...
 
         def after(output: Any) -> None:
             call = box.pop()
-            if call is not None and isinstance(output, Tensor) and output.shape == call.x.shape:
-                seen[layer] = (module, call, output.clone())
+            if call is not None and isinstance(output, Tensor) and output.numel() == call.x.numel():
+                seen[layer] = (module, call, output.reshape(call.x.shape).clone())
 
         yield hooks.read_call(module, lambda args, kwargs: box.append(call_of(args, kwargs)))
         yield hooks.Hook(module, "return", after)

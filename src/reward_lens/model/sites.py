@@ -67,7 +67,7 @@ def _unknown(what: str) -> StructureError:
     return StructureError(
         "A site could not be understood",
         found=what,
-        expected="'embed', 'L3.attn', 'L3.mlp', 'L3.resid_pre', 'L3.H5' (head), 'L3.N17' (neuron), 'L3.R2' (an expert's "
-        "weight) and the like",
+        expected="'embed', 'L3.attn', 'L3.mlp', 'L3.resid_pre', 'L3.H5' (head), 'L3.N17' (neuron), 'L3.R2' (weight of "
+        "an expert) and the like",
         do="write the site in one of these forms, or pass Site(kind, layer, index)",
     )
