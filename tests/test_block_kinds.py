@@ -11,6 +11,7 @@ import torch
 import reward_lens as rl
 from families import TEXT_PAIRS, more, tiny_model
 from reference.sweeps import patched_reward, values_at
+from reward_lens.model import block_kinds
 
 PAIRS = [rl.Pair(*texts) for texts in TEXT_PAIRS]
 # (attn, mlp, attn_out, mlp_out) of blocks 0 and 1; block 2 is as block 0 but for what is said
@@ -101,6 +102,17 @@ def test_a_structure_with_a_path_a_block_can_be_passed():
     absent = dataclasses.replace(given, attn=("linear_attn",) * 3)
     with pytest.raises(rl.StructureError, match="no attribute `linear_attn`"):
         rl.RewardModel(*tiny_model("qwen3_next", seed=1), structure=absent)
+
+
+def test_a_kernel_that_hides_its_softmax(monkeypatch):
+    """Which of two kinds of mixers is attention is then not known: no heads anywhere, and the rest as before."""
+    monkeypatch.setattr(block_kinds._Softmax, "__torch_function__", lambda self, f, t, a=(), k=None: f(*a, **(k or {})))
+    rm = rl.RewardModel(*tiny_model("qwen3_next", seed=1))
+    assert rm.structure.attn_out is None and rm.structure.attn == model("qwen3_next").structure.attn
+    with pytest.raises(rl.StructureError, match="cannot be split into heads"):
+        rl.effects(rm, PAIRS[:1], "heads")
+    alike = rl.RewardModel(*tiny_model("qwen2_moe", seed=1))  # dense MLP, then experts, but one class of mixer
+    assert alike.structure.attn_out == "self_attn.o_proj"
 
 
 def test_a_factor_of_the_blocks_own_is_found():

@@ -1,10 +1,13 @@
 """The test models are what they promise: tiny, fully random, deterministic, with awkward shapes."""
 
 import math
+import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import families
 import micro
@@ -145,6 +148,17 @@ def test_structures_are_six_families_that_reload_from_disk(tmp_path):
         loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / family).eval()
         texts = _texts(tokenizer)[:1]
         assert torch.equal(_rewards(loaded, tokenizer, texts), _rewards(module, tokenizer, texts))
+
+
+def test_more_than_eighty_classes_of_backbones():
+    classes = {families._classes(family)[1].__name__ for family in (*FAMILIES, *SPECIAL, *FURTHER)}
+    assert len(classes) > 80 and not set(FURTHER) & {*FAMILIES, *SPECIAL, *REFUSED}
+    # every causal class of Hugging Face's own mixin is among them or refused with a reason
+    mixed_in = re.compile(r"^class (\w+)\(GenericForSequenceClassification", re.M)
+    models = Path(transformers.__file__).parent / "models"
+    named = {name for file in models.glob("*/modeling_*.py") for name in mixed_in.findall(file.read_text())}
+    named -= {"Gemma3ForSequenceClassification", "Qwen3_5ForSequenceClassification"}  # in test_multimodal_text
+    assert named <= classes | {families._classes(family)[1].__name__ for family in REFUSED}
 
 
 def test_options_of_tiny_model():

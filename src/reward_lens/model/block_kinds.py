@@ -48,8 +48,11 @@ def spread(kinds: Sequence[Sequence[int]], found: Sequence[Any]) -> Any:
 
 
 def with_attention(blocks: Sequence[nn.Module], writes: Sequence[str], run_probe: Callable[[], Tensor]) -> list[bool]:
-    """Whether each block takes a softmax before its attention's write (a router's comes after it). All True where none
-    is seen to (a fused kernel hides it), so that only what stands beside attention is told from it."""
+    """Whether each block takes a softmax before its attention's write (a router's comes after it).
+
+    Where none is seen to (a fused kernel hides it), all do if their mixers are of one class, and none is taken to if
+    they are not: which of them is attention is then not known, and nothing is split.
+    """
     watch = _Softmax()
 
     def entering(number: int):
@@ -61,7 +64,10 @@ def with_attention(blocks: Sequence[nn.Module], writes: Sequence[str], run_probe
         wanted.append(hooks.Hook(block.get_submodule(write), "return", lambda output: watch.leave()))
     with hooks.attached(wanted), watch:
         run_probe()
-    return [number in watch.seen for number in range(len(blocks))] if watch.seen else [True] * len(blocks)
+    if watch.seen:
+        return [number in watch.seen for number in range(len(blocks))]
+    mixers = {type(block.get_submodule(write)) for block, write in zip(blocks, writes, strict=True)}
+    return [len(mixers) == 1] * len(blocks)
 
 
 class _Softmax(TorchFunctionMode):
