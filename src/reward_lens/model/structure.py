@@ -57,7 +57,8 @@ class Structure:
     @classmethod
     def of(cls, held: Mapping[str, Any]) -> "Structure":
         """A structure as a file holds it, where tuples are lists."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in held.items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in held.items()}
+        return cls(**fields)
 
     def path(self, part: str, layer: int) -> Any:
         """Path of "attn", "mlp", "attn_out" or "mlp_out" in one block."""
