@@ -74,8 +74,9 @@ def _models(methods: pd.DataFrame, identities: pd.DataFrame) -> str:
         precisions = [
             p for p in LIMITS if (row["model"], p) in held.index and pd.notna(held.loc[(row["model"], p), "E1"])
         ]
+        methods_told = f"{answered} of {answered + refused}"
         lines.append(_row(row["model"], f"`{row['class']}`", row["readout"], row["directions"], ", ".join(precisions),
-                          f"{answered} of {answered + refused}", row["heads"], row["neurons"], row["reuse"]))  # fmt: skip
+                          methods_told, row["heads"], row["neurons"], row["reuse"]))  # fmt: skip
     lines += ["", "Which methods a model refuses, and why, stands in `benchmarks/conformance.md`; the gaps too.", ""]
     return "\n".join([*lines, *_published(), ""])
 

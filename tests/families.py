@@ -9,8 +9,6 @@ width, the MLP width and the number of heads all differ, so that confused axes d
 import functools
 import importlib
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -19,7 +17,22 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.modeling_layers import GenericForSequenceClassification
 
-D_MODEL, N_HEADS, N_KV, HEAD_DIM, D_MLP, WINDOW, MAX_POSITIONS = 32, 4, 2, 12, 56, 16, 512
+from family_spec import (
+    D_MLP,
+    D_MODEL,
+    GQA,
+    HEAD_DIM,
+    MAX_POSITIONS,
+    MOE,
+    N_HEADS,
+    N_KV,
+    WIDE,
+    WINDOW,
+    Family,
+    alternating,
+)
+from further_families import FURTHER_SPECS, REFUSED
+
 MAX_PARAMETERS = 2_000_000
 
 # --- tokenizer ----------------------------------------------------------------------------------------------
@@ -111,25 +124,6 @@ TEXT_PAIRS: tuple[tuple[str | list[dict[str, str]], str, str], ...] = (
 
 # --- families -----------------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Family:
-    """Where a family's classes live and which config keys it takes besides the common ones.
-
-    `rename` maps a common key to the class's own name for it, or to None where it has no such key. `wrapped`
-    marks a family without a sequence-classification class: Hugging Face's own mixin is put on its base model.
-    """
-
-    package: str
-    prefix: str
-    keys: Callable[[int], Mapping[str, object]] = lambda n_layers: {}
-    rename: Mapping[str, str | None] = field(default_factory=dict)
-    wrapped: bool = False
-
-
-_GQA = {"num_key_value_heads": N_KV}
-_WIDE = {**_GQA, "head_dim": HEAD_DIM}  # heads whose width is not d_model / n_heads
-_MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _GPT2_NAMES = {
     "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
     "intermediate_size": "n_inner", "max_position_embeddings": "n_positions",
@@ -151,31 +145,25 @@ _YARN = {
 }  # fmt: skip
 
 
-def _alternating(n_layers: int) -> dict[str, object]:
-    """Sliding-window attention on the even layers, full attention on the odd ones."""
-    kinds = ("sliding_attention", "full_attention")
-    return {"sliding_window": WINDOW, "layer_types": [kinds[i % 2] for i in range(n_layers)]}
-
-
 _SPECS: dict[str, Family] = {
-    "llama": Family("llama", "Llama", lambda n: _WIDE),
-    "mistral": Family("mistral", "Mistral", lambda n: {**_WIDE, "sliding_window": WINDOW}),
-    "qwen2": Family("qwen2", "Qwen2", lambda n: {**_GQA, "use_sliding_window": True, **_alternating(n)}),
-    "qwen3": Family("qwen3", "Qwen3", lambda n: _WIDE),
-    "gemma": Family("gemma", "Gemma", lambda n: _WIDE),
+    "llama": Family("llama", "Llama", lambda n: WIDE),
+    "mistral": Family("mistral", "Mistral", lambda n: {**WIDE, "sliding_window": WINDOW}),
+    "qwen2": Family("qwen2", "Qwen2", lambda n: {**GQA, "use_sliding_window": True, **alternating(n)}),
+    "qwen3": Family("qwen3", "Qwen3", lambda n: WIDE),
+    "gemma": Family("gemma", "Gemma", lambda n: WIDE),
     # the attention soft cap is low enough to bend scores of this size
     "gemma2": Family(
         "gemma2", "Gemma2",
-        lambda n: {**_WIDE, **_alternating(n), "query_pre_attn_scalar": HEAD_DIM,
+        lambda n: {**WIDE, **alternating(n), "query_pre_attn_scalar": HEAD_DIM,
                    "attn_logit_softcapping": 3.0},
     ),
     "gemma3_text": Family(
-        "gemma3", "Gemma3Text", lambda n: {**_WIDE, **_alternating(n), "query_pre_attn_scalar": HEAD_DIM}
+        "gemma3", "Gemma3Text", lambda n: {**WIDE, **alternating(n), "query_pre_attn_scalar": HEAD_DIM}
     ),
-    "phi": Family("phi", "Phi", lambda n: _GQA),
+    "phi": Family("phi", "Phi", lambda n: GQA),
     "phi3": Family(
         "phi3", "Phi3",
-        lambda n: {**_GQA, "sliding_window": WINDOW, "original_max_position_embeddings": MAX_POSITIONS},
+        lambda n: {**GQA, "sliding_window": WINDOW, "original_max_position_embeddings": MAX_POSITIONS},
     ),
     "gpt2": Family("gpt2", "GPT2", lambda n: _GPT2_DROPOUT, _GPT2_NAMES),
     "gpt_bigcode": Family(
@@ -204,37 +192,39 @@ _SPECS: dict[str, Family] = {
         "opt", "OPT",
         lambda n: {"word_embed_proj_dim": D_MODEL, "dropout": 0.0}, {"intermediate_size": "ffn_dim"},
     ),
-    "olmo": Family("olmo", "Olmo", lambda n: _GQA),
-    "olmo2": Family("olmo2", "Olmo2", lambda n: _GQA),
-    "olmo3": Family("olmo3", "Olmo3", lambda n: {**_GQA, **_alternating(n)}),
+    "olmo": Family("olmo", "Olmo", lambda n: GQA),
+    "olmo2": Family("olmo2", "Olmo2", lambda n: GQA),
+    "olmo3": Family("olmo3", "Olmo3", lambda n: {**GQA, **alternating(n)}),
     "stablelm": Family(
-        "stablelm", "StableLm", lambda n: {**_GQA, "use_qkv_bias": True, "qk_layernorm": True}
+        "stablelm", "StableLm", lambda n: {**GQA, "use_qkv_bias": True, "qk_layernorm": True}
     ),
-    "starcoder2": Family("starcoder2", "Starcoder2", lambda n: {**_GQA, "sliding_window": WINDOW}),
-    "nemotron": Family("nemotron", "Nemotron", lambda n: {**_WIDE, "attention_bias": True, "mlp_bias": True}),
-    "helium": Family("helium", "Helium", lambda n: {**_GQA, "head_dim": D_MODEL // N_HEADS}),
-    "glm4": Family("glm4", "Glm4", lambda n: _WIDE),
-    "smollm3": Family("smollm3", "SmolLM3", lambda n: {**_GQA, "no_rope_layer_interval": 2}),
-    "exaone4": Family("exaone4", "Exaone4", lambda n: {**_GQA, **_alternating(n)}),
+    "starcoder2": Family("starcoder2", "Starcoder2", lambda n: {**GQA, "sliding_window": WINDOW}),
+    "nemotron": Family("nemotron", "Nemotron", lambda n: {**WIDE, "attention_bias": True, "mlp_bias": True}),
+    "helium": Family("helium", "Helium", lambda n: {**GQA, "head_dim": D_MODEL // N_HEADS}),
+    "glm4": Family("glm4", "Glm4", lambda n: WIDE),
+    "smollm3": Family("smollm3", "SmolLM3", lambda n: {**GQA, "no_rope_layer_interval": 2}),
+    "exaone4": Family("exaone4", "Exaone4", lambda n: {**GQA, **alternating(n)}),
     "granite": Family(
         "granite", "Granite",
-        lambda n: {**_GQA, "residual_multiplier": 0.4, "embedding_multiplier": 3.0,
+        lambda n: {**GQA, "residual_multiplier": 0.4, "embedding_multiplier": 3.0,
                    "attention_multiplier": 0.2},
         wrapped=True,
     ),
-    "cohere": Family("cohere", "Cohere", lambda n: {**_GQA, "use_qk_norm": True}, wrapped=True),
-    "mixtral": Family("mixtral", "Mixtral", lambda n: {**_WIDE, **_MOE}),
+    "cohere": Family("cohere", "Cohere", lambda n: {**GQA, "use_qk_norm": True}, wrapped=True),
+    "mixtral": Family("mixtral", "Mixtral", lambda n: {**WIDE, **MOE}),
     "qwen2_moe": Family(
         "qwen2_moe", "Qwen2Moe",
-        lambda n: {**_GQA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        lambda n: {**GQA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
                    "shared_expert_intermediate_size": 40, "mlp_only_layers": [0]},
     ),
     "gpt_oss": Family(
-        "gpt_oss", "GptOss", lambda n: {**_WIDE, **_MOE, **_alternating(n), "rope_parameters": _YARN}
+        "gpt_oss", "GptOss", lambda n: {**WIDE, **MOE, **alternating(n), "rope_parameters": _YARN}
     ),
 }  # fmt: skip
 
 FAMILIES: tuple[str, ...] = tuple(_SPECS)
+_SPECS |= FURTHER_SPECS
+FURTHER: tuple[str, ...] = tuple(family for family in FURTHER_SPECS if family not in REFUSED)
 
 # Left out of FAMILIES, because an honest answer of the library may be a smaller batch or a refusal:
 # `deepseek_v3` has latent attention, `qwen3_5_text` a recurrent layer between attention layers; in
@@ -257,20 +247,20 @@ _SPECS |= {
     ),
     "qwen3_5_text": Family(
         "qwen3_5", "Qwen3_5Text",
-        lambda n: {**_WIDE, "linear_key_head_dim": 6, "linear_value_head_dim": 10,
+        lambda n: {**WIDE, "linear_key_head_dim": 6, "linear_value_head_dim": 10,
                    "linear_num_key_heads": 2, "linear_num_value_heads": 4,
                    "layer_types": [("full_attention", "linear_attention")[i % 2] for i in range(n)]},
     ),
     "phi3_longrope": Family(
         "phi3", "Phi3",
-        lambda n: {**_GQA, "original_max_position_embeddings": LONG_FROM, "rope_parameters": _LONGROPE},
+        lambda n: {**GQA, "original_max_position_embeddings": LONG_FROM, "rope_parameters": _LONGROPE},
     ),
     "llama_dynamic": Family(
         "llama", "Llama",
-        lambda n: {**_WIDE, "rope_parameters": _DYNAMIC, "max_position_embeddings": LONG_FROM},
+        lambda n: {**WIDE, "rope_parameters": _DYNAMIC, "max_position_embeddings": LONG_FROM},
     ),
 }  # fmt: skip
-SPECIAL: tuple[str, ...] = tuple(family for family in _SPECS if family not in FAMILIES)
+SPECIAL: tuple[str, ...] = tuple(family for family in _SPECS if family not in (*FAMILIES, *FURTHER_SPECS))
 
 # Plain pre-norm with GQA; sandwich norms, soft cap and sliding windows; parallel blocks with LayerNorms and
 # biases; learned positions and transposed weights; alibi with a norm after the embedding; experts.
@@ -304,7 +294,7 @@ def _classes(family: str) -> tuple[type, type]:
     config_class = getattr(configuration, f"{spec.prefix}Config")
     name = f"{spec.prefix}ForSequenceClassification"
     if spec.wrapped:
-        base = getattr(modeling, f"{spec.prefix}PreTrainedModel")
+        base = getattr(modeling, f"{spec.prefix.removesuffix('Text')}PreTrainedModel")
         return config_class, type(name, (GenericForSequenceClassification, base), {"__module__": __name__})
     return config_class, getattr(modeling, name)
 
@@ -326,15 +316,25 @@ def tiny_config(
     keys = {spec.rename.get(key, key): value for key, value in common.items()} | dict(spec.keys(n_layers))
     keys.pop(None, None)
     ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
-    keys |= {"tie_word_embeddings": tie, **ids}
-    unknown = sorted(set(keys) - set(config_class.__dataclass_fields__))
+    declared = set(config_class.__dataclass_fields__)
+    absent = {key: value for key, value in ids.items() if key not in declared}  # Hugging Face's pooling reads it anyway
+    keys |= {"tie_word_embeddings": tie, **{key: value for key, value in ids.items() if key in declared}}
+    unknown = sorted(set(keys) - declared)
     if unknown:
         raise KeyError(f"{config_class.__name__} declares no {', '.join(unknown)}")
     config = config_class(**keys, num_labels=num_labels)
-    changed = {key: getattr(config, key) for key, value in keys.items() if getattr(config, key) != value}
+    for key, value in absent.items():
+        setattr(config, key, value)
+    changed = {key: getattr(config, key) for key, value in keys.items() if not _holds(getattr(config, key), value)}
     if changed:
         raise ValueError(f"{config_class.__name__} changed what it was given: {changed}")
     return config
+
+
+def _holds(given: object, value: object) -> bool:
+    if isinstance(given, PreTrainedConfig) and isinstance(value, dict):  # a config within the config
+        return all(_holds(getattr(given, key), inner) for key, inner in value.items())
+    return given == value
 
 
 @functools.cache
@@ -391,7 +391,7 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     embed_scale = getattr(module.config, "embedding_multiplier", 1.0)
     if module.config.model_type.startswith("gemma"):
-        embed_scale = module.config.hidden_size**0.5
+        embed_scale = module.config.get_text_config().hidden_size ** 0.5
 
     def draw(parameter: nn.Parameter, std: float, mean: float = 0.0) -> None:
         values = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)

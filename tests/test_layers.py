@@ -24,7 +24,7 @@ ENGINE = (*MODEL, "engine")
 SIBLINGS = tuple(f"methods.{name}" for name in (
     "contributions", "lens", "effects", "sae", "probes",
     # what several methods share: Results of pairs, cuts of the writes, words and sentences, paths of embeddings
-    "paired", "suffix_search", "splits", "source_tokens", "units", "embedding_paths", "removals",
+    "paired", "suffix_search", "splits", "expert_split", "source_tokens", "units", "embedding_paths", "removals",
     # divergence: values that are exchanged, states further down, and what they are measured by
     "interchange", "downstream", "natural_distance", "off_manifold", "heterogeneity",
     # what selection by a reward does, from samples alone

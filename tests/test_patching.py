@@ -32,7 +32,7 @@ def sites_of(rm) -> list[str]:
     sites = ["embed", "L1.resid_pre", "L2.resid_post"]
     for layer in range(rm.n_layers):
         sites += [f"L{layer}.attn", f"L{layer}.mlp", f"L{layer}.H1", f"L{layer}.H3"]
-    if rm.structure.mlp_out is not None and rm.name != "qwen2_moe":
+    if None not in rm.structure.paths("mlp_out"):
         sites += ["L0.N3", "L2.N5"]
     return sites
 

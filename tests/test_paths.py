@@ -30,7 +30,9 @@ def given_by(rm, tokens, receiver, where, delta):
     site = rl.Site.parse(receiver)
     block = rm.module.get_submodule(rm.structure.blocks)[site.layer]
     reads_middle = site.kind == "mlp" and not rm.structure.parallel
-    entry, where_in = (block.get_submodule(rm.structure.attn), "out") if reads_middle else (block, "in")
+    entry, where_in = (
+        (block.get_submodule(rm.structure.path("attn", site.layer)), "out") if reads_middle else (block, "in")
+    )
     delta = delta / rm.structure.write_scale if reads_middle else delta
 
     def move(x):

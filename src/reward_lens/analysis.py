@@ -28,10 +28,10 @@ def steps(rm: "rl.RewardModel", pairs: "rl.Pairs", few: int = FEW) -> Iterator[t
     yield "tokens_prefix", rl.token_attribution(rm, pairs, method="prefix")
     some = spread_over_subsets(pairs, few)
     yield "crystallization", rl.crystallization_depth(rm, some, control_seeds=1)
-    if rm.structure.attn_out is not None:
+    if None not in rm.structure.paths("attn_out"):
         yield "heads", rl.contributions(rm, some, by="head")
     yield "effects", rl.effects(rm, spread_over_subsets(pairs, 4 * few), path="direct")
-    if rm.structure.attn_out is not None:
+    if None not in rm.structure.paths("attn_out"):
         yield "head_effects", rl.effects(rm, some, "heads")
     yield "agreement", rl.agreement(rm, spread_over_subsets(pairs, few + 2), controls=1)
     if pairs.n_prompts >= ENOUGH:

@@ -37,7 +37,7 @@ def plain_contributions(rm: rl.RewardModel, prompt, response) -> dict[str, float
     handles = []
     for layer, block in enumerate(rm.module.get_submodule(rm.structure.blocks)):
         for kind in ("attn", "mlp"):
-            writer = block.get_submodule(getattr(rm.structure, kind))
+            writer = block.get_submodule(rm.structure.path(kind, layer))
             handles.append(writer.register_forward_hook(_keep(seen, f"L{layer}.{kind}", len(tokens))))
         if layer == 0:
             first: list[torch.Tensor] = []

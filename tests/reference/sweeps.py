@@ -53,9 +53,8 @@ def _place(rm, site):
     block = blocks[site.layer]
     if site.kind == "resid_post":
         return block, "out"
-    path = {"attn": rm.structure.attn, "mlp": rm.structure.mlp, "head": rm.structure.attn_out}.get(
-        site.kind, rm.structure.mlp_out
-    )
+    part = {"attn": "attn", "mlp": "mlp", "head": "attn_out"}.get(site.kind, "mlp_out")
+    path = rm.structure.path(part, site.layer)
     return block.get_submodule(path), "out" if site.kind in ("attn", "mlp") else "in"
 
 

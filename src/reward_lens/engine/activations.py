@@ -68,7 +68,8 @@ def capture(
         range of positions.
 
     Returns `Activations` in the readout's precision (float32): [run, d_model] a site at "final", a tuple of
-    [pos, d_model] otherwise; heads [.., n_heads, head_dim] (z, before the output map), neurons [.., d_mlp].
+    [pos, d_model] otherwise; heads [.., n_heads, head_dim] (z, before the output map), neurons [.., d_mlp], routers
+    [.., n_experts] (weights, 0 where an expert is not chosen), experts [.., n_experts, d_model] (what each adds).
     Raises `StructureError` for a site the model does not have. Values are what the pass computed: padding is cut off.
     """
     tokens, pairs = runs_of(rm, texts_or_pairs)
@@ -128,11 +129,18 @@ def captured(rm: RewardModel, pairs, sites: Sequence[Site]) -> Iterator[Activati
         yield pairs
         return
     pairs = data.as_pairs(pairs)
-    widths = (4 * rm.d_model if site.kind == "neuron" else rm.d_model for site in sites)
+    widths = (rm.d_model * _vectors(rm, site) for site in sites)
     a_pair = 2 * 4 * max(1, sum(widths))  # two runs in float32
     step = max(1, CHUNK_BYTES // a_pair)
     for start in range(0, len(pairs), step):
         yield capture(rm, pairs[start : start + step], sites)
+
+
+def _vectors(rm: RewardModel, site: Site) -> int:
+    """About how many vectors of the stream's width a site holds a position."""
+    if site.kind == "expert" and (experts := rm.experts[site.block]) is not None:
+        return experts.n
+    return 4 if site.kind == "neuron" else 1
 
 
 def pairs_of(inputs: Any) -> data.Pairs:

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from reward_lens.engine import hooks
-from reward_lens.engine.places import out_map
+from reward_lens.engine.places import experts_of, out_map
+from reward_lens.errors import StructureError
+from reward_lens.model.experts import call_of
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
 
@@ -112,6 +114,15 @@ def block_hooks(rm: RewardModel, shape: tuple[int, int], edits: Iterable[Placed]
         elif kind in ("attn", "mlp"):
             change = _shaped(shape, lambda x, some=some, scale=scale: edited(x, some, scale=scale))
             made.append(hooks.edit_output(rm.trunk.writers[kind][layer], change))
+        elif kind == "router":
+            made.append(_router_hook(rm, shape, layer, some))
+        elif kind == "expert":
+            raise StructureError(
+                "What an expert adds was to be changed by itself",
+                found=f"the site {some[0].edit.site}",
+                expected="its weight: 0 takes away what it adds, another run's weights patch the routing",
+                do=f"name the router's site, L{layer}.R0 for expert 0",
+            )
         else:
             made.append(_unit_hook(rm, shape, kind, layer, some))
     return made
@@ -140,6 +151,21 @@ def _unit_hook(rm: RewardModel, shape, kind: str, layer: int, edits: list[Placed
         return edited(units, edits).reshape(x.shape)
 
     return hooks.edit_input(out_map(rm, layer, "attn" if kind == "head" else "mlp"), change)
+
+
+def _router_hook(rm: RewardModel, shape, layer: int, edits: list[Placed]) -> hooks.Hook:
+    """The router is changed where the experts read its weights. Weights are not made to sum to one again, and nothing
+    is chosen anew: an expert whose weight becomes zero takes away exactly what it added."""
+    experts = experts_of(rm, layer)
+
+    def act(args, kwargs):
+        call = call_of(args, kwargs)
+        assert call is not None
+        weights = experts.dense(call)
+        new = edited(weights.reshape(*shape, -1), edits).reshape(weights.shape)
+        return experts.called(args, kwargs, new)
+
+    return hooks.Hook(experts.module, "call", act)
 
 
 def _shaped(shape: tuple[int, int], change: hooks.Edit) -> hooks.Edit:

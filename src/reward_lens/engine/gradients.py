@@ -119,13 +119,13 @@ class _Trace:
     """One pass that keeps its graph and the tensors at the sites."""
 
     def __init__(self, rm: RewardModel, sites: Sequence[Site]):
-        inside = [str(s) for s in sites if s.kind in IN_ATTENTION]
+        inside = [str(s) for s in sites if s.kind in (*IN_ATTENTION, "router", "expert")]
         if inside:
             raise DataError(
-                "Slopes of queries, keys, values and patterns are not taken",
+                "Slopes of queries, keys, values, patterns and routers are not taken",
                 found=", ".join(inside[:4]),
                 expected="embed, residual streams, attention and MLP writes, heads and neurons",
-                do="take those of the heads they belong to",
+                do="take those of the heads or the MLP they belong to",
             )
         self.rm = rm
         self.sites = list(dict.fromkeys(dataclasses.replace(s, index=None) for s in sites))

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from reward_lens.errors import StructureError
+from reward_lens.model.experts import Experts
 from reward_lens.model.readout import PromptGated
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
@@ -27,11 +28,18 @@ def require_site(rm: RewardModel, site: Site) -> None:
     elif site.kind == "resid_mid" and rm.structure.parallel:
         raise _no_site(rm, site, "resid_pre and resid_post: the blocks are parallel, so there is no resid_mid")
     elif site.kind in ("q", "k", "v", "pattern"):
+        if not rm.structure.attends(site.block):
+            attending = ", ".join(str(i) for i in range(rm.n_layers) if rm.structure.attends(i))
+            raise _no_site(rm, site, f"a block with attention ({attending}); this one's mixer has no queries and keys")
         count = rm.n_heads if site.kind in ("q", "pattern") else rm.n_kv_heads
         if site.index is not None and not 0 <= site.index < count:
             raise _no_site(rm, site, f"indices 0 to {count - 1}")
-    elif site.kind in ("latent", "router"):
-        raise _no_site(rm, site, "residual streams, writes, heads, neurons, queries, keys, values, patterns")
+    elif site.kind in ("router", "expert"):
+        count = experts_of(rm, site.block).n
+        if site.index is not None and not 0 <= site.index < count:
+            raise _no_site(rm, site, f"experts 0 to {count - 1}")
+    elif site.kind == "latent":
+        raise _no_site(rm, site, "residual streams, writes, heads, neurons, queries, keys, values, patterns, routers")
 
 
 def gate_inside(rm: RewardModel, tokens: Tokens, start: int) -> int | None:
@@ -63,9 +71,24 @@ def require_behind_gate(rm: RewardModel, tokens: Tokens, positions: Iterable[int
         )
 
 
+def experts_of(rm: RewardModel, layer: int) -> Experts:
+    """The routed experts of one block."""
+    experts = rm.experts[layer]
+    if experts is None:
+        having = [str(i) for i, one in enumerate(rm.experts) if one is not None]
+        raise StructureError(
+            f"Block {layer} of {rm.name} has no experts that can be told apart",
+            found=f"experts in blocks {', '.join(having)}" if having else "no experts in any block",
+            expected="a module called with states, numbers of chosen experts and their weights, whose output is their "
+            "weighted sum",
+            do="name a block that has them; experts whose weights multiply what they read have no separate parts",
+        )
+    return experts
+
+
 def out_map(rm: RewardModel, layer: int, kind: str) -> nn.Module:
     """The linear map from heads (kind "attn") or neurons ("mlp") to the write of one block."""
-    path = rm.structure.attn_out if kind == "attn" else rm.structure.mlp_out
+    path = rm.structure.path(f"{kind}_out", layer)
     unit = "heads" if kind == "attn" else "neurons"
     try:
         if path is None:

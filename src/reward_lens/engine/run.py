@@ -13,7 +13,9 @@ from transformers import Cache
 from reward_lens.engine import hooks
 from reward_lens.engine.attention_tap import AttentionTap
 from reward_lens.engine.editing import IN_ATTENTION
-from reward_lens.engine.places import out_map, require_site
+from reward_lens.engine.places import experts_of, out_map, require_site
+from reward_lens.errors import StructureError
+from reward_lens.model.experts import Experts, accepted, call_of, unexplained
 from reward_lens.model.forward import Batch, at_rows
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
@@ -29,7 +31,7 @@ def passes(
 
     At the reward position a tensor is [batch, d]; `everywhere` gives [batch, pos, d] (padding included).
     Head sites give z, [.., n_heads, head_dim]; neuron sites [.., d_mlp]; q [.., n_heads, head_dim], k and v
-    [.., n_kv_heads, head_dim]; patterns [.., n_heads, key].
+    [.., n_kv_heads, head_dim]; patterns [.., n_heads, key]; routers [.., n_experts], experts [.., n_experts, d_model].
     """
     sites = list(sites)
     for site in sites:
@@ -63,6 +65,9 @@ def _reading(rm: RewardModel, batch: Batch, site: Site, pick: Pick, kept: dict) 
     def keep(x: Tensor) -> None:
         kept[site] = pick(x).to(like)
 
+    def store(x: Tensor) -> None:
+        kept[site] = x.to(like)
+
     if site.kind in ("embed", "resid_pre", "resid_post"):
         yield rm.trunk.read_residual(_depth(site), keep)
     elif site.kind in ("attn", "mlp"):
@@ -73,6 +78,8 @@ def _reading(rm: RewardModel, batch: Batch, site: Site, pick: Pick, kept: dict) 
         yield rm.trunk.read_write(
             batch, site.block, "attn", lambda x: kept.__setitem__(site, (box.pop() + pick(x)).to(like))
         )
+    elif site.kind in ("router", "expert"):
+        yield from _reading_experts(experts_of(rm, site.block), batch, site, pick, store)
     else:  # head or neuron: what the output map reads
 
         def units(x: Tensor) -> None:
@@ -84,6 +91,38 @@ def _reading(rm: RewardModel, batch: Batch, site: Site, pick: Pick, kept: dict) 
             kept[site] = x
 
         yield hooks.read_input(out_map(rm, site.block, "attn" if site.kind == "head" else "mlp"), units)
+
+
+def _reading_experts(
+    experts: Experts, batch: Batch, site: Site, pick: Pick, keep: Callable[[Tensor], None]
+) -> Iterator[hooks.Hook]:
+    """Weights of the router, or what each expert adds; parts that do not sum to the experts' output raise."""
+    box: list[tuple[Tensor, Tensor]] = []
+
+    def before(args, kwargs):
+        call = call_of(args, kwargs)
+        assert call is not None
+        x, weights = (pick(t.reshape(*batch.ids.shape, -1)) for t in (call.x, experts.dense(call)))
+        box.append((x, weights))
+
+    def after(output):
+        x, weights = box.pop()
+        if site.kind == "router":
+            keep(weights if site.index is None else weights[..., site.index])
+            return
+        parts = experts.parts(x.flatten(0, -2), weights.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        whole = pick(output.reshape(*batch.ids.shape, -1))
+        if not (gap := unexplained(parts, whole)) < accepted(whole):
+            raise StructureError(
+                f"The experts of block {site.layer} do not add up",
+                found=f"their parts leave {gap:.1%} of their output unexplained",
+                expected=f"under {accepted(whole):.1%}",
+                do="use the MLP's write as a whole",
+            )
+        keep(parts if site.index is None else parts[..., site.index, :])
+
+    yield hooks.read_call(experts.module, before)
+    yield hooks.Hook(experts.module, "return", after)
 
 
 def _depth(site: Site) -> int:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from reward_lens.engine.activations import Activations, captured, pairs_of
+from reward_lens.methods.expert_split import ExpertSplit
 from reward_lens.methods.paired import paired_result
 from reward_lens.methods.splits import ComponentSplit, HeadSplit, NeuronSplit, Split
 from reward_lens.model.objectives import with_every_objective
@@ -30,11 +31,12 @@ from reward_lens.model.readout import LOCAL, Readout
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.result import Check, Result
 
-By = Literal["component", "head", "neuron", "token"]
+By = Literal["component", "head", "neuron", "expert", "token"]
 SPLITS: dict[str, Callable[[RewardModel], Split]] = {
     "component": ComponentSplit,
     "head": HeadSplit,
     "neuron": NeuronSplit,
+    "expert": ExpertSplit,
 }
 
 
@@ -46,13 +48,14 @@ def contributions(
     scale: Literal["shared", "own"] = "shared",
     top: int | None = None,
 ) -> Result:
-    """Split rewards and margins exactly over components, heads, neurons or source tokens.
+    """Split rewards and margins exactly over components, heads, neurons, experts or source tokens.
 
     Parameters
     ----------
     pairs: preference pairs, or `Activations` of pairs that hold every residual and write (`by="component"`).
     by: "component" (embed, L0.attn, L0.mlp, ...); "head" or "neuron" (attention or MLP writes split further, the other
-        write kept whole); "token" (attention writes split over the positions their heads read).
+        write kept whole); "expert" (MLP writes of blocks with routed experts split further: what each adds, and the
+        rest); "token" (attention writes split over the positions their heads read).
     scale: how a margin treats the two runs' different norm scales.
     top: keep only the components largest in mean absolute margin; the others are summed in the row "rest".
 
@@ -144,7 +147,7 @@ def _coords(by: str, labels, layers, kinds, units) -> dict:
         "layer": ("component", np.array(layers)),
         "kind": ("component", np.array(kinds, dtype=object)),
     }
-    return coords | ({by: ("component", np.array(units))} if by in ("head", "neuron") else {})
+    return coords | ({by: ("component", np.array(units))} if by in ("head", "neuron", "expert") else {})
 
 
 def _of_chunk(

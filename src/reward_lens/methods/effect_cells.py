@@ -43,10 +43,20 @@ class Cells:
 def sites_of(rm: RewardModel, sites: "str | Sequence[Site | str]", layers: Sequence[int] | None = None) -> list[Site]:
     """The sites that a name or a list means; `layers` keeps those of some layers (embed counts as layer 0)."""
     depth = range(rm.n_layers)
-    if isinstance(sites, str) and sites in ("components", "heads", "residual"):
+    if isinstance(sites, str) and sites in ("components", "heads", "residual", "experts"):
         named = {
             "components": [Site("embed"), *(Site(kind, layer) for layer in depth for kind in ("attn", "mlp"))],
-            "heads": [Site("head", layer, head) for layer in depth for head in range(rm.n_heads)],
+            "heads": [
+                Site("head", layer, head)
+                for layer in depth
+                if rm.structure.attends(layer)
+                for head in range(rm.n_heads)
+            ],
+            "experts": [
+                Site("router", layer, expert)
+                for layer, experts in enumerate(rm.experts if sites == "experts" else ())
+                for expert in range(experts.n if experts is not None else 0)
+            ],
             "residual": [*(Site("resid_pre", layer) for layer in depth), Site("resid_post", rm.n_layers - 1)],
         }
         out = named[sites]
@@ -58,7 +68,8 @@ def sites_of(rm: RewardModel, sites: "str | Sequence[Site | str]", layers: Seque
         raise DataError(
             "No sites to change" if not out else "A site is named twice",
             found=f"sites={sites!r}, layers={layers!r}",
-            expected="'components', 'heads', 'residual', or a list of different sites, some of them in `layers`",
+            expected="'components', 'heads', 'residual', 'experts' (where there are any), or a list of different "
+            "sites, some of them in `layers`",
             do=f"name sites of this model (layers 0 to {rm.n_layers - 1})",
         )
     return out

@@ -162,7 +162,7 @@ def effects_result(
 
 
 def site_coords(sites: Sequence[Site]) -> dict[str, Any]:
-    """Coordinates of `component`: its name, layer (-1 before block 0), kind, and index of a head or neuron."""
+    """Coordinates of `component`: its name, layer (-1 before block 0), kind, and index of a head or expert."""
     coords = {
         "component": np.array([str(s) for s in sites], dtype=object),
         "layer": ("component", np.array([-1 if s.layer is None else s.layer for s in sites])),
@@ -170,6 +170,8 @@ def site_coords(sites: Sequence[Site]) -> dict[str, Any]:
     }
     if any(s.kind == "head" for s in sites):
         coords["head"] = ("component", np.array([s.index if s.kind == "head" else -1 for s in sites]))
+    if any(s.kind == "router" and s.index is not None for s in sites):
+        coords["expert"] = ("component", np.array([s.index if s.kind == "router" else -1 for s in sites]))
     return coords
 
 

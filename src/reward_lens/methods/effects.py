@@ -58,8 +58,9 @@ def effects(
 
     Parameters
     ----------
-    sites: "components" (embed and every attention and MLP write), "heads", "residual" (the stream at every depth), or a
-        list of `Site` objects or written forms (``"L3.H5"``, ``"L3.N17"``, ``"L2.resid_mid"``, ``"L4.K1"``).
+    sites: "components" (embed and every attention and MLP write), "heads", "residual" (the stream at every depth),
+        "experts" (the weight of every routed expert), or a list of `Site` objects or written forms (``"L3.H5"``,
+        ``"L3.N17"``, ``"L2.resid_mid"``, ``"L4.K1"``, ``"L3.R2"``, ``"L3.router"``: a block's routing as a whole).
     mode: see the top of the module. Ablations have a dim `side`; only its margin speaks of the preference.
     at: "final", the reward position, always comparable. "response" and "all" need responses of the same token count or
         an alignment; positions that chosen and rejected share are the same in both runs and are left alone.

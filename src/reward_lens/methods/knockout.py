@@ -51,7 +51,7 @@ def attention_knockout(
     spans: "token", "word" or "sentence": every unit of the response; or {pair id: [range for the chosen response, range
         for the rejected one]}, one span a response, any part of the text.
     queries: who may not read the span: the reward position, or every position after the span.
-    layers: blocks in which reading is blocked; None: all.
+    layers: blocks in which reading is blocked; None: all that have attention.
 
     Returns value (pair, side, position) in reward units, effect = r(run) - r(blocked), `position` counting spans,
     padded past `n_positions`; with explicit spans value (pair, side), where the margin is the difference of the two.
@@ -59,7 +59,7 @@ def attention_knockout(
     hold the reading position itself.
     """
     pairs = data.as_pairs(pairs)
-    blocks = list(range(rm.n_layers) if layers is None else layers)
+    blocks = [b for b in range(rm.n_layers) if rm.structure.attends(b)] if layers is None else list(layers)
     if queries not in ("reward", "later") or not blocks or not set(blocks) <= set(range(rm.n_layers)):
         raise DataError("The knock-out was not understood", found=f"queries={queries!r}, layers={layers!r}",
                         expected=f"queries 'reward' or 'later', layers among 0 to {rm.n_layers - 1}",

@@ -54,7 +54,7 @@ class ComponentSplit:
     def labels(self, scale: str) -> Labels:
         sites = self.sites[:-1]
         rows = [(str(s), -1 if s.layer is None else s.layer, s.kind, -1) for s in sites]
-        return _columns(rows + _closing_rows(self.rm, scale))
+        return columns(rows + closing_rows(self.rm, scale))
 
     def dots(self, acts: Activations, u):
         rows = [(acts[site] * u).sum(-1) for site in self.sites[:-1]]
@@ -103,7 +103,7 @@ class _UnitSplit(ComponentSplit):
             bias = [(f"L{layer}.{self.kind}_bias", layer, f"{self.kind}_bias", -1)] * self._has_constant(layer)
             whole = [(f"L{layer}.{k}", layer, k, -1) for k in ("attn", "mlp") if k != self.kind]
             rows += [*units, *bias, *whole] if self.kind == "attn" else [*whole, *units, *bias]
-        return _columns(rows + _closing_rows(self.rm, scale))
+        return columns(rows + closing_rows(self.rm, scale))
 
     def dots(self, acts: Activations, u):
         columns = [(acts[Site("embed")] * u).sum(-1, keepdim=True)]
@@ -182,11 +182,13 @@ class NeuronSplit(_UnitSplit):
         return x * pulled
 
 
-def _closing_rows(rm: RewardModel, scale: str) -> list[tuple[str, int, str, int]]:
+def closing_rows(rm: RewardModel, scale: str) -> list[tuple[str, int, str, int]]:
+    """The rows behind all writes that close the sum."""
     names = ["rounding"] * rm.sixteen_bit + ["bias"] + ["norm"] * (scale == "shared")
     return [(name, rm.n_layers, name, -1) for name in names]
 
 
-def _columns(rows) -> Labels:
+def columns(rows) -> Labels:
+    """Rows of labels as columns."""
     labels, layers, kinds, units = zip(*rows, strict=True)
     return list(labels), list(layers), list(kinds), list(units)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from reward_lens.engine import hooks
 from reward_lens.errors import LoadError
-from reward_lens.model.forward import at_rows, make_batch, record, replay
+from reward_lens.model.forward import at_rows, make_batch, padding_id, record, replay
 from reward_lens.model.heads.own import OwnHead
 from reward_lens.model.prefix import pooled_with_prefix
 from reward_lens.model.readout import Rounding, RunsANetwork
@@ -56,7 +56,7 @@ def run_probe(module: Any, device: torch.device) -> Tensor:
     vocabulary = module.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(min(8, vocabulary // 2), vocabulary, (2, 7), generator=generator).to(device)
-    pad = module.config.pad_token_id
+    pad = padding_id(module.config)
     if pad is not None:
         ids[ids == pad] = (pad + 1) % vocabulary
     ending = torch.tensor([module.probe_ending if isinstance(module, OwnHead) else ()], dtype=ids.dtype)
@@ -268,7 +268,8 @@ def _unpadded_gap(rm, tokens: list[Tokens], alone: Tensor) -> float:
 
 def _residuals(rm, tokens: Tokens):
     worst = max(rm.structure.gaps)
-    found = f"({rm.structure.attn}, {rm.structure.mlp}) in each of {rm.n_layers} blocks"
+    attn, mlp = (" or ".join(rm.structure.paths(part)) for part in ("attn", "mlp"))
+    found = f"({attn}, {mlp}) in each of {rm.n_layers} blocks"
     yield "writes close", worst, 0.02, found
     batch = make_batch([tokens], [0], rm.pad_id, rm.device)
     writes: list[Tensor] = []

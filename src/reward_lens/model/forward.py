@@ -5,6 +5,7 @@ lengths, never from `ids != pad`; the reward head is applied by the readout, in 
 """
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from reward_lens.engine import hooks
+from reward_lens.model.experts import Experts, find_experts
 from reward_lens.model.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -199,8 +201,8 @@ def trunk_of(module: Any, structure: "Structure") -> Trunk:
     """The trunk of a module whose structure is proven."""
     blocks = list(module.get_submodule(structure.blocks))
     writers = {
-        kind: [block.get_submodule(path) for block in blocks]
-        for kind, path in (("attn", structure.attn), ("mlp", structure.mlp))
+        kind: [block.get_submodule(structure.path(kind, layer)) for layer, block in enumerate(blocks)]
+        for kind in ("attn", "mlp")
     }
     final_norm = None if structure.final_norm is None else module.get_submodule(structure.final_norm)
     return Trunk(trunk_module(module, structure.blocks), blocks, final_norm, writers, structure.write_scale)
@@ -211,11 +213,18 @@ class OnTrunk:
 
     module: Any
     trunk: Trunk
+    tokenizer: Any
 
     @property
     def n_layers(self) -> int:
         """Number of blocks."""
         return len(self.trunk.blocks)
+
+    @functools.cached_property
+    def experts(self) -> tuple[Experts | None, ...]:
+        """The routed experts of every block, None where it has none."""
+        batch = suffix_batch(self.tokenizer.text("Experts are chosen by token."), 0, self.device)
+        return find_experts(self.trunk.blocks, lambda wanted: self.trunk.run(batch, *wanted))
 
     @property
     def device(self) -> torch.device:
@@ -239,6 +248,12 @@ def trunk_module(module: nn.Module, blocks_path: str) -> nn.Module:
     if base is module:
         base = module.get_submodule(blocks_path.split(".")[0])
     return base
+
+
+def padding_id(config) -> int | None:
+    """The padding token that a config names: its own, or that of its text model."""
+    named = (getattr(some, "pad_token_id", None) for some in (config, config.get_text_config()))
+    return next((i for i in named if i is not None), None)
 
 
 def rotary_threshold(config) -> int | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from reward_lens import data
 from reward_lens.model import checks
 from reward_lens.model import structure as structures
-from reward_lens.model.forward import Batch, OnTrunk, batches, rotary_threshold, trunk_of
+from reward_lens.model.forward import Batch, OnTrunk, batches, padding_id, rotary_threshold, trunk_of
 from reward_lens.model.heads.own import OwnHead, head_of, published_path
 from reward_lens.model.norm import measure_norm
 from reward_lens.model.prefix import keys_and_values
@@ -71,7 +71,7 @@ class RewardModel(OnTrunk):
         self.edits: tuple[dict[str, Any], ...] = tuple(dict(edit) for edit in edits)
         checks.require_usable_weights(module, self.name)
         text_config = self.config.get_text_config()
-        pad_id = self.config.pad_token_id if self.config.pad_token_id is not None else text_config.pad_token_id
+        pad_id = padding_id(self.config)
         limit = getattr(text_config, "max_position_embeddings", None)
         self.vocabulary = vocabulary_of(readout, module, tokenizer)
         # A network that reads a text's steps (model.step_readout) brings its own way of writing texts.
@@ -86,8 +86,7 @@ class RewardModel(OnTrunk):
         kept = checks.kept_report(self)
         with torch.no_grad():
             if kept is not None:
-                known = kept.meta["structure"]
-                found = self.structure = Structure(**known | {"gaps": tuple(known["gaps"])})
+                found = self.structure = Structure.of(kept.meta["structure"])
             else:
                 found = structure or structures.find_structure(
                     module, probe, text_config.num_hidden_layers, text_config.num_attention_heads,
@@ -108,9 +107,10 @@ class RewardModel(OnTrunk):
 
     @functools.cached_property
     def n_kv_heads(self) -> int:
-        """Heads whose keys and values a block caches (fewer than `n_heads` in grouped-query attention), measured."""
+        """Heads whose keys and values a block caches (fewer than `n_heads` in grouped-query attention): measured,
+        or the config's word where nothing is cached."""
         if not self.reuses_prefix():
-            return self.n_heads
+            return getattr(self.config.get_text_config(), "num_key_value_heads", None) or self.n_heads
         tokens = self.tokenizer.text("a")
         with torch.no_grad():
             return keys_and_values(self.trunk, tokens, 1).layers[0][0].shape[1]

@@ -7,9 +7,10 @@ from reward_lens.errors import StructureError
 
 KINDS = (
     "embed", "resid_pre", "resid_mid", "resid_post", "attn", "mlp",
-    "head", "q", "k", "v", "pattern", "neuron", "latent", "router",
+    "head", "q", "k", "v", "pattern", "neuron", "latent", "router", "expert",
 )  # fmt: skip
-_INDEXED = {"head": "H", "neuron": "N", "q": "Q", "k": "K", "v": "V", "pattern": "P", "latent": "F"}
+_INDEXED = {"head": "H", "neuron": "N", "q": "Q", "k": "K", "v": "V", "pattern": "P", "latent": "F",
+            "router": "R", "expert": "E"}  # fmt: skip
 _LETTER = {letter: kind for kind, letter in _INDEXED.items()}
 
 
@@ -17,7 +18,8 @@ _LETTER = {letter: kind for kind, letter in _INDEXED.items()}
 class Site:
     """`kind` in `KINDS`, the `layer` (0-based; None for `embed`), and for heads, neurons and the like an `index`.
 
-    A head or neuron site without an index means all of them at once.
+    A head or neuron site without an index means all of them at once. `router` is the weight with which an expert's
+    output enters the MLP's (0 where it is not chosen), `expert` what it adds, that weight included.
     """
 
     kind: str
@@ -65,6 +67,7 @@ def _unknown(what: str) -> StructureError:
     return StructureError(
         "A site could not be understood",
         found=what,
-        expected="'embed', 'L3.attn', 'L3.mlp', 'L3.resid_pre', 'L3.H5' (head), 'L3.N17' (neuron) and the like",
+        expected="'embed', 'L3.attn', 'L3.mlp', 'L3.resid_pre', 'L3.H5' (head), 'L3.N17' (neuron), 'L3.R2' (weight of "
+        "an expert) and the like",
         do="write the site in one of these forms, or pass Site(kind, layer, index)",
     )

@@ -12,7 +12,7 @@ Reference: the residual-stream view is Elhage et al. 2021, "A Mathematical Frame
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,23 +21,25 @@ from transformers.pytorch_utils import Conv1D
 
 from reward_lens.engine import hooks
 from reward_lens.errors import StructureError
+from reward_lens.model import block_kinds
 
 ACCEPT = 0.02  # largest share of a block's change that its two writes may leave unexplained
 
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """Paths of the network's parts. `attn` and `mlp` are relative to a block, the others to the model."""
+    """Paths of the network's parts. `attn` and `mlp` are relative to a block, the others to the model. A tuple holds
+    one path a block, where blocks differ (mixers of two kinds, dense MLPs before experts)."""
 
     blocks: str
     """The list of blocks, e.g. ``"model.layers"``."""
-    attn: str
+    attn: str | tuple[str, ...]
     """Submodule whose output is attention's write (a post-norm in sandwich-norm models)."""
-    mlp: str
+    mlp: str | tuple[str, ...]
     """Submodule whose output is the MLP's write."""
-    attn_out: str | None
+    attn_out: str | None | tuple[str | None, ...]
     """Linear map from the concatenated heads to (before any post-norm) the write; None: heads cannot be split."""
-    mlp_out: str | None
+    mlp_out: str | None | tuple[str | None, ...]
     """Linear map from the neurons to the MLP's write; None (fused experts, say): neurons cannot be split."""
     final_norm: str | None
     """Norm between the last block and the head; None: the head reads the residual stream itself."""
@@ -52,11 +54,34 @@ class Structure:
     gaps: tuple[float, ...] = dataclasses.field(default=(), compare=False)
     """Unexplained share of each block's change, measured by the proof."""
 
+    @classmethod
+    def of(cls, held: Mapping[str, Any]) -> "Structure":
+        """A structure as a file holds it, where tuples are lists."""
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in held.items()}
+        return cls(**fields)
 
-def find_blocks(model: Any, n_layers: int) -> str:
-    """Path of the outermost ModuleList with one entry a layer."""
+    def path(self, part: str, layer: int) -> Any:
+        """Path of "attn", "mlp", "attn_out" or "mlp_out" in one block."""
+        found = getattr(self, part)
+        return found[layer] if isinstance(found, tuple) else found
+
+    def paths(self, part: str) -> tuple[Any, ...]:
+        """The different paths of a part, in the order of the blocks."""
+        found = getattr(self, part)
+        return tuple(dict.fromkeys(found)) if isinstance(found, tuple) else (found,)
+
+    def attends(self, layer: int) -> bool:
+        """Whether a block's mixer is attention: False where it has no heads beside blocks that have."""
+        return self.path("attn_out", layer) is not None or self.paths("attn_out") == (None,)
+
+
+def find_blocks(model: Any, n_layers: int, run_probe) -> str:
+    """Path of the outermost ModuleList with one entry a layer; of those that run on text, where there are several (a
+    vision tower may have as many layers)."""
     lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     paths = [path for path, m in lists if len(m) == n_layers and n_layers > 0]
+    if len(paths) > 1:
+        paths = block_kinds.that_run(model, paths, run_probe) or paths
     if not paths:
         raise StructureError(
             f"The blocks of {type(model).__name__} were not found",
@@ -70,18 +95,27 @@ def find_blocks(model: Any, n_layers: int) -> str:
 def find_structure(model: Any, run_probe, n_layers: int, n_heads: int, head: str | None = None) -> Structure:
     """Search the parts; `run_probe()` runs one probe batch through the whole model and returns its logits. `head`: the
     path of what reads the normed residual, where it is known and is no linear map to the logits."""
-    blocks_path = find_blocks(model, n_layers)
+    blocks_path = find_blocks(model, n_layers, run_probe)
     blocks = list(model.get_submodule(blocks_path))
-    seen = _record_outputs(blocks[0], run_probe)
-    pre, post, outputs, inputs = seen
-    scales = (1.0, *_config_scales(model))
-    attn, mlp, write_scale = _closing_pair(type(model).__name__, pre, post, outputs, scales)
-    attn_out = _linear_behind(blocks[0], attn, outputs, inputs)
-    mlp_out = _linear_behind(blocks[0], mlp, outputs, inputs)
-    if attn_out is not None and linear_weight(blocks[0].get_submodule(attn_out)).shape[1] % n_heads:
-        attn_out = None
+    kinds = block_kinds.kinds_of(blocks)
+    found: list[tuple[str, str, str | None, str | None]] = []
+    write_scale: float | None = None
+    for layers in kinds:
+        block = blocks[layers[0]]
+        pre, post, outputs, inputs = _record_outputs(block, run_probe)
+        scales = _scales(model, block) if write_scale is None else (write_scale,)
+        attn, mlp, write_scale = _closing_pair(type(model).__name__, layers[0], pre, post, outputs, scales)
+        attn_out = _linear_behind(block, attn, outputs, inputs)
+        if attn_out is not None and linear_weight(block.get_submodule(attn_out)).shape[1] % n_heads:
+            attn_out = None
+        found.append((attn, mlp, attn_out, _linear_behind(block, mlp, outputs, inputs)))
+    if len(kinds) > 1:
+        some = [blocks[layers[0]] for layers in kinds]
+        attending = block_kinds.with_attention(some, [attn for attn, *_ in found], run_probe)
+        found = [(a, m, out if has else None, n) for (a, m, out, n), has in zip(found, attending, strict=True)]
+    attn, mlp, attn_out, mlp_out = (block_kinds.spread(kinds, part) for part in zip(*found, strict=True))
     final_norm, head = _find_tail(model, blocks_path, run_probe, head)
-    return Structure(blocks_path, attn, mlp, attn_out, mlp_out, final_norm, head, n_heads, write_scale)
+    return Structure(blocks_path, attn, mlp, attn_out, mlp_out, final_norm, head, n_heads, write_scale or 1.0)
 
 
 def prove(model: Any, structure: Structure, run_probe) -> Structure:
@@ -99,11 +133,11 @@ def prove(model: Any, structure: Structure, run_probe) -> Structure:
         pending.clear()
 
     wanted = []
-    for block in blocks:
+    for layer, block in enumerate(blocks):
         wanted += [
             hooks.read_input(block, keep("pre")),
-            hooks.read_output(block.get_submodule(structure.attn), keep("attn")),
-            hooks.read_output(block.get_submodule(structure.mlp), keep("mlp")),
+            hooks.read_output(block.get_submodule(structure.path("attn", layer)), keep("attn")),
+            hooks.read_output(block.get_submodule(structure.path("mlp", layer)), keep("mlp")),
             hooks.read_output(block, close),
         ]
     try:
@@ -114,15 +148,17 @@ def prove(model: Any, structure: Structure, run_probe) -> Structure:
     for layer, gap in enumerate(gaps):
         if not gap < ACCEPT:
             pre, post, outputs, _ = _record_outputs(blocks[layer], run_probe)
-            best = _ranked_pairs(pre, post, outputs, (1.0, *_config_scales(model)))[:3]
+            best = _ranked_pairs(pre, post, outputs, _scales(model, blocks[layer]))[:3]
             listed = "; ".join(f"({a}, {b}) leaves {g:.1%}" for g, a, b, _s in best)
             raise _not_closed(
                 type(model).__name__,
                 layer,
-                f"({structure.attn}, {structure.mlp}) leaves {gap:.1%} of the block's change unexplained; "
+                f"({structure.path('attn', layer)}, {structure.path('mlp', layer)}) leaves {gap:.1%} of the block's "
+                "change unexplained; "
                 f"the best candidates there are {listed or 'none'}",
             )
-    parallel = _is_parallel(blocks[0], structure, run_probe)
+    firsts = [layers[0] for layers in block_kinds.kinds_of(blocks)]
+    parallel = any(_is_parallel(blocks[layer], structure, layer, run_probe) for layer in firsts)
     return dataclasses.replace(structure, gaps=tuple(gaps), parallel=parallel)
 
 
@@ -154,12 +190,15 @@ def is_linear(module: nn.Module) -> bool:
 def _resolve(model: Any, structure: Structure) -> list[nn.Module]:
     try:
         blocks = list(model.get_submodule(structure.blocks))
-        for block in blocks:
-            for path in (structure.attn, structure.mlp):
-                block.get_submodule(path)
-        for path in (structure.attn_out, structure.mlp_out):
-            if path is not None:
-                blocks[0].get_submodule(path)  # a later block may differ (dense, then experts)
+        for part in ("attn", "mlp", "attn_out", "mlp_out"):
+            held = getattr(structure, part)
+            if isinstance(held, tuple) and len(held) != len(blocks):
+                raise AttributeError(f"{part} has {len(held)} paths for {len(blocks)} blocks")
+            for layer, block in enumerate(blocks):
+                path = structure.path(part, layer)
+                # One out map for all blocks may lack in some (dense, then experts): those cannot be split.
+                if path is not None and (layer == 0 or part in ("attn", "mlp") or isinstance(held, tuple)):
+                    block.get_submodule(path)
         for path in (structure.head, structure.final_norm):
             if path is not None:
                 model.get_submodule(path)
@@ -231,7 +270,7 @@ def _ranked_pairs(pre, post, outputs, scales) -> list[tuple[float, str, str, flo
     return sorted(pairs, key=lambda pair: pair[0])
 
 
-def _closing_pair(model_name, pre, post, outputs, scales) -> tuple[str, str, float]:
+def _closing_pair(model_name, layer, pre, post, outputs, scales) -> tuple[str, str, float]:
     for scale in scales:  # a plain sum is the usual case; other factors are tried only if it fails
         ranked = _ranked_pairs(pre, post, outputs, (scale,))
         good = [pair for pair in ranked if pair[0] < ACCEPT]
@@ -242,7 +281,7 @@ def _closing_pair(model_name, pre, post, outputs, scales) -> tuple[str, str, flo
             first, second = sorted((a, b), key=order.index)
             return first, second, scale
     best = "; ".join(f"({a}, {b}) leaves {g:.1%}" for g, a, b, _ in _ranked_pairs(pre, post, outputs, scales)[:3])
-    raise _not_closed(model_name, 0, f"best pairs of submodules: {best or 'none with an output of residual shape'}")
+    raise _not_closed(model_name, layer, f"best pairs of submodules: {best or 'none with an output of residual shape'}")
 
 
 def _not_closed(model_name: str, layer: int, found: str) -> StructureError:
@@ -255,9 +294,10 @@ def _not_closed(model_name: str, layer: int, found: str) -> StructureError:
     )
 
 
-def _config_scales(model: Any) -> tuple[float, ...]:
-    config = model.config.get_text_config()
-    return tuple(sorted({v for v in config.to_dict().values() if isinstance(v, float) and 1e-3 < v < 1e3 and v != 1.0}))
+def _scales(model: Any, block: nn.Module) -> tuple[float, ...]:
+    """Factors that the writes may have: one, or a number of the config's or of the block's own."""
+    held = [*model.config.get_text_config().to_dict().values(), *vars(block).values()]
+    return (1.0, *sorted({v for v in held if isinstance(v, float) and 1e-3 < v < 1e3 and v != 1.0}))
 
 
 def _linear_behind(block: nn.Module, write: str, outputs, inputs) -> str | None:
@@ -329,11 +369,12 @@ def _holds(output: Tensor, logits: Tensor) -> bool:
     return bool((rows == logits[:, None]).all(-1).any(-1).all())
 
 
-def _is_parallel(block: nn.Module, structure: Structure, run_probe) -> bool:
+def _is_parallel(block: nn.Module, structure: Structure, layer: int, run_probe) -> bool:
     """The MLP of a parallel block does not notice when attention's write is zeroed."""
     kept: list[Tensor] = []
-    mlp = hooks.read_output(block.get_submodule(structure.mlp), lambda t: kept.append(t.detach().clone()))
-    blank = hooks.edit_output(block.get_submodule(structure.attn), torch.zeros_like)
+    attn, mlp = (block.get_submodule(structure.path(part, layer)) for part in ("attn", "mlp"))
+    mlp = hooks.read_output(mlp, lambda t: kept.append(t.detach().clone()))
+    blank = hooks.edit_output(attn, torch.zeros_like)
     with hooks.attached([mlp]):
         run_probe()
     with hooks.attached([mlp, blank]):

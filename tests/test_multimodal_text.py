@@ -1,0 +1,71 @@
+"""Models that also take images, on text alone: the text tower is found beside a vision tower of as many layers."""
+
+import numpy as np
+import pytest
+import torch
+
+import reward_lens as rl
+from families import TEXT_PAIRS, more
+from multimodal import model
+from reference.loops import plain_contributions, plain_lens
+from reference.sweeps import patched_reward, values_at
+
+PAIRS = [rl.Pair(*texts) for texts in TEXT_PAIRS]
+each = pytest.mark.parametrize("name", ["gemma3", "qwen2_vl", *more("qwen2_5_vl", "qwen3_5")])
+
+
+def vision_parameters(rm: rl.RewardModel) -> list[torch.nn.Parameter]:
+    return [p for path, p in rm.module.named_parameters() if ".visual." in path or ".vision_tower." in path]
+
+
+@each
+def test_the_text_tower_is_found(name):
+    rm = model(name)
+    assert rm.structure.blocks == "model.language_model.layers" and max(rm.structure.gaps) < 1e-5
+    assert sum(p.numel() for p in rm.module.parameters()) < 200_000 and vision_parameters(rm)
+    towers = [m for m in rm.module.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == rm.n_layers]
+    assert len(towers) > 1  # the search had to choose
+
+
+@each
+def test_identities_on_text(name):
+    rm = model(name)
+    rewards = rm.score_pairs(PAIRS).value
+    for pair, row in zip(PAIRS, rewards, strict=True):
+        assert float(row.sel(side="chosen")) == pytest.approx(rm.hf_score(pair.prompt, pair.chosen), abs=1e-4)
+    parts = rl.contributions(rm, PAIRS, scale="own").value
+    lens = rl.reward_lens(rm, PAIRS).value
+    np.testing.assert_allclose(parts.sum("component"), rewards, atol=1e-4)
+    np.testing.assert_allclose(lens.isel(depth=-1), rewards, atol=1e-4)
+    pair = PAIRS[0]
+    np.testing.assert_allclose(lens.sel(side="chosen")[0], plain_lens(rm, pair.prompt, pair.chosen), atol=1e-4)
+    for component, value in plain_contributions(rm, pair.prompt, pair.chosen).items():
+        assert float(parts.sel(side="chosen", component=component)[0]) == pytest.approx(value, abs=1e-4)
+
+
+@each
+def test_effects_equal_plain_runs(name):
+    rm, pair = model(name), PAIRS[0]
+    sites = ["embed", "L0.mlp", "L1.attn", "L2.resid_pre"]
+    effects = rl.effects(rm, [pair], sites).value[0]
+    chosen, rejected = rm.tokenize(pair.prompt, pair.chosen), rm.tokenize(pair.prompt, pair.rejected)
+    held = values_at(rm, rejected, [rl.Site.parse(s) for s in sites])
+    for site in sites:
+        change = (rl.Site.parse(site), [chosen.reward_pos], held[rl.Site.parse(site)][[rejected.reward_pos]])
+        patched = patched_reward(rm, chosen, [change])
+        clean = rm.score(pair.prompt, pair.chosen)
+        assert float(effects.sel(component=site)) == pytest.approx(clean - patched, abs=1e-4)
+
+
+@each
+def test_the_vision_tower_has_no_say(name):
+    rm = model(name)
+    before = rm.score_pairs(PAIRS[:2]).value
+    kept = [p.detach().clone() for p in vision_parameters(rm)]
+    with torch.no_grad():
+        for parameter in vision_parameters(rm):
+            parameter.normal_()
+    assert rm.score_pairs(PAIRS[:2]).value.identical(before)
+    with torch.no_grad():
+        for parameter, old in zip(vision_parameters(rm), kept, strict=True):
+            parameter.copy_(old)
