@@ -21,6 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from reward_lens.engine import hooks
 from reward_lens.errors import StructureError
+from reward_lens.model import post_norm
+from reward_lens.model.first_token import first_token_tail
 
 ACCEPT = 0.02  # largest share of a block's change that its two writes may leave unexplained
 
@@ -49,6 +51,12 @@ class Structure:
     """Factor on each write (Granite's residual multiplier)."""
     parallel: bool | None = None
     """True if the MLP reads the block's input rather than `resid_mid`. Measured; None: not known yet."""
+    norms: tuple[str, str] | None = None
+    """Post-norm blocks (`model.post_norm`): paths in a block of the norms behind attention's and the MLP's write."""
+    pooler: str | None = None
+    """What stands between the final state and the head and is read through the model's own code (`heads.tail`)."""
+    reads_first: bool = False
+    """Whether the head reads the first token's state rather than the last one's. Measured."""
     gaps: tuple[float, ...] = dataclasses.field(default=(), compare=False)
     """Unexplained share of each block's change, measured by the proof."""
 
@@ -75,18 +83,38 @@ def find_structure(model: Any, run_probe, n_layers: int, n_heads: int, head: str
     seen = _record_outputs(blocks[0], run_probe)
     pre, post, outputs, inputs = seen
     scales = (1.0, *_config_scales(model))
-    attn, mlp, write_scale = _closing_pair(type(model).__name__, pre, post, outputs, scales)
+    norms = None
+    try:
+        attn, mlp, write_scale = _closing_pair(type(model).__name__, pre, post, outputs, scales)
+    except StructureError:
+        found = post_norm.closing_writes(pre, post, outputs, inputs)
+        if found is None:
+            raise
+        (attn, mlp, *norms), write_scale = found, 1.0
     attn_out = _linear_behind(blocks[0], attn, outputs, inputs)
     mlp_out = _linear_behind(blocks[0], mlp, outputs, inputs)
     if attn_out is not None and linear_weight(blocks[0].get_submodule(attn_out)).shape[1] % n_heads:
         attn_out = None
-    final_norm, head = _find_tail(model, blocks_path, run_probe, head)
-    return Structure(blocks_path, attn, mlp, attn_out, mlp_out, final_norm, head, n_heads, write_scale)
+    try:
+        final_norm, head = _find_tail(model, blocks_path, run_probe, head)
+        behind: dict[str, Any] = {}
+    except StructureError:
+        tail = first_token_tail(model, blocks_path, run_probe)
+        if tail is None:
+            raise
+        final_norm, head, behind = tail.final_norm, tail.head, {"pooler": tail.pooler, "reads_first": True}
+    return Structure(
+        blocks_path, attn, mlp, attn_out, mlp_out, final_norm, head, n_heads, write_scale,
+        norms=(norms[0], norms[1]) if norms else None, **behind,
+    )  # fmt: skip
 
 
 def prove(model: Any, structure: Structure, run_probe) -> Structure:
     """Check the paths and the closure of every layer; returns the structure with its gaps and `parallel` filled in."""
     blocks = _resolve(model, structure)
+    if structure.norms is not None:
+        gaps = post_norm.proven_gaps(type(model).__name__, blocks, structure, run_probe)
+        return dataclasses.replace(structure, gaps=gaps, parallel=_is_parallel(blocks[0], structure, run_probe))
     gaps: list[float] = []
     pending: dict[str, Tensor] = {}
 
@@ -155,12 +183,12 @@ def _resolve(model: Any, structure: Structure) -> list[nn.Module]:
     try:
         blocks = list(model.get_submodule(structure.blocks))
         for block in blocks:
-            for path in (structure.attn, structure.mlp):
+            for path in (structure.attn, structure.mlp, *(structure.norms or ())):
                 block.get_submodule(path)
         for path in (structure.attn_out, structure.mlp_out):
             if path is not None:
                 blocks[0].get_submodule(path)  # a later block may differ (dense, then experts)
-        for path in (structure.head, structure.final_norm):
+        for path in (structure.head, structure.final_norm, structure.pooler):
             if path is not None:
                 model.get_submodule(path)
     except AttributeError as error:
@@ -310,7 +338,7 @@ def _find_tail(model: Any, blocks_path: str, run_probe, known: str | None) -> tu
     if torch.equal(read, ends["post"]):
         return None, heads[0]
     for path, (entered, left) in calls.items():
-        same = entered.shape == ends["post"].shape and left.shape == read.shape
+        same = entered.shape == ends["post"].shape == left.shape == read.shape
         if same and torch.equal(entered, ends["post"]) and torch.equal(left, read):
             return path, heads[0]
     raise StructureError(
