@@ -30,6 +30,7 @@ from reward_lens.errors import DataError
 from reward_lens.methods.ablations import Ablation, drawn_references, prepare_ablation
 from reward_lens.methods.paired import paired_result
 from reward_lens.methods.splits import ComponentSplit, HeadSplit, NeuronSplit, Split
+from reward_lens.model.post_norm import require_added
 from reward_lens.model.readout import read_size
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
@@ -48,6 +49,7 @@ def direct_effects(
     """`effects(path="direct")`. Returns value (pair[, side], component, part) in reward units."""
     from reward_lens.methods.effects import effects, site_coords
 
+    require_added(rm, "The direct path")
     whole = [str(s) for s in sites if s.kind not in SPLIT_OF or (s.kind in ("head", "neuron") and s.index is None)]
     if whole:
         raise DataError(

@@ -30,6 +30,7 @@ from reward_lens.errors import DataError
 from reward_lens.methods.effect_cells import sites_of
 from reward_lens.methods.paired import paired_result
 from reward_lens.model.forward import record, suffix_batch
+from reward_lens.model.post_norm import require_added
 from reward_lens.model.prefix import PrefixCache
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
@@ -59,6 +60,7 @@ def edge_effects(
     `edge` ("L3.attn -> L5.mlp"); mean and interval over prompts. `result.to_frame()` is the table of edges, `.top(n)`
     the largest. Check "edges sum to the gradient". Raises `DataError` and `AlignmentError` as `effects` does.
     """
+    require_added(rm, "What each part tells every later one")
     pairs = data.as_pairs(pairs)
     if mode not in ("noise", "denoise") or steps < 1 or (steps > 1 and (at == "final" or align == "diff")):
         raise DataError(
@@ -136,7 +138,7 @@ def _reader_slopes(
     last = Site("resid_post", rm.n_layers - 1)
     slopes = gradients(rm, base.tokens, [*senders, last], start, base.keys, entering=entering).slopes
     past = PrefixCache(base.keys.first(start), rm.n_layers) if start else None
-    batch = suffix_batch(base.tokens, start, rm.device, base.tokens.reward_pos + 1)
+    batch = suffix_batch(base.tokens, start, rm.device, base.tokens.seen.stop)
     put = [] if entering is None else [rm.trunk.edit_residual(0, lambda x: entering[None].to(x))]
     with torch.no_grad():
         recording = record(rm.trunk, batch, *put, past=past)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from reward_lens import data
 from reward_lens.engine.activations import captured, pairs_of
+from reward_lens.engine.places import require_readings_along
 from reward_lens.errors import DataError
 from reward_lens.methods.paired import margin_of, paired_result
 from reward_lens.model.forward import Batch
@@ -128,6 +129,7 @@ def _crystallized(rm: RewardModel, lens: Result) -> np.ndarray:
 
 def _lens_everywhere(rm: RewardModel, pairs: data.Pairs, norm: Norms) -> Result:
     tokens = [t for both in rm.tokenize_pairs(pairs) for t in both]
+    require_readings_along(rm, tokens)
     longest = max(len(t) for t in tokens)
     read = np.full((len(tokens), rm.n_layers + 1, longest), np.nan)
     for batch in rm.batches(tokens):

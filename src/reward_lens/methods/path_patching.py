@@ -35,6 +35,7 @@ from reward_lens.methods.effect_cells import contiguous, sites_of
 from reward_lens.methods.paired import paired_result
 from reward_lens.methods.splits import HeadSplit
 from reward_lens.model.forward import record, suffix_batch
+from reward_lens.model.post_norm import require_added
 from reward_lens.model.prefix import PrefixCache
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
@@ -68,6 +69,7 @@ def path_effects(
     and interval over prompts. Check "clean row" as in `effects`. Raises `DataError` for sites that do not write or
     receive, and what `effects` raises.
     """
+    require_added(rm, "What one part tells another")
     pairs = data.as_pairs(pairs)
     sent = sites_of(rm, senders)
     names = [str(r) for r in receivers]
@@ -118,7 +120,7 @@ def _of_pair(
     moves = [_write_moved(rm, split, s, base, source, where) for s in senders]
     start = where.base[0] if rm.reuses_prefix(base.tokens) else 0
     past = PrefixCache(base.keys.first(start), rm.n_layers) if start else None
-    stop = base.tokens.reward_pos + 1
+    stop = base.tokens.seen.stop
     recording = record(rm.trunk, suffix_batch(base.tokens, start, rm.device, stop), past=past)
     gate = rm.readout_inputs([base.tokens])
     clean = float(rm.readout.reward(recording.last[:, base.tokens.reward_pos - start].to(rm.like), gate)[0])

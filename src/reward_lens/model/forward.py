@@ -133,6 +133,27 @@ class Trunk:
         return {"token_type_ids": ((separators.cumsum(1) - separators) > 0).long()}
 
     @functools.cached_property
+    def shared_arguments(self) -> frozenset[str]:
+        """Arguments of the blocks that are the same for all rows of a batch (DeBERTa's relative positions): those that
+        two rows make no longer than one. A block that is called with more rows takes them as they are."""
+        shapes: list[dict[str, int]] = []
+        for rows in (1, 2):
+            ids = torch.zeros(rows, 2, dtype=torch.long, device=next(self.module.parameters()).device)
+            order = torch.arange(2, device=ids.device).expand(rows, 2)
+            batch = Batch(ids, torch.ones_like(ids), order, ids[:, 0], ids[:, 1], tuple(range(rows)))
+            with torch.no_grad():
+                calls = record(self, batch).calls
+            found: dict[str, int] = {}
+            for block, (args, kwargs) in zip(self.blocks, calls, strict=True):
+                names = inspect.signature(block.forward).parameters
+                for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+                    if isinstance(value, Tensor) and value.dim() >= 2:
+                        found[name] = max(value.shape[0], found.get(name, 0))
+            shapes.append(found)
+        one, two = shapes
+        return frozenset(name for name in one if one[name] == two.get(name))
+
+    @functools.cached_property
     def carrier(self) -> Carrier:
         """What carries a write through the norms behind it, measured."""
         like, width = next(self.module.parameters()), self.module.config.get_text_config().hidden_size
