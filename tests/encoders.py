@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from families import D_MLP, D_MODEL, N_HEADS, randomise
 
-MAX_POSITIONS = 160
+MAX_POSITIONS = 256
 _COMMON = {
     "hidden_size": D_MODEL, "num_hidden_layers": 3, "num_attention_heads": N_HEADS, "intermediate_size": D_MLP,
     "max_position_embeddings": MAX_POSITIONS, "pad_token_id": 1, "num_labels": 1,
@@ -64,7 +64,7 @@ def tiny_encoder(name: str, seed: int = 0, **changed: object) -> tuple[nn.Module
     modeling = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
     vocabulary = 16 * (len(tokenizer) // 16 + 1)
     ids = {"cls_token_id": 0, "sep_token_id": 2, "bos_token_id": 0, "eos_token_id": 2}
-    config = getattr(configuration, f"{prefix}Config")(**_COMMON, **ids, **(keys | changed), vocab_size=vocabulary)
+    config = getattr(configuration, f"{prefix}Config")(**(_COMMON | ids | keys | changed), vocab_size=vocabulary)
     with torch.random.fork_rng(devices=[]):
         module = getattr(modeling, f"{prefix}ForSequenceClassification")(config)
     randomise(module, seed)

@@ -43,7 +43,10 @@ def patched_reward(rm: rl.RewardModel, tokens, changes) -> float:
 
 
 def _run(rm, tokens) -> float:
-    return float(rm.module(input_ids=torch.tensor([tokens.ids])).logits[0, rm.row])
+    inputs = {"input_ids": torch.tensor([tokens.ids])}
+    if tokens.reads_first and getattr(rm.config, "type_vocab_size", 0) > 1:  # the second text of a pair
+        inputs["token_type_ids"] = torch.tensor([[int(tokens.role(p) != "prompt") for p in range(len(tokens))]])
+    return float(rm.module(**inputs).logits[0, rm.row])
 
 
 def _place(rm, site):
@@ -53,6 +56,8 @@ def _place(rm, site):
     block = blocks[site.layer]
     if site.kind == "resid_post":
         return block, "out"
+    if site.kind == "resid_mid":  # only where a module gives it: behind the first norm of a post-norm block
+        return block.get_submodule(rm.structure.norms[0]), "out"
     path = {"attn": rm.structure.attn, "mlp": rm.structure.mlp, "head": rm.structure.attn_out}.get(
         site.kind, rm.structure.mlp_out
     )

@@ -161,7 +161,7 @@ def _exchanged(rm, pairs, sites, settings, spans, max_rows, progress) -> Found:
         last = Site("resid_post", rm.n_layers - 1)
         if last in sites and spans is None and settings["norm"] == "live" and where.base:
             size = rm.effect_scale(own, source.reward, margin)
-            if where.base[-1] == base.reward_pos and where.source[-1] == other.reward_pos:
+            if (base.reward_pos, other.reward_pos) in zip(where.base, where.source, strict=True):
                 found.closing.append(abs(values[sites.index(last), 0] - margin) / size)
         found.values.append(values)
         found.groups.append(cells)

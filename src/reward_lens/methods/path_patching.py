@@ -129,8 +129,8 @@ def _of_pair(
     for r, name in enumerate(receivers):
         if name == REWARD:
             h = recording.last[:, base.tokens.reward_pos - start].to(rm.like)
-            ends = where.base[-1] == base.tokens.reward_pos
-            at_end = torch.stack([move[-1] if ends else torch.zeros_like(move[-1]) for move in moves])
+            read = [i for i, p in enumerate(where.base) if p == base.tokens.reward_pos]
+            at_end = torch.stack([move[read].sum(0) for move in moves])
             both = rm.readout.reward(torch.cat([h, h + at_end]), gate).double()
             out[:, r] = (both[0] - both[1:]).cpu().numpy()
             continue
@@ -140,8 +140,9 @@ def _of_pair(
         if not earlier:
             continue
         given = received(rm, recording, start, site.block, [site.kind], [(positions, moves[s]) for s in earlier])
-        # Attention passes a moved position on to all later ones; what reads one position alone moves there.
-        reach = range(where.base[0], stop) if site.kind == "attn" else positions
+        # Attention passes a moved position on to all that see it; what reads one position alone moves there.
+        first = 0 if base.tokens.reads_first else where.base[0]
+        reach = range(first, stop) if site.kind == "attn" else positions
         at = [p - start for p in reach]
         for row, s in enumerate(earlier):
             new = given[site.kind][row, at]

@@ -35,8 +35,14 @@ class FirstTokenTokenizer(Tokenizer):
         return self._pair(self._question(messages), response, truncation)
 
     def text(self, text: str, truncation: str | None = None) -> Tokens:
-        """Tokens of a raw text with the tokenizer's own special tokens; all of it is `response`."""
-        return _read_first(super().text(text, truncation))
+        """Tokens of a raw text with the tokenizer's own special tokens; all of it but these is
+        `response`."""
+        tokens = _read_first(super().text(text, truncation))
+        special, end = set(self.hf.all_special_ids), tokens.response.stop
+        while end > tokens.response.start and tokens.ids[end - 1] in special:
+            end -= 1
+        response, tail = range(tokens.response.start, end), range(end, len(tokens))
+        return dataclasses.replace(tokens, response=response, tail=tail)
 
     def official_ids(self, messages: list[dict], response: Any) -> list[int]:
         """What Hugging Face's own call gives, to hold ours against."""
@@ -47,6 +53,10 @@ class FirstTokenTokenizer(Tokenizer):
     def written(self, messages: list[dict], response: Any) -> str:
         """The texts that the model is shown, without the separators between them."""
         return super().written(messages, response) if self.templated else self._question(messages) + response
+
+    def beside(self, messages: list[dict], response: Any) -> str:
+        """The text that the response is tokenised in: itself."""
+        return super().beside(messages, response) if self.templated else response
 
     def reward_position(self, ids: list[int]) -> int:
         """The first token."""
@@ -74,8 +84,9 @@ class FirstTokenTokenizer(Tokenizer):
         return messages[0]["content"]
 
     def _pair(self, question: str, answer: str, truncation: str | None) -> Tokens:
-        encoded = self.hf(question, answer, return_offsets_mapping=True, truncation=False, verbose=False)
-        ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
+        # In a list an empty answer is one; alone the tokenizer takes it for none.
+        encoded = self.hf([question], [answer], return_offsets_mapping=True, truncation=False, verbose=False)
+        ids, offsets = list(encoded["input_ids"][0]), list(encoded["offset_mapping"][0])
         part = list(encoded.sequence_ids(0))
         closing = _closing(list(self.hf("a", "a").sequence_ids(0)))  # an empty answer leaves two separators there
         end = len(ids) - closing

@@ -100,6 +100,10 @@ class Tokenizer:
         """The whole text that the model is shown."""
         return self.render([*messages, {"role": "assistant", "content": response}])
 
+    def beside(self, messages: list[dict], response: Any) -> str:
+        """The text that the response is tokenised in: the whole conversation."""
+        return self.written(messages, response)
+
     def probes(self, texts: Sequence[tuple[str, str]]) -> list[tuple[str, Any]]:
         """The load report's texts in the form that `conversation` takes."""
         return list(texts)
