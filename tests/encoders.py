@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from families import D_MLP, D_MODEL, N_HEADS, randomise
 
-MAX_POSITIONS = 256
+MAX_POSITIONS = 640
 _COMMON = {
     "hidden_size": D_MODEL, "num_hidden_layers": 3, "num_attention_heads": N_HEADS, "intermediate_size": D_MLP,
     "max_position_embeddings": MAX_POSITIONS, "pad_token_id": 1, "num_labels": 1,
@@ -27,7 +27,11 @@ _SPECS = {
     "bert": ("bert", "Bert", {}),
     "deberta": ("deberta_v2", "DebertaV2", _DISENTANGLED),
     "roberta": ("roberta", "Roberta", {"type_vocab_size": 1}),
-    "modernbert": ("modernbert", "ModernBert", {"local_attention": 16, "norm_bias": False, "classifier_pooling": "cls"}),
+    "modernbert": (
+        "modernbert",
+        "ModernBert",
+        {"local_attention": 16, "norm_bias": False, "classifier_pooling": "cls"},
+    ),
     "electra": ("electra", "Electra", {"embedding_size": 24}),
 }
 ENCODERS: tuple[str, ...] = ("bert", "deberta", "roberta", "modernbert")

@@ -1,4 +1,4 @@
-"""Encoders with a head on their first token: scores, spans, parts, patches and refusals, against slow transcriptions."""
+"""Encoders with a head on their first token: scores, spans, parts, patches, refusals, against slow transcriptions."""
 
 import dataclasses
 import functools
@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F
 
 import reward_lens as rl
-from encoders import ENCODERS, POST_NORM, loaded, tiny_encoder
-from every_method import METHODS
+from encoders import ENCODERS, MAX_POSITIONS, POST_NORM, loaded, tiny_encoder
+from every_method import METHODS, NATURAL
 from families import TEXT_PAIRS
 from reference.sweeps import patched_reward, values_at
 from reward_lens.engine.gradients import gradients
@@ -81,7 +81,9 @@ def test_head_is_the_published_arithmetic(name):
     rm = loaded(name)
     states = torch.randn(5, rm.d_model, generator=torch.Generator().manual_seed(3)) * 2
     with torch.no_grad():
-        assert rm.readout.reward(states).numpy() == pytest.approx(written_out(name, rm.module, states).numpy(), abs=1e-6)
+        assert rm.readout.reward(states).numpy() == pytest.approx(
+            written_out(name, rm.module, states).numpy(), abs=1e-6
+        )
         assert rm.readout.reward(states.view(5, 1, -1)).shape == (5, 1)
 
 
@@ -106,20 +108,18 @@ def test_what_is_no_pair_is_refused():
     with pytest.raises(rl.DataError, match="spells the separator"):
         rm.score("a [SEP] b", "c")
     with pytest.raises(rl.DataError, match="longer than the model can read"):
-        rm.score("a" * 300, "b")
-    for side in ("left", "right"):
-        cut = dataclasses.replace(rm.tokenizer.text("x"), truncated=0), rm.tokenizer.conversation(
-            [{"role": "user", "content": "p" * 200}], "r" * 200, side
-        )
-        text = cut[1]
-        assert len(text) == 256 and text.truncated == 403 - 256
+        rm.score("a" * MAX_POSITIONS, "b")
+    half = MAX_POSITIONS // 2
+    over = 2 * half + 3 - MAX_POSITIONS
+    for side, kept in (("left", half), ("right", half - over)):
+        text = rm.tokenizer.conversation([{"role": "user", "content": "p" * half}], "r" * half, side)
+        assert len(text) == MAX_POSITIONS and text.truncated == over and len(text.response) == kept
         assert [text.pieces[i] for i in (0, text.prompt[-1], len(text) - 1)] == ["[CLS]", "[SEP]", "[SEP]"]
-        assert len(text.response) == (200 if side == "left" else 200 - (403 - 256))
 
 
 def test_positions_of_roberta_begin_behind_the_padding_token():
     rm = loaded("roberta")
-    assert rm.trunk.first_position == 2 and rm.tokenizer.max_length == 254
+    assert rm.trunk.first_position == 2 and rm.tokenizer.max_length == MAX_POSITIONS - 2
     assert loaded("bert").trunk.first_position == 0 and loaded("bert").trunk.second_begins == 2
     assert loaded("roberta").trunk.second_begins is None
 
@@ -138,7 +138,7 @@ def walked_with_held_scales(rm, tokens) -> tuple[dict[str, float], float]:
     names = ["embed", *(f"L{layer}.{kind}" for layer in range(rm.n_layers) for kind in ("attn", "mlp"))]
     held = values_at(rm, tokens, names)
     leaves = {n: held[n][0].double().requires_grad_(True) for n in names}
-    h, zero = leaves["embed"], None
+    h = leaves["embed"]
     for layer, block in enumerate(rm.trunk.blocks):
         for kind, path in zip(("attn", "mlp"), rm.structure.norms, strict=True):
             norm = block.get_submodule(path)
@@ -259,6 +259,16 @@ def test_slopes_are_those_of_small_changes(name):
         assert float(found.slopes[site][at] @ v) == pytest.approx(float(up - down) / 2e-2, abs=3e-3, rel=2e-2)
 
 
+@pytest.mark.parametrize("name", ["deberta", "modernbert"])
+def test_slopes_averaged_on_the_way_are_the_exact_effects(name):
+    rm = loaded(name)
+    sites = ["L0.attn", "L1.H1", "L1.mlp", "L2.resid_pre", "L1.resid_mid" if name == "deberta" else "L1.resid_pre"]
+    for at in ("final", "all"):
+        exact = rl.effects(rm, [EQUAL], sites, at=at).value.values
+        averaged = rl.effects(rm, [EQUAL], sites, at=at, estimator="integrated", steps=24).value.values
+        assert averaged == pytest.approx(exact, abs=2e-3), at
+
+
 @every
 def test_blocked_attention_is_a_masked_text(name):
     """Nothing may read a span, in any block: two ways to the same rewards, one through the attention tap."""
@@ -334,6 +344,30 @@ def test_nothing_is_read_along_the_text(name):
     assert lens.value.isel(depth=-1).values == pytest.approx(rewards.values, abs=1e-5)
 
 
+@post_norm
+def test_the_frozen_lens_is_no_running_sum_there(name):
+    with pytest.raises(rl.StructureError, match="last state's scale has no answer in post-norm"):
+        rl.reward_lens(loaded(name), PAIRS, norm="frozen")
+
+
+@pytest.mark.parametrize("name", ["roberta", "deberta"])
+def test_responses_of_one_token_stand_between_the_separators(name):
+    rm = loaded(name)
+    sweep = rl.vocab_sweep(rm, ["What?", "Who"])
+    assert sweep.meta["left_out"] == {"byte fragment": 128, "special token": 4} and not sweep.meta["prefix_reused"]
+    for token in ("a", "?"):
+        found = float(sweep.value.sel(token=token).isel(prompt=0))
+        assert found == pytest.approx(rm.score("What?", token), abs=2e-6)
+
+
+def test_the_base_of_an_encoder_keeps_the_reward_models_pooler():
+    rm, (other, _) = loaded("bert"), tiny_encoder("bert", seed=5)
+    base = rl.base_under_head(rm, other.bert)
+    state = torch.randn(3, rm.d_model, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(base.readout.reward(state), rm.readout.reward(state))
+    assert base.score("a", "b") != rm.score("a", "b")
+
+
 def test_mean_pooling_is_refused_and_a_wrong_structure_too():
     with pytest.raises(rl.StructureError, match="reads more than one token's state.*classifier_pooling='cls'"):
         rl.RewardModel(*tiny_encoder("modernbert", classifier_pooling="mean"))
@@ -386,6 +420,13 @@ def test_structure_search_is_the_only_source(name="bert"):
 def _probe(module):
     ids = torch.arange(4, 18).view(2, 7)
     return module(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+
+@pytest.mark.full
+@every
+def test_a_suffix_is_searched_for_inside_the_pair(name):
+    found = rl.find_exploits(loaded(name), NATURAL[:12], 1500, n_tokens=2, candidates=4)
+    assert np.isfinite(found.value.values).any()
 
 
 ANSWERED_NOT = {

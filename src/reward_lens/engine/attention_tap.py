@@ -140,8 +140,8 @@ class AttentionTap(TorchFunctionMode):
         touched = [kind for kind in ("q", "k") if self._touches(kind)]
         if touched:
             raise StructureError(
-                f"The {'queries' if touched[0] == 'q' else 'keys'} of block {self._layer} of {self.rm.name} stand in more "
-                "than one product",
+                f"The {'queries' if touched[0] == 'q' else 'keys'} of block {self._layer} of {self.rm.name} stand in "
+                "more than one product",
                 found="a further product between that of queries and keys and that of weights and values (relative "
                 "positions)",
                 expected="scores that are one product of queries and keys",

@@ -141,8 +141,8 @@ def _units(rm: RewardModel, pair, side: int, text: Tokens, spans) -> list[Unit]:
             raise DataError(
                 f"A span of pair {pair.id} cannot be knocked out",
                 found=f"positions {span.start} to {span.stop}; the reward is read at {text.reward_pos}",
-                expected="at least one position, all of them read by another one: before the reward position, or, where "
-                "the first token is read, behind it",
+                expected="at least one position, all of them read by another one: before the reward position, or, "
+                "where the first token is read, behind it",
                 do="choose such a range (rm.tokenize shows positions and pieces)",
             )
     return units

@@ -201,7 +201,9 @@ class NeuronSplit(_UnitSplit):
 
 
 def _closing_rows(rm: RewardModel, scale: str) -> list[tuple[str, int, str, int]]:
-    names = ["shifts"] * bool(rm.trunk.norms) + ["rounding"] * rm.sixteen_bit + ["bias"] + ["norm"] * (scale == "shared")
+    names = (
+        ["shifts"] * bool(rm.trunk.norms) + ["rounding"] * rm.sixteen_bit + ["bias"] + ["norm"] * (scale == "shared")
+    )
     return [(name, rm.n_layers, name, -1) for name in names]
 
 

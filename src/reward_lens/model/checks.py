@@ -198,6 +198,8 @@ def _tokenisation(rm, tokens: list[Tokens]):
     around = "".join(tokens[0].pieces[max(0, at - 3) : at]), tokens[0].pieces[at], "".join(tokens[0].pieces[at + 1 :])
     pad = "pad == eos" if hf.pad_token_id is not None and hf.pad_token_id == hf.eos_token_id else "pad is its own token"
     found = f"reads {around[1]!r} after {around[0]!r}, before {around[2]!r}; {pad}, masks come from lengths"
+    if rm.structure.reads_first:
+        found += "; measured: no other token's final state moves the scores"
     yield "reward position", 0.0, math.inf, found
 
 

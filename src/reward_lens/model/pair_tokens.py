@@ -74,7 +74,9 @@ class FirstTokenTokenizer(Tokenizer):
         if roles != ["user"]:
             raise DataError(
                 "A conversation of several turns has no official form for this model",
-                found="roles " + ", ".join(roles) + "; the tokenizer has no chat template and the model reads a question "
+                found="roles "
+                + ", ".join(roles)
+                + "; the tokenizer has no chat template and the model reads a question "
                 "and an answer",
                 expected="one user message and a response",
                 do="write the turns into one prompt as the model's card says, or set tokenizer.chat_template and build "
@@ -96,12 +98,12 @@ class FirstTokenTokenizer(Tokenizer):
         keep, cut = self._fit(len(ids), opening if truncation == "left" else first, end, truncation)
         gone_before, gone_inside = sum(i < first for i in cut), sum(first <= i < end for i in cut)
         first, end = first - gone_before, end - gone_before - gone_inside
-        shift = [len(question) if part[i] == 1 else 0 for i in range(len(ids))]
-        moved = [(a + s, b + s) for (a, b), s in zip(offsets, shift, strict=True)]
-        ids, moved = [ids[i] for i in keep], [moved[i] for i in keep]
+        starts = [a + (len(question) if part[i] == 1 else 0) for i, (a, _) in enumerate(offsets)]
+        ids, offsets, starts = ([some[i] for i in keep] for some in (ids, offsets, starts))
         names = self.hf.convert_ids_to_tokens(ids)
+        pieces = pieces_of(question, offsets[:first], names[:first]) + pieces_of(answer, offsets[first:], names[first:])
         return Tokens(
-            ids=tuple(ids), pieces=pieces_of(question + answer, moved, names), starts=tuple(a for a, _ in moved),
+            ids=tuple(ids), pieces=pieces, starts=tuple(starts),
             prompt=range(0, first), response=range(first, end), tail=range(end, len(ids)), reward_pos=0,
             truncated=len(cut), reads_first=True,
         )  # fmt: skip

@@ -170,6 +170,6 @@ def _not_closed(name: str, layer: int, found: str) -> StructureError:
         found=found,
         expected=f"h_mid = N1(h + a), h_post = N2(h_mid + m), each sum explained but for {ACCEPT:.0%}, and h_post "
         "handed on to the next block",
-        do="pass structure=rl.Structure(..., norms=(N1, N2)) naming the norms whose inputs are these sums; networks with "
-        "further layers between the blocks (a convolution) are not supported",
+        do="pass structure=rl.Structure(..., norms=(N1, N2)) naming the norms whose inputs are these sums; networks "
+        "with further layers between the blocks (a convolution) are not supported",
     )

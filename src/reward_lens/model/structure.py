@@ -113,8 +113,8 @@ def prove(model: Any, structure: Structure, run_probe) -> Structure:
     """Check the paths and the closure of every layer; returns the structure with its gaps and `parallel` filled in."""
     blocks = _resolve(model, structure)
     if structure.norms is not None:
-        gaps = post_norm.proven_gaps(type(model).__name__, blocks, structure, run_probe)
-        return dataclasses.replace(structure, gaps=gaps, parallel=_is_parallel(blocks[0], structure, run_probe))
+        measured = post_norm.proven_gaps(type(model).__name__, blocks, structure, run_probe)
+        return dataclasses.replace(structure, gaps=measured, parallel=_is_parallel(blocks[0], structure, run_probe))
     gaps: list[float] = []
     pending: dict[str, Tensor] = {}
 
