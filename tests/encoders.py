@@ -33,9 +33,19 @@ _SPECS = {
         {"local_attention": 16, "norm_bias": False, "classifier_pooling": "cls"},
     ),
     "electra": ("electra", "Electra", {"embedding_size": 24}),
+    "distilbert": ("distilbert", "DistilBert", {}),
+    "deberta_v1": ("deberta", "Deberta", _DISENTANGLED | {"max_relative_positions": 64}),
+    "xlm_roberta": ("xlm_roberta", "XLMRoberta", {"type_vocab_size": 1}),
+    "mpnet": ("mpnet", "MPNet", {}),
+    "ernie": ("ernie", "Ernie", {}),
+    "roberta_prelayernorm": ("roberta_prelayernorm", "RobertaPreLayerNorm", {"type_vocab_size": 1}),
+    "megatron_bert": ("megatron_bert", "MegatronBert", {}),
 }
 ENCODERS: tuple[str, ...] = ("bert", "deberta", "roberta", "modernbert")
 POST_NORM: tuple[str, ...] = ("bert", "deberta", "roberta")
+OTHERS: tuple[str, ...] = tuple(name for name in _SPECS if name not in ENCODERS)
+"""Classes that nothing in the package was written for."""
+_TELL_APART = ("bert", "deberta", "electra", "ernie", "megatron_bert")  # whose tokenizers give segments
 _SPECIALS = ("[CLS]", "<pad>", "[SEP]", "[UNK]")
 
 
@@ -63,7 +73,7 @@ def pair_tokenizer(segments: bool = True, doubled: bool = False) -> PreTrainedTo
 def tiny_encoder(name: str, seed: int = 0, **changed: object) -> tuple[nn.Module, PreTrainedTokenizerFast]:
     """A randomised encoder with its classification head, in eval mode, and its tokenizer."""
     package, prefix, keys = _SPECS[name]
-    tokenizer = pair_tokenizer(segments=name in ("bert", "deberta", "electra"), doubled=name == "roberta")
+    tokenizer = pair_tokenizer(segments=name in _TELL_APART, doubled=name == "roberta")
     configuration = importlib.import_module(f"transformers.models.{package}.configuration_{package}")
     modeling = importlib.import_module(f"transformers.models.{package}.modeling_{package}")
     vocabulary = 16 * (len(tokenizer) // 16 + 1)

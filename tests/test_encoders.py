@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional as F
 
 import reward_lens as rl
-from encoders import ENCODERS, MAX_POSITIONS, POST_NORM, loaded, tiny_encoder
+from encoders import ENCODERS, MAX_POSITIONS, OTHERS, POST_NORM, loaded, tiny_encoder
 from every_method import METHODS, NATURAL
-from families import TEXT_PAIRS
+from families import TEXT_PAIRS, more
 from reference.sweeps import patched_reward, values_at
 from reward_lens.engine.gradients import gradients
 from reward_lens.engine.patching import Edit, patch_rows
@@ -43,7 +43,7 @@ def test_structure_is_found_proven_and_reported(name):
     assert rm.readout.kind == "mlp" and rm.readout.exactness == "local" and rm.objectives == ("reward",)
 
 
-@pytest.mark.parametrize("name", [*ENCODERS, pytest.param("electra", marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", [*ENCODERS, *more(*OTHERS)])
 def test_rewards_are_the_models_own_whatever_the_batch(name):
     rm = loaded(name)
     texts = [(p, r) for p in PAIRS for r in (p.chosen, p.rejected)]
@@ -167,7 +167,7 @@ def test_contributions_carry_writes_through_the_norms_behind_them(name):
         assert "shifts" in row.component.values
 
 
-@every
+@pytest.mark.parametrize("name", [*ENCODERS, *more(*OTHERS)])
 def test_finer_splits_sum_to_the_components(name):
     rm = loaded(name)
     whole = rl.contributions(rm, PAIRS[:2]).value
@@ -206,11 +206,11 @@ def from_both_ends(base, source) -> list[tuple[int, int]]:
 SITES = ["embed", "L0.attn", "L1.mlp", "L2.resid_pre", "L2.resid_post", "L1.H2", "L2.N7"]
 
 
-@every
+@pytest.mark.parametrize("name", [*ENCODERS, *more(*OTHERS)])
 @pytest.mark.parametrize("pair", [EQUAL, UNEQUAL], ids=lambda p: p.id)
 def test_patching_equals_the_slow_loop(name, pair):
     rm = loaded(name)
-    sites = [*SITES, *(["L1.resid_mid"] if name in POST_NORM else [])]
+    sites = [*SITES, *(["L1.resid_mid"] if rm.trunk.norms else [])]
     base, source = (rm.tokenize(pair.prompt, r) for r in (pair.chosen, pair.rejected))
     held = values_at(rm, source, sites)
     clean = rm.hf_score(pair.prompt, pair.chosen)

@@ -39,8 +39,8 @@ def first_token_tail(model: Any, blocks_path: str, run_probe) -> FirstTokenTail 
             f"The head of {type(model).__name__} reads more than one token's state",
             found="scores that move with the final states of the first token and of the others (mean pooling)",
             expected="a head that reads one token's final state",
-            do="load a checkpoint that pools the first token (classifier_pooling='cls'): a reward averaged over tokens "
-            "is read at no position, so no direction or position of it can be asked for",
+            do="load a checkpoint that pools the first token (ModernBERT: classifier_pooling='cls'): a reward averaged "
+            "over tokens is read at no position, so no direction or position of it can be asked for",
         )
     calls = _behind(model, blocks_path, last, run_probe)
     final_norm = next((path for path, module in calls if _is_final_norm(model, path, module, last, run_probe)), None)

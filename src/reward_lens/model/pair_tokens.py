@@ -143,8 +143,9 @@ def set_inputs(trunk: Trunk, tokenizer: Tokenizer, config: Any) -> None:
     """
     if not isinstance(tokenizer, FirstTokenTokenizer):
         return
-    if getattr(config, "type_vocab_size", 0) > 1:
+    if getattr(config, "type_vocab_size", 0) > 1 and not tokenizer.templated:
         trunk.second_begins = tokenizer.second_begins()
+        _require_segments(trunk, tokenizer)
     tokens = tokenizer.text("a b")
     batch = make_batch([tokens], [0], 0, next(trunk.module.parameters()).device)
     kept: list[Tensor] = []
@@ -164,3 +165,17 @@ def set_inputs(trunk: Trunk, tokenizer: Tokenizer, config: Any) -> None:
         expected="position ids that count from 0, or from behind the padding token's id",
         do="please report the model's class",
     )
+
+
+def _require_segments(trunk: Trunk, tokenizer: FirstTokenTokenizer) -> None:
+    """Raise unless the segments that are read off the separators are the tokenizer's own."""
+    encoded = tokenizer.hf("a b", "c d", return_tensors="pt")
+    own = encoded.get("token_type_ids")
+    given = trunk.segments(encoded["input_ids"]).get("token_type_ids", torch.zeros_like(encoded["input_ids"]))
+    if own is not None and not torch.equal(own, given):
+        raise StructureError(
+            "How the tokenizer tells a question from its answer was not understood",
+            found=f"segments {own[0].tolist()} of the tokenizer",
+            expected=f"{given[0].tolist()}: the second text begins behind the first {tokenizer.hf.sep_token!r}",
+            do="please report the tokenizer's class",
+        )
