@@ -295,10 +295,9 @@ def test_values_and_patterns_of_disentangled_attention_but_not_its_queries():
 
 
 @every
-def test_direct_paths_only_where_writes_are_added(name):
+def test_single_edges_only_where_writes_are_added(name):
     rm = loaded(name)
     calls = (
-        lambda: rl.effects(rm, PAIRS, path="direct"),
         lambda: rl.path_effects(rm, PAIRS, ["L0.mlp"], ["reward", "L1.attn"]),
         lambda: rl.edge_effects(rm, PAIRS),
     )
@@ -308,6 +307,27 @@ def test_direct_paths_only_where_writes_are_added(name):
                 call()
         else:
             assert np.isfinite(call().value.values).any()
+
+
+@every
+def test_direct_effects_hold_every_later_write(name):
+    """Live: the run with one write changed and all that is written after it put back, norms and head at work."""
+    rm = loaded(name)
+    order = ["embed", *(f"L{layer}.{kind}" for layer in range(rm.n_layers) for kind in ("attn", "mlp"))]
+    sites = [*order, "L1.H2", "L1.N5"]
+    result = rl.effects(rm, [UNEQUAL], sites, path="direct")
+    base, source = (rm.tokenize(UNEQUAL.prompt, r) for r in (UNEQUAL.chosen, UNEQUAL.rejected))
+    own, other = values_at(rm, base, sites), values_at(rm, source, sites)
+    clean = rm.hf_score(UNEQUAL.prompt, UNEQUAL.chosen)
+    for site in sites:
+        first = order.index({"L1.H2": "L1.attn", "L1.N5": "L1.mlp"}.get(site, site))
+        held = [(later, [0], own[later][[0]]) for later in order[first + 1 :]]
+        live = clean - patched_reward(rm, base, [(site, [0], other[site][[0]]), *held])
+        found = result.value.isel(pair=0).sel(component=site)
+        assert float(found.sel(part=["direct", "norm_rescale"]).sum()) == pytest.approx(live, abs=3e-5), site
+    zero = rl.effects(rm, [UNEQUAL], order, mode="zero", path="direct").value.sel(part="direct", side="chosen")
+    whole = rl.contributions(rm, [UNEQUAL], scale="own").value.sel(side="chosen", component=order)
+    assert zero.values == pytest.approx(whole.values, abs=2e-5)
 
 
 def test_paths_of_an_encoder_whose_writes_are_added():
@@ -430,7 +450,7 @@ def test_a_suffix_is_searched_for_inside_the_pair(name):
 
 
 ANSWERED_NOT = {
-    "lens, all", "prefix", "effects, direct", "path effects", "edges", "direction", "conflict", "transfer", "compare",
+    "lens, all", "prefix", "path effects", "edges", "direction", "conflict", "transfer", "compare",
     "vocabulary", "ov",
 }  # fmt: skip
 
@@ -440,7 +460,7 @@ ANSWERED_NOT = {
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_answers_or_refuses(name, method):
     rm = loaded(name)
-    refused = ANSWERED_NOT - (set() if name in POST_NORM else {"effects, direct", "path effects", "edges"})
+    refused = ANSWERED_NOT - (set() if name in POST_NORM else {"path effects", "edges"})
     pairs = rl.Pairs([*PAIRS, EQUAL, UNEQUAL])
     if method in refused:
         with pytest.raises((rl.StructureError, rl.DataError)):

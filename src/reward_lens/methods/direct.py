@@ -9,6 +9,10 @@ replaced by, the loss of reward splits exactly:
     mediated      total - [r(h) - r(h - c + c')]               what later components do about it
     total         the total effect, everything after the site recomputed (`effects`)
 
+In post-norm blocks c and c' are what is left of the writes behind the norms that follow (`contributions`), each run's
+scales frozen; the state with c replaced by c' is that of the stream with the one write replaced and all norms live, so
+that `norm_rescale` is what every norm behind the write answers.
+
 (signs as in `effects`: for denoise the differences are turned round). `direct` is made of contributions: its noise and
 denoise mean is the shared margin split and its zero ablation the contribution itself (E7). That is an identity, not
 evidence for either. The last write has no mediated part, which is checked. A head's or a neuron's write is its own
@@ -30,7 +34,6 @@ from reward_lens.errors import DataError
 from reward_lens.methods.ablations import Ablation, drawn_references, prepare_ablation
 from reward_lens.methods.paired import paired_result
 from reward_lens.methods.splits import ComponentSplit, HeadSplit, NeuronSplit, Split
-from reward_lens.model.post_norm import require_added
 from reward_lens.model.readout import read_size
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
@@ -49,7 +52,6 @@ def direct_effects(
     """`effects(path="direct")`. Returns value (pair[, side], component, part) in reward units."""
     from reward_lens.methods.effects import effects, site_coords
 
-    require_added(rm, "The direct path")
     whole = [str(s) for s in sites if s.kind not in SPLIT_OF or (s.kind in ("head", "neuron") and s.index is None)]
     if whole:
         raise DataError(
@@ -122,6 +124,16 @@ class Writes:
         before, after = (split.write(v.flatten()[None], site.block)[0] for v in (x, changed))
         return after - before
 
+    def behind_norms(self, acts: Activations, run: int, moved: Tensor) -> Tensor:
+        """[1 + site, d_model] final states of a post-norm run, first as it is, then with one block's write moved: the
+        other writes are held, the norms behind every write live."""
+        order: list[Site] = next(iter(self.splits.values())).writes
+        stream = [acts[site][run].expand(1 + len(moved), -1).clone() for site in order]
+        for row, (site, by) in enumerate(zip(self.sites, moved, strict=True), start=1):
+            whole = {"head": "attn", "neuron": "mlp"}.get(site.kind, site.kind)
+            stream[order.index(Site(whole, site.layer))][row] += by
+        return self.rm.trunk.carrier.final(stream[0], stream[1:])
+
     def value(self, site: Site, acts: Activations, run: int) -> Tensor:
         """The site's value in one run."""
         if site.kind in ("head", "neuron"):
@@ -175,7 +187,8 @@ def _live(rm, writes: Writes, acts: Activations, h: Tensor, run: int, new: Seque
     """[site]: reward of the run less that with one write replaced in what the head reads, norm live."""
     moved = torch.stack([writes.moved(s, acts, v, run) for s, v in zip(writes.sites, new, strict=True)])
     gate = rm.readout_inputs([acts.tokens[run]])
-    both = rm.readout.reward(torch.cat([h[run][None], h[run] + moved]), gate).double()
+    states = writes.behind_norms(acts, run, moved) if rm.trunk.norms else torch.cat([h[run][None], h[run] + moved])
+    both = rm.readout.reward(states, gate).double()
     return both[0] - both[1:]
 
 

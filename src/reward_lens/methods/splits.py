@@ -27,6 +27,8 @@ class Split(Protocol):
 
     sites: list[Site]
     """What must be captured; the last one is the pre-norm residual."""
+    writes: list[Site]
+    """What block 0 reads and each block's writes, in order."""
 
     def labels(self, scale: str) -> Labels:
         """Of each component: label, layer (-1 before block 0, n_layers after the last), kind, index in its layer."""

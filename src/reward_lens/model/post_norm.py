@@ -48,6 +48,13 @@ class Carrier:
             h = norm(h + write)
         return scales
 
+    def final(self, embed: Float[Tensor, "run d_model"], writes: Sequence[Tensor]) -> Float[Tensor, "run d_model"]:
+        """The final state of a stream that begins with `embed` and takes these writes, the norms live."""
+        h = embed
+        for norm, write in zip(self.norms, writes, strict=True):
+            h = norm(h + write)
+        return h
+
     def pulled(
         self, embed: Float[Tensor, "run d_model"], writes: Sequence[Tensor], u: Float[Tensor, "run d_model"]
     ) -> tuple[list[Tensor], Tensor]:
