@@ -8,10 +8,11 @@ import reward_lens as rl
 
 
 @torch.no_grad()
-def values_at(rm: rl.RewardModel, tokens, sites) -> dict[str, torch.Tensor]:
-    """What stands at each site in an unchanged run, [pos, ...]; heads [pos, head_dim], neurons [pos, 1]."""
+def values_at(rm: rl.RewardModel, tokens, sites, changes=()) -> dict[str, torch.Tensor]:
+    """What stands at each site in a run, with `changes` made in it, [pos, ...]; heads [.., head_dim], neurons [.., 1]."""
     seen: dict[str, torch.Tensor] = {}
     with contextlib.ExitStack() as stack:
+        _change(rm, stack, tokens, changes)
         for name in sites:
             site = rl.Site.parse(name)
             module, where = _place(rm, site)
@@ -28,18 +29,22 @@ def values_at(rm: rl.RewardModel, tokens, sites) -> dict[str, torch.Tensor]:
 def patched_reward(rm: rl.RewardModel, tokens, changes) -> float:
     """Reward of one run with `changes` = [(site name, positions, value [n_positions, ...])] made in it."""
     with contextlib.ExitStack() as stack:
-        for name, positions, value in changes:
-            site = rl.Site.parse(name)
-            module, where = _place(rm, site)
-
-            def write(x, site=site, positions=positions, value=value):
-                out = x.clone()
-                flat = out.reshape(len(tokens), -1)
-                _part(rm, site, flat)[list(positions)] = value.to(flat)
-                return flat.reshape(x.shape)
-
-            _hook(stack, module, where, write)
+        _change(rm, stack, tokens, changes)
         return _run(rm, tokens)
+
+
+def _change(rm, stack, tokens, changes) -> None:
+    for name, positions, value in changes:
+        site = rl.Site.parse(name)
+        module, where = _place(rm, site)
+
+        def write(x, site=site, positions=positions, value=value):
+            out = x.clone()
+            flat = out.reshape(len(tokens), -1)
+            _part(rm, site, flat)[list(positions)] = value.to(flat)
+            return flat.reshape(x.shape)
+
+        _hook(stack, module, where, write)
 
 
 def _run(rm, tokens) -> float:

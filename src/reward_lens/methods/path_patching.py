@@ -35,7 +35,6 @@ from reward_lens.methods.effect_cells import contiguous, sites_of
 from reward_lens.methods.paired import paired_result
 from reward_lens.methods.splits import HeadSplit
 from reward_lens.model.forward import record, suffix_batch
-from reward_lens.model.post_norm import require_added
 from reward_lens.model.prefix import PrefixCache
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
@@ -69,7 +68,6 @@ def path_effects(
     and interval over prompts. Check "clean row" as in `effects`. Raises `DataError` for sites that do not write or
     receive, and what `effects` raises.
     """
-    require_added(rm, "What one part tells another")
     pairs = data.as_pairs(pairs)
     sent = sites_of(rm, senders)
     names = [str(r) for r in receivers]
@@ -89,7 +87,9 @@ def path_effects(
     split = HeadSplit(rm) if any(s.kind == "head" for s in sent) else None
     found, gaps = [], []
     for pair, tokens in zip(pairs, rm.tokenize_pairs(pairs), strict=True):
-        runs = run_pair(rm, tokens[0], tokens[1], sent, only_final=at == "final")
+        # In post-norm blocks a write reaches its readers behind the norms of the writes in between: these are held too.
+        held = list(dict.fromkeys([*sent, *sites_of(rm, "components")])) if rm.trunk.norms else sent
+        runs = run_pair(rm, tokens[0], tokens[1], held, only_final=at == "final")
         base, source = runs if mode == "noise" else runs[::-1]
         where = aligned(base.tokens, source.tokens, at, align, str(pair.id))
         effects, gap = _of_pair(rm, split, sent, names, base, source, where)
@@ -130,7 +130,8 @@ def _of_pair(
         if name == REWARD:
             h = recording.last[:, base.tokens.reward_pos - start].to(rm.like)
             read = [i for i, p in enumerate(where.base) if p == base.tokens.reward_pos]
-            at_end = torch.stack([move[read].sum(0) for move in moves])
+            arrived = _arrived(rm, senders, moves, base, where, 2 * rm.n_layers)
+            at_end = torch.stack([move[read].sum(0) for move in arrived])
             both = rm.readout.reward(torch.cat([h, h + at_end]), gate).double()
             out[:, r] = (both[0] - both[1:]).cpu().numpy()
             continue
@@ -139,7 +140,9 @@ def _of_pair(
         out[[s for s in range(len(senders)) if s not in earlier], r] = np.nan
         if not earlier:
             continue
-        given = received(rm, recording, start, site.block, [site.kind], [(positions, moves[s]) for s in earlier])
+        before = 2 * site.block + (site.kind == "mlp")  # writes that the receiver's input holds
+        arrived = _arrived(rm, [senders[s] for s in earlier], [moves[s] for s in earlier], base, where, before)
+        given = received(rm, recording, start, site.block, [site.kind], [(positions, move) for move in arrived])
         # Attention passes a moved position on to all that see it; what reads one position alone moves there.
         first = 0 if base.tokens.reads_first else where.base[0]
         reach = range(first, stop) if site.kind == "attn" else positions
@@ -165,6 +168,24 @@ def _write_moved(rm, split: HeadSplit | None, site: Site, base: TextRun, source:
     changed[:, site.index] = source.at(site, where.source)
     before, after = (split.write(z.flatten(1), site.block) for z in (own, changed))
     return after - before
+
+
+def _arrived(
+    rm: RewardModel, senders: Sequence[Site], moves: Sequence[Tensor], base: TextRun, where: Alignment, before: int
+) -> list[Tensor]:
+    """By how much each sender's move, [pos, d_model], moves the stream behind the first `before` writes: the move
+    itself where writes are added, else what the norms in between, live, make of it with the other writes held."""
+    if not rm.trunk.norms:
+        return list(moves)
+    order = sites_of(rm, "components")
+    own = [base.at(site, where.base) for site in order[: before + 1]]
+    clean, out = rm.trunk.carrier.final(own[0], own[1:]), []
+    for sender, move in zip(senders, moves, strict=True):
+        changed = list(own)
+        at = order.index(Site("attn", sender.layer) if sender.kind == "head" else sender)
+        changed[at] = own[at] + move
+        out.append(rm.trunk.carrier.final(changed[0], changed[1:]) - clean)
+    return out
 
 
 def _before(rm: RewardModel, sender: Site, receiver: Site) -> bool:

@@ -49,9 +49,9 @@ class Carrier:
         return scales
 
     def final(self, embed: Float[Tensor, "run d_model"], writes: Sequence[Tensor]) -> Float[Tensor, "run d_model"]:
-        """The final state of a stream that begins with `embed` and takes these writes, the norms live."""
+        """The state of a stream that begins with `embed` behind these writes (all or the first), the norms live."""
         h = embed
-        for norm, write in zip(self.norms, writes, strict=True):
+        for norm, write in zip(self.norms[: len(writes)], writes, strict=True):
             h = norm(h + write)
         return h
 
@@ -167,7 +167,7 @@ def require_added(rm: Any, question: str) -> None:
             found=f"norms behind every write of {rm.name} ({', '.join(rm.structure.norms)}), which rescale what is "
             "already in the residual stream",
             expected="blocks that add their writes to the residual stream and leave it as it was",
-            do="ask contributions, which carries every write through the norms behind it, or effects with path='total'",
+            do="ask contributions, effects or path_effects, which carry every write through the norms behind it",
         )
 
 
