@@ -9,7 +9,7 @@ import reward_lens as rl
 
 @torch.no_grad()
 def values_at(rm: rl.RewardModel, tokens, sites, changes=()) -> dict[str, torch.Tensor]:
-    """What stands at each site in a run, with `changes` made in it, [pos, ...]; heads [.., head_dim], neurons [.., 1]."""
+    """What stands at each site in a run with `changes`, [pos, ...]; heads [pos, head_dim], neurons [pos, 1]."""
     seen: dict[str, torch.Tensor] = {}
     with contextlib.ExitStack() as stack:
         _change(rm, stack, tokens, changes)
