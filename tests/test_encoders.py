@@ -296,8 +296,7 @@ def test_values_and_patterns_of_disentangled_attention_but_not_its_queries():
 
 @every
 @pytest.mark.parametrize("steps", [1, 3])
-def test_edges_sum_to_gradients_and_are_small_paths(name, steps):
-    """The sum is checked in the result; single edges against paths whose senders move a little."""
+def test_edges_out_of_a_part_sum_to_its_gradient(name, steps):
     rm = loaded(name)
     pair = rl.Pair(EQUAL.prompt, EQUAL.chosen, EQUAL.rejected)
     edges = rl.edge_effects(rm, [pair], steps=steps, at="all")
@@ -464,7 +463,9 @@ ANSWERED_NOT = {
 def test_every_method_answers_or_refuses(name, method):
     rm = loaded(name)
     pairs = rl.Pairs([*PAIRS, EQUAL, UNEQUAL])
-    if method in ANSWERED_NOT:
+    # One of its paths ends in a query, which DeBERTa's attention multiplies with positions too.
+    refused = ANSWERED_NOT | ({"path effects"} if name == "deberta" else set())
+    if method in refused:
         with pytest.raises((rl.StructureError, rl.DataError)):
             METHODS[method](rm, pairs)
     else:

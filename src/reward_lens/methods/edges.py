@@ -8,8 +8,8 @@ taken by running its block again. Receivers are the attention and the MLP of eve
 Signs are those of `effects`: noise r(chosen) - r(patched), denoise r(patched) - r(rejected). `steps=1` is EAP, more
 average the slopes over runs between the two (EAP-IG).
 
-In post-norm blocks a sender's move reaches a reader through the norms of the writes in between; their Jacobians are part
-of the edge.
+In post-norm blocks a sender's move reaches a reader through the norms of the writes in between: their Jacobians are
+part of the edge.
 
 Identity, checked: a write reaches the reward through its readers only, so the edges out of a sender sum to its gradient
 estimate. What this cannot show: that patching an edge does this much (see `path_effects`, which runs it).
