@@ -8,10 +8,11 @@ import reward_lens as rl
 
 
 @torch.no_grad()
-def values_at(rm: rl.RewardModel, tokens, sites) -> dict[str, torch.Tensor]:
-    """What stands at each site in an unchanged run, [pos, ...]; heads [pos, head_dim], neurons [pos, 1]."""
+def values_at(rm: rl.RewardModel, tokens, sites, changes=()) -> dict[str, torch.Tensor]:
+    """What stands at each site in a run with `changes`, [pos, ...]; heads [pos, head_dim], neurons [pos, 1]."""
     seen: dict[str, torch.Tensor] = {}
     with contextlib.ExitStack() as stack:
+        _change(rm, stack, tokens, changes)
         for name in sites:
             site = rl.Site.parse(name)
             module, where = _place(rm, site)
@@ -28,22 +29,29 @@ def values_at(rm: rl.RewardModel, tokens, sites) -> dict[str, torch.Tensor]:
 def patched_reward(rm: rl.RewardModel, tokens, changes) -> float:
     """Reward of one run with `changes` = [(site name, positions, value [n_positions, ...])] made in it."""
     with contextlib.ExitStack() as stack:
-        for name, positions, value in changes:
-            site = rl.Site.parse(name)
-            module, where = _place(rm, site)
-
-            def write(x, site=site, positions=positions, value=value):
-                out = x.clone()
-                flat = out.reshape(len(tokens), -1)
-                _part(rm, site, flat)[list(positions)] = value.to(flat)
-                return flat.reshape(x.shape)
-
-            _hook(stack, module, where, write)
+        _change(rm, stack, tokens, changes)
         return _run(rm, tokens)
 
 
+def _change(rm, stack, tokens, changes) -> None:
+    for name, positions, value in changes:
+        site = rl.Site.parse(name)
+        module, where = _place(rm, site)
+
+        def write(x, site=site, positions=positions, value=value):
+            out = x.clone()
+            flat = out.reshape(len(tokens), -1)
+            _part(rm, site, flat)[list(positions)] = value.to(flat)
+            return flat.reshape(x.shape)
+
+        _hook(stack, module, where, write)
+
+
 def _run(rm, tokens) -> float:
-    return float(rm.module(input_ids=torch.tensor([tokens.ids])).logits[0, rm.row])
+    inputs = {"input_ids": torch.tensor([tokens.ids])}
+    if tokens.reads_first and getattr(rm.config, "type_vocab_size", 0) > 1:  # the second text of a pair
+        inputs["token_type_ids"] = torch.tensor([[int(tokens.role(p) != "prompt") for p in range(len(tokens))]])
+    return float(rm.module(**inputs).logits[0, rm.row])
 
 
 def _place(rm, site):
@@ -53,6 +61,8 @@ def _place(rm, site):
     block = blocks[site.layer]
     if site.kind == "resid_post":
         return block, "out"
+    if site.kind == "resid_mid":  # only where a module gives it: behind the first norm of a post-norm block
+        return block.get_submodule(rm.structure.norms[0]), "out"
     part = {"attn": "attn", "mlp": "mlp", "head": "attn_out"}.get(site.kind, "mlp_out")
     path = rm.structure.path(part, site.layer)
     return block.get_submodule(path), "out" if site.kind in ("attn", "mlp") else "in"

@@ -92,7 +92,7 @@ def positions_of(tokens: Tokens, at: str | range) -> range:
     if at == "final":
         return range(tokens.reward_pos, tokens.reward_pos + 1)
     if at == "response":
-        return range(tokens.response.start, tokens.reward_pos + 1)
+        return range(tokens.response.start, tokens.seen.stop)
     if at == "all":
         return range(len(tokens))
     raise DataError(

@@ -1,7 +1,7 @@
 """Which positions of one response stand for which of the other.
 
-Two responses to one prompt share a token prefix; there every activation is the same, so nothing is patched. What
-follows is aligned
+Two responses to one prompt share a token prefix; there every activation is the same, so nothing is patched. (In a
+network that reads its first token no activation is: there all positions are aligned.) What follows is aligned
 
     final          the reward positions of the two runs
     none           position by position; needs equal token counts
@@ -61,6 +61,8 @@ def align(base: Tokens, source: Tokens, at: str, how: str | None, pair_id: str) 
         return Alignment(positions, positions)
     if how is None:
         require_equal_length(base, source, pair_id)
+    if base.reads_first:
+        return _from_the_ends(base, source, prefix, at)
     shift = base.reward_pos - source.reward_pos
     start = prefix + max(0, shift)
     positions = range(start, base.reward_pos + 1)
@@ -69,11 +71,28 @@ def align(base: Tokens, source: Tokens, at: str, how: str | None, pair_id: str) 
 
 def _matched(base: Tokens, source: Tokens, prefix: int) -> Alignment:
     """Blocks of equal tokens of the two texts after their prefix, the reward position among them."""
-    a, b = base.ids[prefix : base.reward_pos], source.ids[prefix : source.reward_pos]
+    if base.reads_first:  # no position is the same in both runs, those of the common prefix neither
+        a, b, prefix = base.ids, source.ids, 0
+    else:
+        a, b = base.ids[prefix : base.reward_pos], source.ids[prefix : source.reward_pos]
     blocks = difflib.SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()
     both = [(prefix + m.a + i, prefix + m.b + i) for m in blocks for i in range(m.size)]
+    if base.reads_first:
+        return Alignment(*map(tuple, zip(*both, strict=True)))
     both.append((base.reward_pos, source.reward_pos))
     return Alignment(tuple(x for x, _ in both), tuple(y for _, y in both))
+
+
+def _from_the_ends(base: Tokens, source: Tokens, prefix: int, at: str) -> Alignment:
+    """Where the first token is read: the positions before the first different token from the left, the others from the
+    right; at "response" the responses' own positions only, and what stands behind them."""
+    shift = len(base) - len(source)
+    if base.ids == source.ids:
+        return Alignment((), ())
+    behind = range(prefix + max(0, shift), len(base))
+    first = base.response.start if at == "response" else 0
+    both = [*((p, p) for p in range(first, prefix)), *((p, p - shift) for p in behind if p >= first)]
+    return Alignment(tuple(b for b, _ in both), tuple(s for _, s in both))
 
 
 def require_unshifted(alignment: Alignment, kind: str, pair_id: str) -> None:

@@ -87,12 +87,13 @@ class AttentionTap(TorchFunctionMode):
         if func in _PRODUCTS and len(args) == 2 and min(args[0].dim(), args[1].dim()) >= 3:  # no weight matrix
             if self._step == 0:
                 return func(*self._scores(*args))
-            if self._step == 1:
+            if self._mixes(*args):
                 return self._mixed(func, *args)
+            self._refuse_further_terms()
         return func(*args, **kwargs)
 
     def _enter(self, layer: int, x: Tensor | None) -> None:
-        self._layer, self._step = layer, 0
+        self._layer, self._step, self._keys = layer, 0, 0
         self._rows, self._length = (0, 0) if x is None else (x.shape[0], x.shape[1])
 
     def _fused(self, func, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **rest):
@@ -121,11 +122,31 @@ class AttentionTap(TorchFunctionMode):
         """The operands of the product of queries [.., pos, head_dim] and keys [.., head_dim, key]."""
         self._step = 1
         q, k = self._lay(query), self._lay(keys.transpose(-1, -2))
+        self._keys = keys.shape[-1]
         new_q, new_k = self._edit("q", q), self._edit_keys("k", k)
         return (
             new_q.transpose(1, 2).reshape(query.shape) if new_q is not q else query,
             new_k.transpose(1, 2).transpose(-1, -2).reshape(keys.shape) if new_k is not k else keys,
         )
+
+    def _mixes(self, weights: Tensor, values: Tensor) -> bool:
+        """Whether a product is that of attention weights and values: as many columns as the scores have keys, none
+        negative, rows of at most one. (DeBERTa adds products of queries and keys with positions to its scores.)"""
+        if weights.shape[-1] != self._keys or values.shape[-2] != self._keys:
+            return False
+        return bool(weights.min() >= 0) and bool(weights.sum(-1).max() <= 1 + 3e-2)
+
+    def _refuse_further_terms(self) -> None:
+        touched = [kind for kind in ("q", "k") if self._touches(kind)]
+        if touched:
+            raise StructureError(
+                f"The {'queries' if touched[0] == 'q' else 'keys'} of block {self._layer} of {self.rm.name} stand in "
+                "more than one product",
+                found="a further product between that of queries and keys and that of weights and values (relative "
+                "positions)",
+                expected="scores that are one product of queries and keys",
+                do="change values ('v'), attention patterns or heads instead",
+            )
 
     def _mixed(self, func, weights: Tensor, values: Tensor) -> Tensor:
         v = self._lay(values)

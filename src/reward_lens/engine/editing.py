@@ -109,7 +109,10 @@ def block_hooks(rm: RewardModel, shape: tuple[int, int], edits: Iterable[Placed]
     made = []
     for (kind, layer), some in _grouped(edits, lambda site: (site.kind, site.block)).items():
         scale = rm.trunk.write_scale if kind in ("attn", "mlp", "resid_mid") else 1.0
-        if kind == "resid_mid":
+        if kind == "resid_mid" and rm.trunk.norms:
+            change = _shaped(shape, lambda x, some=some: edited(x, some))
+            made.append(hooks.edit_output(rm.trunk.norms[layer][0], change))
+        elif kind == "resid_mid":
             made += _mid_hooks(rm, shape, layer, some, scale)
         elif kind in ("attn", "mlp"):
             change = _shaped(shape, lambda x, some=some, scale=scale: edited(x, some, scale=scale))

@@ -137,7 +137,7 @@ class _Trace:
         """The pre-norm residual at the reward position, [1, d_model], and the one that a gate reads: of this pass, or
         a fixed one where the pass starts behind the gate and so cannot move it."""
         rm, kept = self.rm, self.kept
-        self.batch = suffix_batch(tokens, start, rm.device, tokens.reward_pos + 1)
+        self.batch = suffix_batch(tokens, start, rm.device, tokens.seen.stop)
         past = PrefixCache(known.first(start), rm.n_layers) if start else None
         ends: list[Tensor] = []
 
@@ -148,9 +148,10 @@ class _Trace:
 
         wanted = [rm.trunk.edit_residual(0, enter)]
         # resid_mid = resid_pre + attention's write: the slope is that of the write, the value the sum.
-        parts = [Site(kind, s.layer) for s in self.sites if s.kind == "resid_mid" for kind in ("resid_pre", "attn")]
+        self.summed = [] if rm.trunk.norms else [s for s in self.sites if s.kind == "resid_mid"]
+        parts = [Site(kind, s.layer) for s in self.summed for kind in ("resid_pre", "attn")]
         for site in dict.fromkeys([*self.sites, *parts]):
-            if site.kind not in ("embed", "resid_mid") and site != Site("resid_pre", 0):
+            if site.kind != "embed" and site not in self.summed and site != Site("resid_pre", 0):
                 wanted.append(_keeping(rm, site, kept))
         at = tokens.reward_pos - start
         gate = gate_inside(rm, tokens, start)
@@ -163,7 +164,7 @@ class _Trace:
         """Slopes and values at the sites; `again`: the graph is kept for another backward."""
         rm, kept = self.rm, self.kept
         origin = {s: Site("embed") if s == Site("resid_pre", 0) else s for s in self.sites}
-        origin |= {s: Site("attn", s.layer) for s in self.sites if s.kind == "resid_mid"}
+        origin |= {s: Site("attn", s.layer) for s in self.summed}
         different = list(dict.fromkeys(origin.values()))
         found = torch.autograd.grad(reward, [kept[s] for s in different], allow_unused=True, retain_graph=again)
         slope = {s: torch.zeros_like(kept[s]) if g is None else g for s, g in zip(different, found, strict=True)}
@@ -175,7 +176,7 @@ class _Trace:
             slopes[site], values[site] = g / scale, x * scale
             if site.kind == "head":
                 slopes[site], values[site] = (t.unflatten(-1, (rm.n_heads, -1)) for t in (slopes[site], values[site]))
-            if site.kind == "resid_mid":
+            if site in self.summed:
                 pre = kept[Site("resid_pre", site.layer) if site.layer else Site("embed")]
                 values[site] = values[site] + pre.detach()[0].to(rm.like)
         return Gradients(slopes, values, float(reward.detach()), start)
@@ -200,6 +201,8 @@ def _keeping(rm: RewardModel, site: Site, kept: dict[Site, Tensor]) -> hooks.Hoo
 
     if site.kind in ("resid_pre", "resid_post"):
         return rm.trunk.edit_residual(depth_of(site), keep)
+    if site.kind == "resid_mid":
+        return hooks.edit_output(rm.trunk.norms[site.block][0], keep)
     if site.kind in ("attn", "mlp"):
         return hooks.edit_output(rm.trunk.writers[site.kind][site.block], keep)
     return hooks.edit_input(out_map(rm, site.block, "attn" if site.kind == "head" else "mlp"), keep)

@@ -117,7 +117,8 @@ def intervene(
         (attn, mlp), heads (``"L3.H5"``), neurons (``"L3.N17"``), the weights of routed experts (``"L3.router"``,
         ``"L3.R2"``; they are not made to sum to one again), queries, keys, values and attention patterns of a head
         (``"L3.Q5"``, ``"L3.K1"``, ``"L3.V1"``, ``"L3.P5"``; keys and values count key-value heads).
-    at: "final" (the reward position), "response" (the response's first token through the reward position), "all", or
+    at: "final" (the reward position), "response" (the response's first token through the reward position, or
+        through the last one where the first is read), "all", or
         an explicit range of positions.
     mask: 0 leaves the value exactly as it is, 1 takes exactly the source.
 

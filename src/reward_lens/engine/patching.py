@@ -6,7 +6,7 @@ so the batch grows as the walk goes down: the clean row alone enters the first b
 first edit is there join from the clean residual. Every block's weights are read once for all rows, and a row runs
 only the blocks it changes: one that changes what a block adds last joins behind that block (`_joining_late`). With a
 common prefix (`model.prefix`) only positions from the first edited one on are run: for an edit at the reward position,
-one token a row. What follows it is not run: the network is causal.
+one token a row. What follows it is not run in a causal network; in one that is not, everything is (`Tokens.seen`).
 
 A prompt-gated head reads a second position, where its weights are set. Where a row's edits reach it the row is read
 with its own weights; a row whose edits are all behind it has those of the clean row, to the bit.
@@ -159,7 +159,7 @@ def patch_gradients(
     besides: the rewards of the clean rows that walked with them.
     """
     start = min(min(edit.positions) for edit, _ in rows) if rm.reuses_prefix(base) else 0
-    stop = base.reward_pos + 1
+    stop = base.seen.stop
     with torch.no_grad():
         past = PrefixCache(keys_and_values(rm.trunk, base, start, known), rm.n_layers) if start else None
         recording = record(rm.trunk, suffix_batch(base, start, rm.device, stop), past=past)
@@ -310,13 +310,14 @@ def _read_by_gate(rm: RewardModel, walked: Tensor, moves_gate: list[bool]) -> Fl
 
 
 def grown(rm: RewardModel, args: tuple, kwargs: dict, rows: int) -> tuple[tuple, dict]:
-    """The arguments of a recorded call of one row, for `rows` rows: what has a row axis is expanded."""
+    """The arguments of a recorded call of one row, for `rows` rows: what grows with the rows is expanded."""
     names = list(inspect.signature(rm.trunk.blocks[0].forward).parameters)
+    shared = rm.trunk.shared_arguments
 
     def grow(value, name: str):
         if isinstance(value, tuple):  # rotary cosines and sines
             return tuple(grow(v, name) for v in value)
-        if not isinstance(value, Tensor) or value.dim() < 2:
+        if not isinstance(value, Tensor) or value.dim() < 2 or name in shared:
             return value
         if "alibi" in name and value.shape[0] == rm.n_heads:  # [batch * heads, 1, pos]
             return value.repeat(rows, *[1] * (value.dim() - 1))
@@ -327,12 +328,13 @@ def grown(rm: RewardModel, args: tuple, kwargs: dict, rows: int) -> tuple[tuple,
 
 
 def _adds_last(rm: RewardModel, row: Row) -> bool:
-    """Whether the row changes nothing but what a block adds to the residual stream after everything that it computes.
+    """Whether the row changes nothing but what a block adds to the residual stream after everything that it computes
+    (in a post-norm block a norm comes behind).
 
     In 16 bits such a row runs its block, since adding the change to the rounded sum would round once more.
     """
     kinds = ("attn", "mlp") if rm.structure.parallel else ("mlp",)
-    return len(row) == 1 and row[0].site.kind in kinds and not rm.sixteen_bit
+    return len(row) == 1 and row[0].site.kind in kinds and not rm.sixteen_bit and not rm.trunk.norms
 
 
 def _joining_late(rm: RewardModel, row: Row, number: int, writes: dict[Site, Tensor], start: int) -> Row:

@@ -86,6 +86,17 @@ def experts_of(rm: RewardModel, layer: int) -> Experts:
     return experts
 
 
+def require_readings_along(rm: RewardModel, tokens: Iterable[Tokens]) -> None:
+    """Raise where the head's readings at single positions are no readings of beginnings of the text."""
+    if any(t.reads_first for t in tokens):
+        raise StructureError(
+            "The reward cannot be read along the text",
+            found=f"{rm.name} reads the first token, and every position sees the whole text",
+            expected="a causal network, in which the state at a position is that of the text up to there",
+            do="use token_attribution with method='truncate' or 'leave_one_out', or the lens at='final'",
+        )
+
+
 def out_map(rm: RewardModel, layer: int, kind: str) -> nn.Module:
     """The linear map from heads (kind "attn") or neurons ("mlp") to the write of one block."""
     path = rm.structure.path(f"{kind}_out", layer)

@@ -30,7 +30,8 @@ def received(
     Returns [move, pos, ...] a kind, from `start` on. One call takes kinds that read the same input.
     """
     reads_middle = kinds == ["mlp"] and not rm.structure.parallel
-    site = Site("attn" if reads_middle else "resid_pre", layer)
+    middle = "resid_mid" if rm.trunk.norms else "attn"
+    site = Site(middle if reads_middle else "resid_pre", layer)
     placed = [
         Placed(Edit(site, positions, _moved(delta)), row, row, -start) for row, (positions, delta) in enumerate(moves)
     ]

@@ -73,6 +73,9 @@ def _reading(rm: RewardModel, batch: Batch, site: Site, pick: Pick, kept: dict) 
     elif site.kind in ("attn", "mlp"):
         yield rm.trunk.read_write(batch, site.block, site.kind, keep)
     elif site.kind == "resid_mid":
+        if rm.trunk.norms:
+            yield rm.trunk.read_middle(site.block, keep)
+            return
         box: list[Tensor] = []
         yield rm.trunk.read_residual(site.block, lambda x: box.append(pick(x)))
         yield rm.trunk.read_write(

@@ -10,8 +10,11 @@ values in the run. A margin is split by
     scale="shared":  margin_c = (u+ + u-)/2 . (c+ - c-),  and one row `norm` = (u+ - u-)/2 . (h+ + h-)
     scale="own":     margin_c = u+ . c+ - u- . c-
 
-which both sum to r+ - r-. What this cannot show: whether a component matters causally. A write also feeds every later
-component, and the norm's scale answers to all of them (see `effects`).
+which both sum to r+ - r-. In post-norm blocks (BERT) a write is what is left of it behind the norms that follow it,
+their scales frozen at the run's own, and the norms' shifts are a row of their own, `shifts` (`model.post_norm`).
+
+What this cannot show: whether a component matters causally. A write also feeds every later component, and the norm's
+scale answers to all of them (see `effects`).
 
 Reference: direct logit attribution (Elhage et al. 2021), with the reward head in the place of the unembedding.
 """

@@ -9,6 +9,10 @@ replaced by, the loss of reward splits exactly:
     mediated      total - [r(h) - r(h - c + c')]               what later components do about it
     total         the total effect, everything after the site recomputed (`effects`)
 
+In post-norm blocks c and c' are what is left of the writes behind the norms that follow (`contributions`), each run's
+scales frozen; the state with c replaced by c' is that of the stream with the one write replaced and all norms live, so
+that `norm_rescale` is what every norm behind the write answers.
+
 A prompt-gated head has a second direct route, where the gate reads the site's write. With p its position and g, g' what
 it reads before and after,
 
@@ -143,6 +147,16 @@ class Writes:
         before, after = (split.write(v.flatten()[None], site.block)[0] for v in (x, changed))
         return after - before
 
+    def behind_norms(self, acts: Activations, run: int, moved: Tensor) -> Tensor:
+        """[1 + site, d_model] final states of a post-norm run, first as it is, then with one block's write moved: the
+        other writes are held, the norms behind every write live."""
+        order: list[Site] = next(iter(self.splits.values())).writes
+        stream = [acts[site][run].expand(1 + len(moved), -1).clone() for site in order]
+        for row, (site, by) in enumerate(zip(self.sites, moved, strict=True), start=1):
+            whole = {"head": "attn", "neuron": "mlp"}.get(site.kind, site.kind)
+            stream[order.index(Site(whole, site.layer))][row] += by
+        return self.rm.trunk.carrier.final(stream[0], stream[1:])
+
     def value(self, site: Site, acts: Activations, run: int) -> Tensor:
         """The site's value in one run."""
         if site.kind in ("head", "neuron"):
@@ -202,8 +216,10 @@ def _live(
         return torch.stack([writes.moved(s, held, v, place) for s, v in zip(writes.sites, new, strict=True)])
 
     gate, read = rm.readout_inputs([acts.tokens[run]]), rm.readout.reward
-    changed = h[run] + replaced(acts, run)
-    value = read(torch.cat([h[run][None], changed]), gate).double()
+    moved = replaced(acts, run)
+    states = writes.behind_norms(acts, run, moved) if rm.trunk.norms else torch.cat([h[run][None], h[run] + moved])
+    changed = states[1:]
+    value = read(states, gate).double()
     losses = value[0] - value[1:]
     if gate is None or at_gate is None:
         return torch.stack([losses, torch.zeros_like(losses), losses], -1)

@@ -8,6 +8,9 @@ taken by running its block again. Receivers are the attention and the MLP of eve
 Signs are those of `effects`: noise r(chosen) - r(patched), denoise r(patched) - r(rejected). `steps=1` is EAP, more
 average the slopes over runs between the two (EAP-IG).
 
+In post-norm blocks a sender's move reaches a reader through the norms of the writes in between: their Jacobians are
+part of the edge.
+
 Identity, checked: a write reaches the reward through its readers only, so the edges out of a sender sum to its gradient
 estimate. What this cannot show: that patching an edge does this much (see `path_effects`, which runs it).
 
@@ -119,8 +122,12 @@ def _scores(
     total, gradient = np.zeros(len(edges)), np.zeros(len(senders))
     which_sender, which_receiver = np.array(edges).T
     for residual, weight in zip(entering, weights, strict=True):
-        read, written = _reader_slopes(rm, base, senders, start, residual)
-        products = torch.einsum("spd,rpd->sr", moved, torch.stack([r[rows] for r in read]).double()).cpu().numpy()
+        read, written, values = _reader_slopes(rm, base, senders, start, residual)
+        at_rows = [slope[rows] for slope in read]
+        if rm.trunk.norms:
+            products = _through_norms(rm, [value[rows] for value in values], moved, at_rows)
+        else:
+            products = torch.einsum("spd,rpd->sr", moved, torch.stack(at_rows).double()).cpu().numpy()
         total += weight * products[which_sender, which_receiver]
         slopes = torch.stack([w[rows] for w in written]).double()
         gradient += weight * torch.einsum("spd,spd->s", moved, slopes).cpu().numpy()
@@ -131,19 +138,34 @@ def _scores(
 
 def _reader_slopes(
     rm: RewardModel, base: TextRun, senders: Sequence[Site], start: int, entering: Tensor | None
-) -> tuple[list[Tensor], list[Tensor]]:
-    """dr/d(input of v) of every receiver (the reward head last), and dr/d(write) of every sender, [pos, d_model]."""
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """dr/d(input of v) of every receiver (the reward head last), dr/d(write) of every sender, and what each sender
+    writes in that run, [pos, d_model]."""
     last = Site("resid_post", rm.n_layers - 1)
-    slopes = gradients(rm, base.tokens, [*senders, last], start, base.keys, entering=entering).slopes
+    found = gradients(rm, base.tokens, [*senders, last], start, base.keys, entering=entering)
+    slopes = found.slopes
     past = PrefixCache(base.keys.first(start), rm.n_layers) if start else None
-    batch = suffix_batch(base.tokens, start, rm.device, base.tokens.reward_pos + 1)
+    batch = suffix_batch(base.tokens, start, rm.device, base.tokens.seen.stop)
     put = [] if entering is None else [rm.trunk.edit_residual(0, lambda x: entering[None].to(x))]
     with torch.no_grad():
         recording = record(rm.trunk, batch, *put, past=past)
     read = []
     for layer in range(rm.n_layers):
         read += _block_slopes(rm, recording, layer, slopes)
-    return [*read, slopes[last]], [slopes[s] for s in senders]
+    return [*read, slopes[last]], [slopes[s] for s in senders], [found.values[s] for s in senders]
+
+
+def _through_norms(rm: RewardModel, own: list[Tensor], moved: Tensor, read: list[Tensor]) -> np.ndarray:
+    """[sender, receiver] in post-norm blocks: a receiver's slope pulled back through the norms between it and a write,
+    the other writes held. Receiver r reads what block 0 reads and the first r writes."""
+    with torch.enable_grad():
+        leaves = [x.detach().clone().requires_grad_(True) for x in own]
+        states = [rm.trunk.carrier.final(leaves[0], leaves[1 : 1 + n]) for n in range(len(leaves))]
+    out = np.zeros((len(own), len(read)))
+    for r, (state, slope) in enumerate(zip(states, read, strict=True)):
+        pulled = torch.autograd.grad((state * slope).sum(), leaves[: r + 1])
+        out[: r + 1, r] = [float((by * one.double()).sum()) for by, one in zip(moved, pulled, strict=False)]
+    return out
 
 
 def _block_slopes(rm: RewardModel, recording, layer: int, slopes: dict[Site, Tensor]) -> list[Tensor]:
@@ -154,14 +176,20 @@ def _block_slopes(rm: RewardModel, recording, layer: int, slopes: dict[Site, Ten
 
     def attention(y: Tensor) -> Tensor:
         kept["attn"] = y
-        return y.clone() if rm.structure.parallel else y + middle.reshape(y.shape) / rm.trunk.write_scale
+        return (
+            y.clone() if rm.structure.parallel or rm.trunk.norms else y + middle.reshape(y.shape) / rm.trunk.write_scale
+        )
 
     def mlp(y: Tensor) -> Tensor:
         kept["mlp"] = y
         return y.clone()  # Falcon adds attention's write to it in place
 
+    def between(x: Tensor) -> Tensor:
+        return x + middle
+
     wanted = [
         hooks.edit_output(rm.trunk.writers["attn"][layer], attention),
+        *([hooks.edit_output(rm.trunk.norms[layer][0], between)] if rm.trunk.norms else []),
         hooks.edit_output(rm.trunk.writers["mlp"][layer], mlp),
     ]
     args, kwargs = recording.calls[layer]

@@ -95,7 +95,8 @@ def cells_of(tokens: Tokens, where: Alignment, spans: Spans, pair: int, pair_id:
         if not len(positions) or positions[0] < 0 or positions[-1] >= len(tokens):
             raise _not_a_span(f"{name!r}: {positions.start} to {positions.stop} of {len(tokens)} tokens", pair_id)
         inside = where.only(positions)
-        shared = where.base and positions[-1] < min(where.base)  # before the first difference both runs are equal
+        # Before the first difference both runs are equal, unless the first token is read: it sees what follows.
+        shared = where.base and positions[-1] < min(where.base) and not tokens.reads_first
         groups.append(inside if inside.base or shared or not where.base else None)
     return Cells(tokens, "span", tuple(one), tuple(groups))
 

@@ -74,7 +74,7 @@ def exchanged(
         one_gate = gate is None or gate < shared  # prompts that truncation cut differently set different weights
         if last in sites and spans is None and reading.norm == "live" and where.base and one_gate:
             size = rm.effect_scale(own, source.reward, *np.ravel(read).tolist(), *np.ravel(margin).tolist())
-            if where.base[-1] == base.reward_pos and where.source[-1] == other.reward_pos:
+            if (base.reward_pos, other.reward_pos) in zip(where.base, where.source, strict=True):
                 gap = np.abs(values[..., sites.index(last), 0] - margin)
                 found.closing.append(float(gap[reading.whole].max()) / size)
         found.values.append(values)

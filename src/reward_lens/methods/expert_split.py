@@ -37,22 +37,31 @@ class ExpertSplit(ComponentSplit):
         return columns(rows + closing_rows(self.rm, scale))
 
     def dots(self, acts: Activations, u):
-        found = [(acts[Site("embed")] * u).sum(-1, keepdim=True)]
+        along, shifts = self.along(acts, u)
+        found = [(acts[Site("embed")] * along[0]).sum(-1, keepdim=True)]
         for layer in range(self.rm.n_layers):
-            found.append((acts[Site("attn", layer)] * u).sum(-1, keepdim=True))
+            found.append(self._whole(acts, along, Site("attn", layer)))
             if layer in self.norms:
-                units, rest = self._layer(acts, u, layer)
+                units, rest = self._layer(acts, self._own(along, layer), layer)
                 found += [units, rest[:, None]]
             else:
-                found.append((acts[Site("mlp", layer)] * u).sum(-1, keepdim=True))
-        return self._with_rounding(torch.cat(found, 1), acts, u)
+                found.append(self._whole(acts, along, Site("mlp", layer)))
+        return self._closed(torch.cat(found, 1), shifts, acts, u)
 
     def finer_gap(self, acts: Activations, u):
         gaps = []
+        along, _ = self.along(acts, u)
         for layer in self.layers:
-            units, rest = self._layer(acts, u, layer)
-            gaps.append((units.double().sum(1) + rest - (acts[Site("mlp", layer)] * u).sum(-1)).abs())
+            own = self._own(along, layer)
+            units, rest = self._layer(acts, own, layer)
+            gaps.append((units.double().sum(1) + rest - (acts[Site("mlp", layer)] * own).sum(-1)).abs())
         return torch.stack(gaps).max(0).values
+
+    def _own(self, along: list[Tensor], layer: int) -> Tensor:
+        return along[self.writes.index(Site("mlp", layer))]
+
+    def _whole(self, acts: Activations, along: list[Tensor], site: Site) -> Tensor:
+        return (acts[site] * along[self.writes.index(site)]).sum(-1, keepdim=True)
 
     def _layer(self, acts: Activations, u, layer: int) -> tuple[Tensor, Tensor]:
         """[run, expert] and the rest [run] of one block."""

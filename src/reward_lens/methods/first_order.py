@@ -73,7 +73,9 @@ def integrated_joint(task: Task) -> Estimate:
     """A backward a node."""
     base, source, where = task.base, task.source, task.where
     moves = _moves(task)
-    if where.base == (base.tokens.reward_pos,):
+    # Where the first token is read, its keys and values move the heads of every position, which no two texts share.
+    moves_all = base.tokens.reads_first and any(s.kind in IN_ATTENTION for s in task.sites)
+    if where.base == (base.tokens.reward_pos,) and not moves_all:
         own = _slopes(task, base)
         passes = [Pass(own, 0.5), Pass(_slopes(task, source), 0.5, of_source=True)]
         return Estimate(_summed(task, moves, passes), task.gap([own.reward]))
@@ -135,11 +137,11 @@ def _attention_moves(task: Task, inside: dict[int, list[tuple[tuple[int, int], E
     rm, tokens, start = task.rm, task.base.tokens, task.start
     past = PrefixCache(task.base.keys.first(start), rm.n_layers) if start else None
     with torch.no_grad():
-        recording = record(rm.trunk, suffix_batch(tokens, start, rm.device, tokens.reward_pos + 1), past=past)
-    after = tuple(range(start, tokens.reward_pos + 1))
+        recording = record(rm.trunk, suffix_batch(tokens, start, rm.device, tokens.seen.stop), past=past)
+    after = tuple(range(start, tokens.seen.stop))
     shift = task.source.tokens.reward_pos - tokens.reward_pos
     where = Alignment(after, tuple(p + shift for p in after))
-    if task.where.base == (tokens.reward_pos,):
+    if task.where.base == (tokens.reward_pos,) and not tokens.reads_first:
         where = where.only([tokens.reward_pos])
     out = {}
     for layer, some in inside.items():

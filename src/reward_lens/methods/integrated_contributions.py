@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reward_lens.engine.activations import Activations, captured, pairs_of
+from reward_lens.engine.activations import captured, pairs_of
 from reward_lens.errors import DataError
 from reward_lens.methods.paired import margin_of, paired_result
 from reward_lens.methods.splits import ComponentSplit
@@ -58,21 +58,25 @@ def integrated_contributions(rm: RewardModel, pairs, baseline: Baseline = "mean"
     split = ComponentSplit(rm)
     chunks = list(captured(rm, pairs, split.sites))
     runs = sum(len(acts.tokens) for acts in chunks)
-    means = {site: torch.stack([acts[site].double().sum(0) for acts in chunks]).sum(0) / runs for site in split.sites}
+    last = split.sites[-1]
+    mean = torch.stack([acts[last].double().sum(0) for acts in chunks]).sum(0) / runs
+    mean_parts = torch.stack([split.parts(acts).double().sum(0) for acts in chunks]).sum(0) / runs
     points, weights = np.polynomial.legendre.leggauss(steps)
     rule = ((points + 1) / 2).tolist(), (weights / 2).tolist()
     values, gaps = [], []
     for acts in chunks:
-        h, inputs = acts[split.sites[-1]], rm.readout_inputs(acts.tokens)
+        h, inputs = acts[last], rm.readout_inputs(acts.tokens)
         reward = rm.readout.reward(h, inputs)
         if baseline == "zero":
             direction = _from_nothing(rm, h, inputs, *rule)
             rows = split.dots(acts, direction.u)
         else:
-            center = {site: mean.to(h).expand(len(h), -1) for site, mean in means.items()}
-            direction = _from_mean(rm, h, center[split.sites[-1]], inputs, *rule)
-            start = Activations(acts.tokens, dict(center), "final")
-            rows = split.dots(acts, direction.u) - split.dots(start, direction.u)
+            center = mean.to(h).expand(len(h), -1)
+            direction = _from_mean(rm, h, center, inputs, *rule)
+            rows = ((split.parts(acts) - mean_parts.to(h)) * direction.u[:, None]).sum(-1)
+            if rm.sixteen_bit:  # additions round: what they lost is a row of its own
+                lost = ((h - center).double() * direction.u).sum(-1, keepdim=True)
+                rows = torch.cat([rows, (lost - rows.double().sum(1, keepdim=True)).to(rows)], 1)
         whole = torch.cat([rows, direction.constant[:, None]], 1).double()
         gaps.append(float(((whole.sum(1) - reward.double()).abs() / whole.abs().sum(1)).max()))
         values.append(margin_of(whole[::2].cpu().numpy(), whole[1::2].cpu().numpy()))

@@ -115,7 +115,10 @@ def _of_text(
     rows = []
     for unit in units:
         span = unit.positions
-        readers = range(text.reward_pos if queries == "reward" else span.stop, text.reward_pos + 1)
+        if queries == "reward":
+            readers = range(text.reward_pos, text.reward_pos + 1)
+        else:  # whoever sees the span: what follows it, or, where the first token is read, all others
+            readers = tuple(p for p in text.seen if p >= span.stop or (text.reads_first and p < span.start))
         source = without(span)
         rows.append(tuple(Edit(Site("pattern", layer), readers, source) for layer in blocks))
     out = patch_rows(rm, text, rows, max_rows=max_rows)
@@ -134,12 +137,13 @@ def _units(rm: RewardModel, pair, side: int, text: Tokens, spans) -> list[Unit]:
         units = [Unit(span, "", "response")]
     for unit in units:
         span = unit.positions
-        if not len(span) or span.start < 0 or span.stop > text.reward_pos:
+        if not len(span) or span.start < 0 or span.stop > text.seen.stop or text.reward_pos in span:
             raise DataError(
                 f"A span of pair {pair.id} cannot be knocked out",
                 found=f"positions {span.start} to {span.stop}; the reward is read at {text.reward_pos}",
-                expected="at least one position, all before the one that reads",
-                do="choose a range before the reward position (rm.tokenize shows positions and pieces)",
+                expected="at least one position, all of them read by another one: before the reward position, or, "
+                "where the first token is read, behind it",
+                do="choose such a range (rm.tokenize shows positions and pieces)",
             )
     return units
 

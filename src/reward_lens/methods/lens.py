@@ -6,6 +6,9 @@
 h_d is the residual that enters block d; d = n_layers is the pre-norm residual, where both equal the reward. The two
 differ by the norm's scale: residual norms grow with depth, so a frozen lens of an untrained network already rises.
 
+In post-norm blocks a depth's state is the normed sum of everything before it, as the next block reads it: the own lens
+reads that state, and the frozen one, no running sum there, is refused.
+
 What this cannot show: that the network "knows" its reward at the depth where the lens settles. The head was trained
 on the last residual only; an early read-out may be off its axis (see the tuned lens), and a late one may be mere norm
 growth (see the random-weight control of `crystallization_depth`).
@@ -22,10 +25,12 @@ from torch import Tensor
 
 from reward_lens import data
 from reward_lens.engine.activations import captured, pairs_of
+from reward_lens.engine.places import require_readings_along
 from reward_lens.errors import DataError
 from reward_lens.methods.paired import margin_of, paired_result
 from reward_lens.model.forward import Batch
 from reward_lens.model.heads.own import head_of
+from reward_lens.model.post_norm import require_added
 from reward_lens.model.readout import Direction, read_size
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
@@ -46,6 +51,8 @@ def reward_lens(rm: RewardModel, pairs, norm: Norms = "own", at: Literal["final"
     if norm not in ("own", "frozen") or at not in ("final", "all"):
         raise DataError("The lens was asked for something it does not have", found=f"norm={norm!r}, at={at!r}",
                         expected="norm 'own' or 'frozen', at 'final' or 'all'", do="pass one of these")  # fmt: skip
+    if norm == "frozen":
+        require_added(rm, "The lens at the last state's scale")
     if at == "all":
         return _lens_everywhere(rm, data.as_pairs(pairs), norm)
     sites = [Site("embed"), *(Site("resid_post", layer) for layer in range(rm.n_layers))]
@@ -128,6 +135,7 @@ def _crystallized(rm: RewardModel, lens: Result) -> np.ndarray:
 
 def _lens_everywhere(rm: RewardModel, pairs: data.Pairs, norm: Norms) -> Result:
     tokens = [t for both in rm.tokenize_pairs(pairs) for t in both]
+    require_readings_along(rm, tokens)
     longest = max(len(t) for t in tokens)
     read = np.full((len(tokens), rm.n_layers + 1, longest), np.nan)
     for batch in rm.batches(tokens):

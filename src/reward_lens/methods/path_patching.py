@@ -87,7 +87,9 @@ def path_effects(
     split = HeadSplit(rm) if any(s.kind == "head" for s in sent) else None
     found, gaps = [], []
     for pair, tokens in zip(pairs, rm.tokenize_pairs(pairs), strict=True):
-        runs = run_pair(rm, tokens[0], tokens[1], sent, only_final=at == "final")
+        # In post-norm blocks a write reaches its readers behind the norms of the writes in between: these are held too.
+        held = list(dict.fromkeys([*sent, *sites_of(rm, "components")])) if rm.trunk.norms else sent
+        runs = run_pair(rm, tokens[0], tokens[1], held, only_final=at == "final")
         base, source = runs if mode == "noise" else runs[::-1]
         where = aligned(base.tokens, source.tokens, at, align, str(pair.id))
         effects, gap = _of_pair(rm, split, sent, names, base, source, where)
@@ -118,7 +120,7 @@ def _of_pair(
     moves = [_write_moved(rm, split, s, base, source, where) for s in senders]
     start = where.base[0] if rm.reuses_prefix(base.tokens) else 0
     past = PrefixCache(base.keys.first(start), rm.n_layers) if start else None
-    stop = base.tokens.reward_pos + 1
+    stop = base.tokens.seen.stop
     recording = record(rm.trunk, suffix_batch(base.tokens, start, rm.device, stop), past=past)
     gate = rm.readout_inputs([base.tokens])
     clean = float(rm.readout.reward(recording.last[:, base.tokens.reward_pos - start].to(rm.like), gate)[0])
@@ -128,8 +130,9 @@ def _of_pair(
         if name == REWARD:
             require_behind_gate(rm, base.tokens, where.base)
             h = recording.last[:, base.tokens.reward_pos - start].to(rm.like)
-            ends = where.base[-1] == base.tokens.reward_pos
-            at_end = torch.stack([move[-1] if ends else torch.zeros_like(move[-1]) for move in moves])
+            read = [i for i, p in enumerate(where.base) if p == base.tokens.reward_pos]
+            arrived = _arrived(rm, senders, moves, base, where, 2 * rm.n_layers)
+            at_end = torch.stack([move[read].sum(0) for move in arrived])
             both = rm.readout.reward(torch.cat([h, h + at_end]), gate).double()
             out[:, r] = (both[0] - both[1:]).cpu().numpy()
             continue
@@ -138,9 +141,12 @@ def _of_pair(
         out[[s for s in range(len(senders)) if s not in earlier], r] = np.nan
         if not earlier:
             continue
-        given = received(rm, recording, start, site.block, [site.kind], [(positions, moves[s]) for s in earlier])
-        # Attention passes a moved position on to all later ones; what reads one position alone moves there.
-        reach = range(where.base[0], stop) if site.kind == "attn" else positions
+        before = 2 * site.block + (site.kind == "mlp")  # writes that the receiver's input holds
+        arrived = _arrived(rm, [senders[s] for s in earlier], [moves[s] for s in earlier], base, where, before)
+        given = received(rm, recording, start, site.block, [site.kind], [(positions, move) for move in arrived])
+        # Attention passes a moved position on to all that see it; what reads one position alone moves there.
+        first = 0 if base.tokens.reads_first else where.base[0]
+        reach = range(first, stop) if site.kind == "attn" else positions
         at = [p - start for p in reach]
         for row, s in enumerate(earlier):
             new = given[site.kind][row, at]
@@ -163,6 +169,24 @@ def _write_moved(rm, split: HeadSplit | None, site: Site, base: TextRun, source:
     changed[:, site.index] = source.at(site, where.source)
     before, after = (split.write(z.flatten(1), site.block) for z in (own, changed))
     return after - before
+
+
+def _arrived(
+    rm: RewardModel, senders: Sequence[Site], moves: Sequence[Tensor], base: TextRun, where: Alignment, before: int
+) -> list[Tensor]:
+    """By how much each sender's move, [pos, d_model], moves the stream behind the first `before` writes: the move
+    itself where writes are added, else what the norms in between, live, make of it with the other writes held."""
+    if not rm.trunk.norms:
+        return list(moves)
+    order = sites_of(rm, "components")
+    own = [base.at(site, where.base) for site in order[: before + 1]]
+    clean, out = rm.trunk.carrier.final(own[0], own[1:]), []
+    for sender, move in zip(senders, moves, strict=True):
+        changed = list(own)
+        at = order.index(Site("attn", sender.layer) if sender.kind == "head" else sender)
+        changed[at] = own[at] + move
+        out.append(rm.trunk.carrier.final(changed[0], changed[1:]) - clean)
+    return out
 
 
 def _before(rm: RewardModel, sender: Site, receiver: Site) -> bool:

@@ -100,22 +100,28 @@ class SourceRun:
 
     def parts(self, u: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """([layer, source] attention parts, [component] what stands at the reward position)."""
-        attention, local = [], [(self.embed * u[0]).sum()]
+        along, shifts = self._along(u)
+        attention, local = [], [(self.embed * along[0][0]).sum()]
         for layer, row in enumerate(self.rows):
-            pulled, constant = self.split.pulled(row.z, u, layer)
+            pulled, constant = self.split.pulled(row.z, along[1 + 2 * layer], layer)
             by_source = row.weights[0] * (row.values[0] @ pulled.view(self.rm.n_heads, -1, 1)).squeeze(-1)
             attention.append(by_source.double().sum(0))
-            local += [constant[0], (self.writes[2 * layer + 1] * u[0]).sum()]
+            local += [constant[0], (self.writes[2 * layer + 1] * along[2 + 2 * layer][0]).sum()]
+        local += [shifts[0]] * bool(self.rm.trunk.norms)
         if self.rm.sixteen_bit:
             lost = (self.h.double() * u[0]).sum() - torch.stack(attention).sum() - torch.stack(local).double().sum()
             local.append(lost)
         local.append(self.direction.constant[0])
         return torch.stack(attention).cpu().numpy(), torch.stack([x.double() for x in local]).cpu().numpy()
 
+    def _along(self, u: Tensor) -> tuple[list[Tensor], Tensor]:
+        return self.rm.trunk.carrier.pulled(self.embed[None], [w[None] for w in self.writes], u)
+
     def gaps(self, attention: np.ndarray, local: np.ndarray) -> tuple[float, ...]:
         size = np.abs(attention).sum() + np.abs(local).sum()
         whole = abs(attention.sum() + local.sum() - float(self.reward)) / size
-        writes = [float((self.writes[2 * layer] * self.direction.u[0]).sum()) for layer in range(len(self.rows))]
+        along, _ = self._along(self.direction.u)
+        writes = [float((self.writes[2 * layer] * along[1 + 2 * layer][0]).sum()) for layer in range(len(self.rows))]
         constants = local[1 : 1 + 2 * len(self.rows) : 2]
         finer = np.abs(attention.sum(1) + constants - np.array(writes)).max() / size
         rounding = abs(local[-2]) / size if self.rm.sixteen_bit else 0.0
@@ -141,7 +147,8 @@ def _labels(rm: RewardModel, split: HeadSplit) -> tuple[list[str], list[int], li
     for layer in range(rm.n_layers):
         rows += [(str(Site("attn", layer)), layer, "attn"), (f"L{layer}.attn_bias", layer, "attn_bias")]
         rows.append((str(Site("mlp", layer)), layer, "mlp"))
-    rows += [(name, rm.n_layers, name) for name in ["rounding"] * rm.sixteen_bit + ["bias"]]
+    closing = ["shifts"] * bool(rm.trunk.norms) + ["rounding"] * rm.sixteen_bit + ["bias"]
+    rows += [(name, rm.n_layers, name) for name in closing]
     labels, layers, kinds = zip(*rows, strict=True)
     return list(labels), list(layers), list(kinds)
 

@@ -27,6 +27,8 @@ class Split(Protocol):
 
     sites: list[Site]
     """What must be captured; the last one is the pre-norm residual."""
+    writes: list[Site]
+    """What block 0 reads and each block's writes, in order."""
 
     def labels(self, scale: str) -> Labels:
         """Of each component: label, layer (-1 before block 0, n_layers after the last), kind, index in its layer."""
@@ -49,22 +51,37 @@ class ComponentSplit:
         self.sites = [Site("embed")]
         for layer in range(rm.n_layers):
             self.sites += [Site("attn", layer), Site("mlp", layer)]
+        self.writes = list(self.sites)
         self.sites.append(Site("resid_post", rm.n_layers - 1))
 
     def labels(self, scale: str) -> Labels:
-        sites = self.sites[:-1]
-        rows = [(str(s), -1 if s.layer is None else s.layer, s.kind, -1) for s in sites]
+        rows = [(str(s), -1 if s.layer is None else s.layer, s.kind, -1) for s in self.writes]
         return columns(rows + closing_rows(self.rm, scale))
 
     def dots(self, acts: Activations, u):
-        rows = [(acts[site] * u).sum(-1) for site in self.sites[:-1]]
-        return self._with_rounding(torch.stack(rows, 1), acts, u)
+        along, shifts = self.along(acts, u)
+        rows = [(acts[site] * one).sum(-1) for site, one in zip(self.writes, along, strict=True)]
+        return self._closed(torch.stack(rows, 1), shifts, acts, u)
+
+    def along(self, acts: Activations, u) -> tuple[list[Tensor], Tensor]:
+        """The direction [run, d_model] of what block 0 reads and of each write that stands for `u` of the pre-norm
+        residual (`u` itself, but in post-norm blocks), and the part [run] of the norms' shifts."""
+        embed, *writes = (acts[site] for site in self.writes)
+        return self.rm.trunk.carrier.pulled(embed, writes, u)
+
+    def parts(self, acts: Activations) -> Float[Tensor, "run component d_model"]:
+        """The components as vectors that sum to the pre-norm residual, without the row of rounding."""
+        embed, *writes = (acts[site] for site in self.writes)
+        return self.rm.trunk.carrier.carried(embed, writes)
 
     def finer_gap(self, acts: Activations, u):
         return torch.full_like(u[:, 0], torch.nan, dtype=torch.float64)
 
-    def _with_rounding(self, rows: Tensor, acts: Activations, u) -> Tensor:
-        """In 16 bits additions and output maps round; what they lost is a row of its own (its size is checked)."""
+    def _closed(self, rows: Tensor, shifts: Tensor, acts: Activations, u) -> Tensor:
+        """The rows with what closes their sum to u . h: in post-norm blocks the norms' shifts, carried like a write. In
+        16 bits additions and output maps round; what they lost is a row of its own (its size is checked)."""
+        if self.rm.trunk.norms:
+            rows = torch.cat([rows, shifts[:, None].to(rows)], 1)
         if not self.rm.sixteen_bit:
             return rows
         h = acts[self.sites[-1]]
@@ -106,20 +123,23 @@ class _UnitSplit(ComponentSplit):
         return columns(rows + closing_rows(self.rm, scale))
 
     def dots(self, acts: Activations, u):
-        columns = [(acts[Site("embed")] * u).sum(-1, keepdim=True)]
+        along, shifts = self.along(acts, u)
+        columns = [(acts[Site("embed")] * along[0]).sum(-1, keepdim=True)]
         for layer in range(self.rm.n_layers):
-            units, constant = self._layer(acts, u, layer)
+            units, constant = self._layer(acts, along, layer)
             other = Site("mlp" if self.kind == "attn" else "attn", layer)
-            whole = [(acts[other] * u).sum(-1, keepdim=True)]
+            whole = [(acts[other] * along[self.writes.index(other)]).sum(-1, keepdim=True)]
             parts = [units, *([constant[:, None]] * self._has_constant(layer))]
             columns += [*parts, *whole] if self.kind == "attn" else [*whole, *parts]
-        return self._with_rounding(torch.cat(columns, 1), acts, u)
+        return self._closed(torch.cat(columns, 1), shifts, acts, u)
 
     def finer_gap(self, acts: Activations, u):
         gaps = []
+        along, _ = self.along(acts, u)
         for layer in range(self.rm.n_layers):
-            units, constant = self._layer(acts, u, layer)
-            write = (acts[Site(self.kind, layer)] * u).sum(-1)
+            units, constant = self._layer(acts, along, layer)
+            own = Site(self.kind, layer)
+            write = (acts[own] * along[self.writes.index(own)]).sum(-1)
             gaps.append((units.double().sum(1) + constant - write).abs())
         return torch.stack(gaps).max(0).values
 
@@ -148,9 +168,9 @@ class _UnitSplit(ComponentSplit):
         norm = self.norms[layer]
         return (before if norm is None else norm(before)) * self.rm.structure.write_scale
 
-    def _layer(self, acts: Activations, u, layer: int) -> tuple[Tensor, Tensor]:
-        """[run, unit] and the constant [run] of one block."""
-        x = acts[self.unit_sites[layer]]
+    def _layer(self, acts: Activations, along: list[Tensor], layer: int) -> tuple[Tensor, Tensor]:
+        """[run, unit] and the constant [run] of one block, the block's write read along its own direction."""
+        x, u = acts[self.unit_sites[layer]], along[self.writes.index(Site(self.kind, layer))]
         pulled, constant = self.pulled(x, u, layer)
         return self._units(x, pulled), constant
 
@@ -184,7 +204,9 @@ class NeuronSplit(_UnitSplit):
 
 def closing_rows(rm: RewardModel, scale: str) -> list[tuple[str, int, str, int]]:
     """The rows behind all writes that close the sum."""
-    names = ["rounding"] * rm.sixteen_bit + ["bias"] + ["norm"] * (scale == "shared")
+    names = (
+        ["shifts"] * bool(rm.trunk.norms) + ["rounding"] * rm.sixteen_bit + ["bias"] + ["norm"] * (scale == "shared")
+    )
     return [(name, rm.n_layers, name, -1) for name in names]
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from reward_lens import data
+from reward_lens.engine.places import require_readings_along
 from reward_lens.errors import CheckFailed, DataError
 from reward_lens.methods.embedding_paths import Baseline, gradient_path, integrated_path
 from reward_lens.methods.paired import paired_result
@@ -98,6 +99,8 @@ def token_attribution(
     _require(steps, method=method, by=by, baseline=baseline, removal=removal)
     pairs = data.as_pairs(pairs)
     tokens = [t for both in rm.tokenize_pairs(pairs) for t in both]
+    if method == "prefix":
+        require_readings_along(rm, tokens)
     units = [units_of(t, by, tail=method == "prefix") for t in tokens]
     tolerance = (5e-2 if rm.sixteen_bit else 1e-2) if method == "integrated" else None
     if method == "prefix":

@@ -32,7 +32,10 @@ def base_under_head(rm: RewardModel, base: Any, revision: str | None = None) -> 
     module = copy.deepcopy(rm.module)
     own, added = _trunk(module).state_dict(), 0
     lacking, other = [], []
+    pooler = f"{rm.structure.pooler}.".removeprefix(f"{getattr(module, 'base_model_prefix', '')}.")
     for key, weight in own.items():
+        if key.startswith(pooler):  # part of the head, wherever the class keeps it
+            continue
         new = given.get(key)
         if new is None:
             lacking.append(key)

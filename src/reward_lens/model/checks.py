@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from reward_lens.engine import hooks
 from reward_lens.errors import LoadError
-from reward_lens.model.forward import at_rows, make_batch, padding_id, record, replay
+from reward_lens.model.forward import at_rows, make_batch, padding_id, record, replay, suffix_batch
 from reward_lens.model.heads.own import OwnHead
 from reward_lens.model.prefix import pooled_with_prefix
 from reward_lens.model.readout import Rounding, RunsANetwork
@@ -202,6 +202,8 @@ def _tokenisation(rm, tokens: list[Tokens]):
     around = "".join(tokens[0].pieces[max(0, at - 3) : at]), tokens[0].pieces[at], "".join(tokens[0].pieces[at + 1 :])
     pad = "pad == eos" if hf.pad_token_id is not None and hf.pad_token_id == hf.eos_token_id else "pad is its own token"
     found = f"reads {around[1]!r} after {around[0]!r}, before {around[2]!r}; {pad}, masks come from lengths"
+    if rm.structure.reads_first:
+        found += "; measured: no other token's final state moves the scores"
     yield "reward position", 0.0, math.inf, found
 
 
@@ -284,7 +286,8 @@ def _residuals(rm, tokens: Tokens):
     inputs = rm.readout_inputs([tokens])
     reward = rm.readout.reward(final, inputs)
     direction = rm.readout.direction(final, inputs)
-    parts = torch.stack([(direction.u * w).sum(-1) for w in writes])
+    along, shifts = rm.trunk.carrier.pulled(writes[0], writes[1:], direction.u)
+    parts = torch.stack([*((u * w).sum(-1) for u, w in zip(along, writes, strict=True)), shifts])
     total = parts.sum(0) + direction.constant
     scale = float((parts.abs().sum(0) + direction.constant.abs())[0])
     found = f"{len(writes)} writes and the bias sum to {float(total[0]):.6g}, the reward is {float(reward[0]):.6g}"
@@ -301,6 +304,8 @@ def _prefix(rm, tokens: Tokens, reward: float, scale: float):
     row's tolerance is infinite, which is what `RewardModel.reuses_prefix` reads."""
     allowed = max(reward_tolerance(rm, reward, scale), 1e-4 * scale)
     gap = 0.0
+    if tokens.reads_first:
+        return _beginning_alone(rm, tokens)
     try:
         for split in (len(tokens) // 2, tokens.reward_pos):
             if split:
@@ -312,3 +317,16 @@ def _prefix(rm, tokens: Tokens, reward: float, scale: float):
     if gap > allowed:
         return PREFIX_REUSE, gap, math.inf, f"over {allowed:.1e}: whole texts are run"
     return PREFIX_REUSE, gap, allowed, "keys and values of a common prefix are computed once"
+
+
+def _beginning_alone(rm, tokens: Tokens):
+    """Whether the first positions' states are the same without what follows, where the first position is read."""
+    split = len(tokens) // 2
+    last = []
+    for stop in (split, len(tokens)):
+        batch = suffix_batch(tokens, 0, rm.device, stop)
+        read = rm.trunk.read_residual(rm.n_layers, lambda x: last.append(x[:, :split].clone()))
+        rm.trunk.run(batch, read)
+    gap = float((last[0] - last[1]).norm() / last[1].norm())
+    found = f"the states of the first {split} tokens differ by this share without the others: whole texts are run"
+    return PREFIX_REUSE, gap, math.inf, found

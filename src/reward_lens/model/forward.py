@@ -17,6 +17,8 @@ from transformers import Cache
 
 from reward_lens.engine import hooks
 from reward_lens.model.experts import Experts, find_experts
+from reward_lens.model.norm import measure_norm
+from reward_lens.model.post_norm import Carrier
 from reward_lens.model.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -95,13 +97,19 @@ def batches(
 class Trunk:
     """The network up to the pre-norm residual, addressed by its proven structure."""
 
-    module: nn.Module
+    module: Any
     """Called with token ids."""
     blocks: list[nn.Module]
     final_norm: nn.Module | None
     writers: dict[str, list[nn.Module]]
     """The modules whose outputs are the "attn" and the "mlp" writes, one a block."""
     write_scale: float = 1.0
+    norms: tuple[tuple[nn.Module, nn.Module], ...] = ()
+    """Post-norm blocks: the norms behind attention's and the MLP's write, a pair a block."""
+    second_begins: int | None = None
+    """Separator behind which a text is the second of a pair, where the model tells two segments apart."""
+    first_position: int = 0
+    """Position id of a text's first token."""
 
     def __post_init__(self):
         self._accepts = inspect.signature(self.module.forward).parameters
@@ -113,9 +121,51 @@ class Trunk:
         """
         extra: dict[str, object] = {} if past is None else {"past_key_values": past}
         if "position_ids" in self._accepts:
-            extra["position_ids"] = batch.positions
+            extra["position_ids"] = batch.positions + self.first_position
+        extra |= self.segments(batch.ids)
         with hooks.attached(wanted):
             self.module(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, **extra)
+
+    def segments(self, ids: Int[Tensor, "batch pos"]) -> dict[str, Tensor]:
+        """The argument that tells the second text of a pair from the first, for models that take it."""
+        if self.second_begins is None or "token_type_ids" not in self._accepts:
+            return {}
+        separators = ids.eq(self.second_begins).long()
+        return {"token_type_ids": ((separators.cumsum(1) - separators) > 0).long()}
+
+    @functools.cached_property
+    def shared_arguments(self) -> frozenset[str]:
+        """Arguments of the blocks that are the same for all rows of a batch (DeBERTa's relative positions): those that
+        two rows make no longer than one. A block that is called with more rows takes them as they are."""
+        shapes: list[dict[str, int]] = []
+        for rows in (1, 2):
+            ids = torch.zeros(rows, 2, dtype=torch.long, device=next(self.module.parameters()).device)
+            order = torch.arange(2, device=ids.device).expand(rows, 2)
+            batch = Batch(ids, torch.ones_like(ids), order, ids[:, 0], ids[:, 1], tuple(range(rows)))
+            with torch.no_grad():
+                calls = record(self, batch).calls
+            found: dict[str, int] = {}
+            for block, (args, kwargs) in zip(self.blocks, calls, strict=True):
+                names = inspect.signature(block.forward).parameters
+                for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+                    if isinstance(value, Tensor) and value.dim() >= 2:
+                        found[name] = max(value.shape[0], found.get(name, 0))
+            shapes.append(found)
+        one, two = shapes
+        return frozenset(name for name in one if one[name] == two.get(name))
+
+    @functools.cached_property
+    def carrier(self) -> Carrier:
+        """What carries a write through the norms behind it, measured."""
+        like, width = next(self.module.parameters()), self.module.config.get_text_config().hidden_size
+        return Carrier(tuple(
+            measure_norm(norm, width, like, f"norm behind the write of block {layer}")
+            for layer, both in enumerate(self.norms) for norm in both
+        ))  # fmt: skip
+
+    def read_middle(self, layer: int, read: hooks.Read) -> hooks.Hook:
+        """Hook on the residual between the two writes of a post-norm block."""
+        return hooks.read_output(self.norms[layer][0], read)
 
     def pooled(self, batch: Batch, *wanted: hooks.Hook, past: Cache | None = None) -> Float[Tensor, "batch d_model"]:
         """The pre-norm residual at each text's reward position, of one pass with the given hooks."""
@@ -205,7 +255,13 @@ def trunk_of(module: Any, structure: "Structure") -> Trunk:
         for kind in ("attn", "mlp")
     }
     final_norm = None if structure.final_norm is None else module.get_submodule(structure.final_norm)
-    return Trunk(trunk_module(module, structure.blocks), blocks, final_norm, writers, structure.write_scale)
+    norms = ()
+    if structure.norms is not None:
+        first, second = structure.norms
+        norms = tuple((block.get_submodule(first), block.get_submodule(second)) for block in blocks)
+    return Trunk(
+        trunk_module(module, structure.blocks), blocks, final_norm, writers, structure.write_scale, norms
+    )  # fmt: skip
 
 
 class OnTrunk:

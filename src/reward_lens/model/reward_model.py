@@ -19,7 +19,9 @@ from reward_lens.model import checks
 from reward_lens.model import structure as structures
 from reward_lens.model.forward import Batch, OnTrunk, batches, padding_id, rotary_threshold, trunk_of
 from reward_lens.model.heads.own import OwnHead, head_of, published_path
+from reward_lens.model.heads.tail import tail_readout
 from reward_lens.model.norm import measure_norm
+from reward_lens.model.pair_tokens import FirstTokenTokenizer, set_inputs
 from reward_lens.model.prefix import keys_and_values
 from reward_lens.model.readout import LOCAL, PromptGated, Readout, chosen_row, linear_readout, objective_names
 from reward_lens.model.structure import Structure
@@ -76,8 +78,6 @@ class RewardModel(OnTrunk):
         self.vocabulary = vocabulary_of(readout, module, tokenizer)
         # A network that reads a text's steps (model.step_readout) brings its own way of writing texts.
         written = self.vocabulary.tokenizer if self.vocabulary else None
-        own_texts = getattr(module, "tokenizer_for", Tokenizer)
-        self.tokenizer: Tokenizer = written(tokenizer, limit) if written else own_texts(tokenizer, pad_id, limit)
         self._rotary_threshold = rotary_threshold(text_config)
         self.pad_id = next((i for i in (pad_id, tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
@@ -93,8 +93,11 @@ class RewardModel(OnTrunk):
                     published_path(module),
                 )  # fmt: skip
                 self.structure = structures.prove(module, found, probe)
+            own_texts = getattr(module, "tokenizer_for", FirstTokenTokenizer if found.reads_first else Tokenizer)
+            self.tokenizer: Tokenizer = written(tokenizer, limit) if written else own_texts(tokenizer, pad_id, limit)
             self.head = head_of(module, found)
             self.trunk = trunk_of(module, found)
+            set_inputs(self.trunk, self.tokenizer, self.config)
             self._norm = self.trunk.final_norm
             own = self.vocabulary.readout(self._norm) if self.vocabulary else None
             self.readout = own or readout or self._readout(objective)
@@ -133,7 +136,8 @@ class RewardModel(OnTrunk):
             return (self.vocabulary.objective,)
         if isinstance(self.module, OwnHead):
             return self.module.objectives
-        return objective_names(self.config, structures.linear_weight(self.head).shape[0])
+        scores = self.module.get_submodule(self.structure.head)
+        return objective_names(self.config, structures.linear_weight(scores).shape[0])
 
     @property
     def noise_floor(self) -> float:
@@ -167,7 +171,7 @@ class RewardModel(OnTrunk):
         ids = torch.tensor([tokens.ids], device=self.device)
         if self.vocabulary:
             return self.vocabulary.own_terms(self.module, ids)
-        return [float(self.module(input_ids=ids).logits[0, self.row])]
+        return [float(self.module(input_ids=ids, **self.trunk.segments(ids)).logits[0, self.row])]
 
     @property
     def row(self) -> int:
@@ -335,6 +339,10 @@ class RewardModel(OnTrunk):
     def _readout(self, objective: str | int | None) -> Readout:
         names = self.objectives
         own = self.module if isinstance(self.module, OwnHead) else None
+        if self.structure.pooler is not None:
+            row = chosen_row(names, objective, self.name)
+            norm = measure_norm(self._norm, self.config.get_text_config().hidden_size, next(self.head.parameters()))
+            return tail_readout(self.module, self.structure, norm, row, names[row])
         if objective is None and own is not None and own.first_is_reward:
             objective = 0
         row = chosen_row(names, objective, self.name)

@@ -21,7 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from reward_lens.engine import hooks
 from reward_lens.errors import StructureError
-from reward_lens.model import block_kinds
+from reward_lens.model import block_kinds, post_norm
+from reward_lens.model.first_token import first_token_tail
 
 ACCEPT = 0.02  # largest share of a block's change that its two writes may leave unexplained
 
@@ -51,6 +52,12 @@ class Structure:
     """Factor on each write (Granite's residual multiplier)."""
     parallel: bool | None = None
     """True if the MLP reads the block's input rather than `resid_mid`. Measured; None: not known yet."""
+    norms: tuple[str, str] | None = None
+    """Post-norm blocks (`model.post_norm`): paths in a block of the norms behind attention's and the MLP's write."""
+    pooler: str | None = None
+    """What stands between the final state and the head and is read through the model's own code (`heads.tail`)."""
+    reads_first: bool = False
+    """Whether the head reads the first token's state rather than the last one's. Measured."""
     gaps: tuple[float, ...] = dataclasses.field(default=(), compare=False)
     """Unexplained share of each block's change, measured by the proof."""
 
@@ -100,11 +107,19 @@ def find_structure(model: Any, run_probe, n_layers: int, n_heads: int, head: str
     kinds = block_kinds.kinds_of(blocks)
     found: list[tuple[str, str, str | None, str | None]] = []
     write_scale: float | None = None
+    norms: tuple[str, str] | None = None
     for layers in kinds:
         block = blocks[layers[0]]
         pre, post, outputs, inputs = _record_outputs(block, run_probe)
         scales = _scales(model, block) if write_scale is None else (write_scale,)
-        attn, mlp, write_scale = _closing_pair(type(model).__name__, layers[0], pre, post, outputs, scales)
+        try:
+            attn, mlp, write_scale = _closing_pair(type(model).__name__, layers[0], pre, post, outputs, scales)
+        except StructureError:
+            closing = post_norm.closing_writes(pre, post, outputs, inputs) if len(kinds) == 1 else None
+            if closing is None:
+                raise
+            attn, mlp, *behind = closing
+            norms = (behind[0], behind[1])
         attn_out = _linear_behind(block, attn, outputs, inputs)
         if attn_out is not None and linear_weight(block.get_submodule(attn_out)).shape[1] % n_heads:
             attn_out = None
@@ -114,13 +129,25 @@ def find_structure(model: Any, run_probe, n_layers: int, n_heads: int, head: str
         attending = block_kinds.with_attention(some, [attn for attn, *_ in found], run_probe)
         found = [(a, m, out if has else None, n) for (a, m, out, n), has in zip(found, attending, strict=True)]
     attn, mlp, attn_out, mlp_out = (block_kinds.spread(kinds, part) for part in zip(*found, strict=True))
-    final_norm, head = _find_tail(model, blocks_path, run_probe, head)
-    return Structure(blocks_path, attn, mlp, attn_out, mlp_out, final_norm, head, n_heads, write_scale or 1.0)
+    first: dict[str, Any] = {}
+    try:
+        final_norm, head = _find_tail(model, blocks_path, run_probe, head)
+    except StructureError:
+        tail = first_token_tail(model, blocks_path, run_probe)
+        if tail is None:
+            raise
+        final_norm, head, first = tail.final_norm, tail.head, {"pooler": tail.pooler, "reads_first": True}
+    return Structure(
+        blocks_path, attn, mlp, attn_out, mlp_out, final_norm, head, n_heads, write_scale or 1.0, norms=norms, **first
+    )
 
 
 def prove(model: Any, structure: Structure, run_probe) -> Structure:
     """Check the paths and the closure of every layer; returns the structure with its gaps and `parallel` filled in."""
     blocks = _resolve(model, structure)
+    if structure.norms is not None:
+        measured = post_norm.proven_gaps(type(model).__name__, blocks, structure, run_probe)
+        return dataclasses.replace(structure, gaps=measured, parallel=_is_parallel(blocks[0], structure, 0, run_probe))
     gaps: list[float] = []
     pending: dict[str, Tensor] = {}
 
@@ -199,7 +226,10 @@ def _resolve(model: Any, structure: Structure) -> list[nn.Module]:
                 # One out map for all blocks may lack in some (dense, then experts): those cannot be split.
                 if path is not None and (layer == 0 or part in ("attn", "mlp") or isinstance(held, tuple)):
                     block.get_submodule(path)
-        for path in (structure.head, structure.final_norm):
+        for block in blocks:
+            for path in structure.norms or ():
+                block.get_submodule(path)
+        for path in (structure.head, structure.final_norm, structure.pooler):
             if path is not None:
                 model.get_submodule(path)
     except AttributeError as error:
@@ -350,7 +380,7 @@ def _find_tail(model: Any, blocks_path: str, run_probe, known: str | None) -> tu
     if torch.equal(read, ends["post"]):
         return None, heads[0]
     for path, (entered, left) in calls.items():
-        same = entered.shape == ends["post"].shape and left.shape == read.shape
+        same = entered.shape == ends["post"].shape == left.shape == read.shape
         if same and torch.equal(entered, ends["post"]) and torch.equal(left, read):
             return path, heads[0]
     raise StructureError(

@@ -36,6 +36,13 @@ class Tokens:
     """Position the reward head reads."""
     truncated: int = 0
     """Tokens cut off by an explicit `truncation`."""
+    reads_first: bool = False
+    """Whether the first token is read, which sees the whole text: a change anywhere then moves every position."""
+
+    @property
+    def seen(self) -> range:
+        """Positions that can move the reward."""
+        return range(len(self) if self.reads_first else self.reward_pos + 1)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -92,6 +99,10 @@ class Tokenizer:
     def written(self, messages: list[dict], response: Any) -> str:
         """The whole text that the model is shown."""
         return self.render([*messages, {"role": "assistant", "content": response}])
+
+    def beside(self, messages: list[dict], response: Any) -> str:
+        """The text that the response is tokenised in: the whole conversation."""
+        return self.written(messages, response)
 
     def probes(self, texts: Sequence[tuple[str, str]]) -> list[tuple[str, Any]]:
         """The load report's texts in the form that `conversation` takes."""
@@ -162,7 +173,7 @@ class Tokenizer:
         ids, offsets = [ids[i] for i in keep], [offsets[i] for i in keep]
         return Tokens(
             ids=tuple(ids),
-            pieces=_pieces(text, offsets, [self.hf.convert_ids_to_tokens(i) for i in ids]),
+            pieces=pieces_of(text, offsets, [self.hf.convert_ids_to_tokens(i) for i in ids]),
             starts=tuple(a for a, _ in offsets),
             prompt=range(0, first),
             response=range(first, end),
@@ -254,7 +265,7 @@ def check_text(text: Any, field: str) -> None:
             )
 
 
-def _pieces(text: str, offsets: list[tuple[int, int]], names: list[str]) -> tuple[str, ...]:
+def pieces_of(text: str, offsets: list[tuple[int, int]], names: list[str]) -> tuple[str, ...]:
     """Text of each token. Together they give the text back, spaces that a tokenizer's offsets leave out included."""
     pieces: list[str] = []
     done = 0

@@ -88,7 +88,7 @@ class ResponseSlot:
         self._before, _, self._after = self._render(marker).partition(marker)
         # The whole conversation, also where the model is shown a truncated one.
         whole = vocabulary.read([self._before + _REFERENCES[fitting[0]] + self._after])[0]
-        stop = len(whole) - len(self.reference.tail)
+        stop = len(whole) - (len(self.reference.tail) if self._after else 0)
         self._head, self._tail = whole[: stop - 1], whole[stop:]
 
     def reasons(self, ids: Sequence[int], texts: Sequence[str]) -> list[str]:
@@ -118,4 +118,4 @@ class ResponseSlot:
         return dataclasses.replace(self.reference, ids=ids, pieces=pieces, reward_pos=end)
 
     def _render(self, response: str) -> str:
-        return self.vocabulary.tokenizer.written(self.messages, response)
+        return self.vocabulary.tokenizer.beside(self.messages, response)

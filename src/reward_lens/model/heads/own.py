@@ -140,5 +140,9 @@ def published_path(module: Any) -> str | None:
 
 
 def head_of(module: Any, structure: Any) -> nn.Module:
-    """The reward head of a model: all parts of a published head, or the module at the structure's path."""
-    return module.head_parts() if isinstance(module, OwnHead) else module.get_submodule(structure.head)
+    """The reward head of a model: all parts of a published head, a pooler and what reads it, or the module at the
+    structure's path."""
+    if isinstance(module, OwnHead):
+        return module.head_parts()
+    head = module.get_submodule(structure.head)
+    return head if structure.pooler is None else nn.ModuleList([module.get_submodule(structure.pooler), head])
