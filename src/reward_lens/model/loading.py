@@ -134,10 +134,30 @@ def _load_classifier(path: str, options: dict, settings: dict):
             raise
         raise _no_reward_head(path, f"no such class with a head ({_first_lines(error)})", causal) from error
     missing = sorted(info["missing_keys"])
+    left = _beside_trunk(module, info["unexpected_keys"])
+    dropped = f"{type(module).__name__} has no place for its {_some(left)}" if left else ""
     if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise _no_reward_head(path, f"the checkpoint lacks {', '.join(missing[:5])}{more}", causal)
+        found = f"the checkpoint lacks {_some(missing)}" + (f"; {dropped}" if dropped else "")
+        raise _no_reward_head(path, found, causal)
+    if left:
+        raise LoadError(
+            f"A part of {path} beside its trunk would be dropped",
+            found=dropped,
+            expected="a place for every weight of the head: what is left of it is another reward",
+            do="if these weights have no part in the reward, load the module yourself and pass "
+            "rl.RewardModel(module, tokenizer); else pass readout= for this head",
+        )
     return module, missing
+
+
+def _beside_trunk(module: Any, keys) -> list[str]:
+    """Those of the keys that are neither the trunk's nor an unembedding's."""
+    known = (module.base_model_prefix + ".", "lm_head.", "embed_out.")
+    return sorted(key for key in keys if not key.startswith(known))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _no_reward_head(path: str, found: str, causal: str | None) -> LoadError:
