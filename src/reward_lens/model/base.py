@@ -12,6 +12,7 @@ from torch import nn
 
 from reward_lens.errors import LoadError
 from reward_lens.model.head import require_own_head
+from reward_lens.model.placement import require_all_there
 from reward_lens.model.reward_model import RewardModel
 
 
@@ -27,6 +28,7 @@ def base_under_head(rm: RewardModel, base: Any, revision: str | None = None) -> 
     what the base would prefer; its rewards are the reading of a head that was never trained with it.
     """
     require_own_head(rm)
+    require_all_there(rm.module, "A copy of the model with another trunk")
     name = base if isinstance(base, str) else getattr(base.config, "name_or_path", "") or type(base).__name__
     given = _trunk(_loaded(rm, base, revision)).state_dict()
     module = copy.deepcopy(rm.module)

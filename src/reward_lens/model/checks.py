@@ -245,7 +245,7 @@ def _attention(rm, tokens: list[Tokens], alone: Tensor, scale: Tensor):
 @contextmanager
 def eager_attention(module: Any) -> Iterator[bool]:
     """Inside, attention is what the model's own file writes out; False where it was already, or cannot be set."""
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     own = getattr(config, "_attn_implementation", None)
     if own in (None, "eager") or not hasattr(module, "set_attn_implementation"):
         yield False

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from reward_lens.engine import hooks
+from reward_lens.model.placement import input_device
 from reward_lens.model.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -219,8 +220,8 @@ class OnTrunk:
 
     @property
     def device(self) -> torch.device:
-        """Device of the first parameter (the embedding); inputs go there."""
-        return next(self.module.parameters()).device
+        """Device that inputs go to: where the embedding runs."""
+        return input_device(self.module)
 
     @property
     def dtype(self) -> torch.dtype:

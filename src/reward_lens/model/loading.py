@@ -22,6 +22,8 @@ def load(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
     device_map: Any = None,
+    offload_folder: str | Path | None = None,
+    quantization_config: Any = None,
     objective: str | int | None = None,
     structure: Structure | None = None,
     readout: Any = None,
@@ -32,7 +34,11 @@ def load(
     Parameters
     ----------
     path: ``"demo"``, a hub id, a local folder, or a PEFT adapter of either kind (merged into its base).
-    device, device_map: where to put it; `device_map="auto"` shards it over what there is.
+    device, device_map: where to put it; `device_map="auto"` shards it over what there is. Parts that a map gives to
+        "disk" (with `offload_folder`), or to "cpu" beside an accelerator, are loaded each time they run; every method
+        gives the same numbers, and only what changes or writes weights refuses (`edit_head`, `base_under_head`).
+    quantization_config: as transformers takes it (`BitsAndBytesConfig`), for the trunk; the head has to stay in
+        floating point, which is measured. Heads and neurons of quantised maps are not split; components are.
     dtype: default is the checkpoint's own.
     objective: row of a head with several.
     structure, readout: describe an unusual network; both are put to the same proof. A `VocabReadout` loads a language
@@ -54,12 +60,14 @@ def load(
     if isinstance(readout, StepReadout):
         from reward_lens.model.step_loading import load_step_model
 
-        _refuse_for_steps(trust_remote_code=trust_remote_code, objective=objective, truncation=truncation)
+        _refuse_for_steps(trust_remote_code=trust_remote_code, objective=objective, truncation=truncation,
+                          offload_folder=offload_folder, quantization_config=quantization_config)  # fmt: skip
         return load_step_model(path, readout, revision=revision, device=device, dtype=dtype, device_map=device_map,
                                attn_implementation=attn_implementation, structure=structure)  # fmt: skip
     path = str(path)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    settings = {"dtype": dtype or "auto", "device_map": device_map, "attn_implementation": attn_implementation}
+    settings = {"dtype": dtype or "auto", "device_map": device_map, "attn_implementation": attn_implementation,
+                "offload_folder": offload_folder, "quantization_config": quantization_config}  # fmt: skip
     settings = {k: v for k, v in settings.items() if v is not None}
     try:
         if isinstance(readout, VocabReadout):

@@ -338,8 +338,8 @@ class RewardModel(OnTrunk):
         if objective is None and own is not None and own.first_is_reward:
             objective = 0
         row = chosen_row(names, objective, self.name)
-        width = structures.linear_weight(self.head).shape[1] if own is None else own.width
-        norm = measure_norm(self._norm, width, next(self.head.parameters()))
+        like = structures.linear_weight(self.head) if own is None else next(self.head.parameters())
+        norm = measure_norm(self._norm, like.shape[1] if own is None else own.width, like)
         return linear_readout(norm, self.head, row, names[row]) if own is None else own.readout(norm, row)
 
     def __repr__(self) -> str:

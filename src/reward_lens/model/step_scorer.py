@@ -22,6 +22,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from reward_lens.engine import hooks
 from reward_lens.errors import LoadError, StructureError
 from reward_lens.model.checks import PROBES
+from reward_lens.model.placement import input_device
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.step_hidden import hidden_readout, is_hidden
 from reward_lens.model.step_readout import StepReadout
@@ -202,7 +203,7 @@ def _match_own_scores(module: Any, head: nn.Module, scorer: StepScorer, rows: li
     embedding: Any = scorer.get_input_embeddings()
     vocabulary = len(embedding.weight)
     generator = torch.Generator().manual_seed(0)
-    device = next(scorer.parameters()).device
+    device = input_device(scorer)
     ids = torch.randint(min(8, vocabulary // 2), vocabulary, (1, 12), generator=generator).to(device)
     seen: list[Tensor] = []
     with hooks.attached([hooks.read_output(head, lambda x: seen.append(x.detach()))]):

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from reward_lens.engine import hooks
 from reward_lens.errors import StructureError
+from reward_lens.model.placement import held
 
 ACCEPT = 0.02  # largest share of a block's change that its two writes may leave unexplained
 
@@ -129,9 +130,9 @@ def prove(model: Any, structure: Structure, run_probe) -> Structure:
 def linear_weight(module: nn.Module) -> Tensor:
     """[out, in] weight of a linear map, whichever way round its class stores it."""
     if isinstance(module, Conv1D):
-        return module.weight.T
+        return held(module).T
     if isinstance(module, nn.Linear) and module.weight.is_floating_point():
-        return module.weight
+        return held(module)
     raise StructureError(
         f"{type(module).__name__} cannot be split",
         found="a module that is no plain linear map (quantised or fused)",
@@ -142,8 +143,7 @@ def linear_weight(module: nn.Module) -> Tensor:
 
 def linear_bias(module: nn.Module) -> Tensor | None:
     """Bias of a linear map, or None."""
-    bias: Any = module.bias
-    return bias
+    return held(module, "bias")
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from transformers import MODEL_MAPPING, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from reward_lens.model.norm import Norm
+from reward_lens.model.placement import require_all_there
 from reward_lens.model.readout import Readout, objective_names
 
 
@@ -103,4 +104,7 @@ def published_path(module: Any) -> str | None:
 
 def head_of(module: Any, structure: Any) -> nn.Module:
     """The reward head of a model: all parts of a published head, or the module at the structure's path."""
-    return module.head_parts() if isinstance(module, OwnHead) else module.get_submodule(structure.head)
+    if not isinstance(module, OwnHead):
+        return module.get_submodule(structure.head)
+    require_all_there(module.head_parts(), f"The head of {type(module).__name__}")
+    return module.head_parts()
