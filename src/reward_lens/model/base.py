@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from reward_lens.errors import LoadError
+from reward_lens.model.adapters import merged, network_in
 from reward_lens.model.head import require_own_head
 from reward_lens.model.placement import require_all_there
 from reward_lens.model.reward_model import RewardModel
@@ -31,7 +32,7 @@ def base_under_head(rm: RewardModel, base: Any, revision: str | None = None) -> 
     require_all_there(rm.module, "A copy of the model with another trunk")
     name = base if isinstance(base, str) else getattr(base.config, "name_or_path", "") or type(base).__name__
     given = _trunk(_loaded(rm, base, revision)).state_dict()
-    module = copy.deepcopy(rm.module)
+    module = merged(copy.deepcopy(rm.module))
     own, added = _trunk(module).state_dict(), 0
     lacking, other = [], []
     for key, weight in own.items():
@@ -55,7 +56,8 @@ def base_under_head(rm: RewardModel, base: Any, revision: str | None = None) -> 
         )
     record = {"method": "base_under_head", "model": rm.name, "base": name, "rows_kept": added}
     return RewardModel(
-        module, rm.tokenizer.hf, **rm.read_as, structure=rm.structure, truncation=rm.truncation,
+        module, rm.tokenizer.hf, **rm.read_as, truncation=rm.truncation,
+        structure=rm.structure if network_in(rm.module) is rm.module else None,  # paths without the wrapper differ
         name=f"{name} under the head of {rm.name}", edits=(*rm.edits, record),
     )  # fmt: skip
 

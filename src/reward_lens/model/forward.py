@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from reward_lens.engine import hooks
+from reward_lens.model.adapters import network_in
 from reward_lens.model.placement import input_device
 from reward_lens.model.tokens import Tokens
 
@@ -236,6 +237,7 @@ class OnTrunk:
 
 def trunk_module(module: nn.Module, blocks_path: str) -> nn.Module:
     """The headless network: what Hugging Face calls the base model."""
+    module = network_in(module)
     base = getattr(module, "base_model", module)
     if base is module:
         base = module.get_submodule(blocks_path.split(".")[0])

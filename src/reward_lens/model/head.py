@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from reward_lens.errors import DataError
+from reward_lens.model.adapters import require_no_live_adapter
 from reward_lens.model.placement import require_all_there
 from reward_lens.model.readout import LinearReadout
 from reward_lens.model.reward_model import RewardModel
@@ -57,6 +58,7 @@ def with_row(
     """
     refuse_change(rm, "An edit of the head")
     before = editable_readout(rm)
+    require_no_live_adapter(rm.module, "An edit of the head")
     require_all_there(rm.module, "An edit of the head", rm.structure.head)
     after = stored(rm, row)
     require_own_head(rm)

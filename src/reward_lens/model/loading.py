@@ -71,13 +71,13 @@ def load(
     settings = {k: v for k, v in settings.items() if v is not None}
     try:
         if isinstance(readout, VocabReadout):
-            module, missing, base = _load_language_model(path, options, settings)
+            module, missing, base = causal_module(path, options, settings)
         elif _is_adapter(path, revision):
             module, missing, base = _load_adapter(path, options, settings)
         else:
             module, missing = _load_classifier(path, options, settings)
             base = None
-        tokenizer = _load_tokenizer(path, base, options)
+        tokenizer = tokenizer_of(path, base, options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise LoadError(
             f"{path} could not be loaded",
@@ -178,8 +178,9 @@ def _no_reward_head(path: str, found: str, causal: str | None) -> LoadError:
     )
 
 
-def _load_language_model(path: str, options: dict, settings: dict):
-    """A causal language model, or a PEFT adapter of one merged into its base."""
+def causal_module(path: str, options: dict, settings: dict):
+    """A causal language model, or a PEFT adapter of one merged into its base: (module, missing keys, base). Raises
+    `LoadError` for a checkpoint with a reward head or without all weights."""
     from transformers import AutoModelForCausalLM
 
     base = None
@@ -284,7 +285,8 @@ def _adapter_file(path: str, revision: str | None) -> str:
     return hf_hub_download(path, "adapter_model.safetensors", revision=revision)
 
 
-def _load_tokenizer(path: str, base: str | None, options: dict):
+def tokenizer_of(path: str, base: str | None, options: dict):
+    """The tokenizer beside the weights; an adapter without one has its base's."""
     from transformers import AutoTokenizer
 
     folder = Path(path)

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from reward_lens.engine import hooks
 from reward_lens.errors import StructureError
+from reward_lens.model.adapters import adapted_weight, is_adapted
 from reward_lens.model.placement import held
 
 ACCEPT = 0.02  # largest share of a block's change that its two writes may leave unexplained
@@ -128,7 +129,9 @@ def prove(model: Any, structure: Structure, run_probe) -> Structure:
 
 
 def linear_weight(module: nn.Module) -> Tensor:
-    """[out, in] weight of a linear map, whichever way round its class stores it."""
+    """[out, in] weight of a linear map, whichever way round its class stores it, live low-rank adapters included."""
+    if is_adapted(module):
+        return adapted_weight(module)
     if isinstance(module, Conv1D):
         return held(module).T
     if isinstance(module, nn.Linear) and module.weight.is_floating_point():
@@ -148,7 +151,8 @@ def linear_bias(module: nn.Module) -> Tensor | None:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether `linear_weight` can read the module."""
-    return isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and module.weight.is_floating_point())
+    plain = isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and module.weight.is_floating_point())
+    return plain or is_adapted(module)
 
 
 def _resolve(model: Any, structure: Structure) -> list[nn.Module]:
