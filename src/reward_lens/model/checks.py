@@ -50,7 +50,8 @@ CHECKS_HELP = {
     "tokenizer.add_bos_token=False if without, and build rl.RewardModel(module, tokenizer)",
     ATTENTION: "load with attn_implementation='eager'; what is in use leaves out a part of the model's attention",
     "padding": "run without padding (batch_size=1); please report the model's class",
-    "batching": "run with batch_size=1; please report the model's class",
+    "batching": "run with batch_size=1; please report the model's class. LLM.int8 looks for outliers in the whole "
+    "batch: with llm_int8_threshold=0.0 it does not",
     "writes close": "pass structure= naming the submodules that write to the residual stream",
     "decomposition": "pass structure= naming final_norm, attn and mlp",
     "replay": "the blocks depend on more than their arguments; please report the model's class",
@@ -170,10 +171,11 @@ def confirmed(rm: "RewardModel", kept: Result | None) -> Result | None:
 
 
 def reward_tolerance(rm: "RewardModel", reward: float, scale: float) -> float:
-    """E1 in reward units: 1e-5 S in float32; the larger of 2 steps of the format and 2e-2 S in 16 bits."""
+    """E1 in reward units: 1e-5 S in float32; the larger of 2 steps of the format and 2e-2 S in 16 bits, and of
+    bfloat16's steps on quantised weights."""
     if not rm.sixteen_bit:
         return 1e-5 * scale
-    bits = 7 if rm.dtype == torch.bfloat16 else 10
+    bits = 10 if rm.dtype == torch.float16 and not rm.quantised else 7
     step = 2.0 ** (math.floor(math.log2(max(abs(reward), 1e-6))) - bits)
     return max(2 * step, 2e-2 * scale)
 

@@ -5,6 +5,7 @@ lengths, never from `ids != pad`; the reward head is applied by the readout, in 
 """
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -231,8 +232,15 @@ class OnTrunk:
 
     @property
     def sixteen_bit(self) -> bool:
-        """Whether the trunk runs in bfloat16 or float16, with their tolerances."""
-        return self.dtype in (torch.bfloat16, torch.float16)
+        """Whether the trunk runs in bfloat16 or float16, or on quantised weights, with the tolerances of 16 bits."""
+        return self.dtype in (torch.bfloat16, torch.float16) or self.quantised
+
+    @functools.cached_property
+    def quantised(self) -> bool:
+        """Whether weights of the trunk are kept in 8 or 4 bits. Around such a product numbers pass 16 bits or fewer,
+        so sums in another order (batches, attention) come out as far apart as they do in bfloat16."""
+        whole = all(p.is_floating_point() for p in self.module.parameters())
+        return not whole or bool(getattr(self.module, "is_quantized", False))
 
 
 def trunk_module(module: nn.Module, blocks_path: str) -> nn.Module:
