@@ -6,6 +6,7 @@ import torch
 
 import reward_lens as rl
 from every_method import METHODS
+from fake_device import DEVICE, second_device, spread
 from families import STRUCTURES, TEXT_PAIRS, more, tiny_model
 from reward_lens.model.placement import held, loaded_copy
 
@@ -60,8 +61,8 @@ def test_weights_on_disk_are_read_and_every_method_gives_the_same(models, family
 QUICK = ("lens", "by head", "by neuron", "effects", "gradient", "ov")
 
 
-def compared(name: str, plain: rl.RewardModel, placed: rl.RewardModel) -> None:
-    here, there = (METHODS[name](model, PAIRS) for model in (plain, placed))
+def compared(name: str, plain: rl.RewardModel, placed: rl.RewardModel, pairs=PAIRS) -> None:
+    here, there = (METHODS[name](model, pairs) for model in (plain, placed))
     if here.value.dtype.kind != "f":
         np.testing.assert_array_equal(here.value, there.value)
         return
@@ -71,7 +72,7 @@ def compared(name: str, plain: rl.RewardModel, placed: rl.RewardModel) -> None:
 
 @pytest.mark.parametrize("name", [n for n in METHODS if n in QUICK])
 def test_methods_with_weights_on_disk(models, name):
-    compared(name, *models("llama"))
+    compared(name, *models("llama"), PAIRS[:2])
 
 
 @pytest.mark.full
@@ -133,3 +134,56 @@ def test_a_model_under_hooks_is_edited_and_saved(models, tmp_path):
     assert edited.score("a", "b") == pytest.approx(expected, abs=1e-6)
     assert hooked.score("a", "b") == pytest.approx(plain.score("a", "b"), abs=1e-6)
     assert rl.load(edited.save_pretrained(tmp_path / "edited")).score("a", "b") == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def on_two_devices():
+    """{family: (plain, its later blocks, final norm and head on a second device)}, made when asked for."""
+    made: dict[str, tuple[rl.RewardModel, rl.RewardModel]] = {}
+
+    def get(family: str):
+        if family not in made:
+            plain = rl.RewardModel(*tiny_model(family, seed=1, n_layers=4), name="model")
+            module, tokenizer = tiny_model(family, seed=1, n_layers=4)
+            paths = [plain.structure.final_norm, plain.structure.head]
+            with second_device():
+                blocks = list(module.get_submodule(plain.structure.blocks))[2:]
+                spread(module, [*blocks, *(module.get_submodule(path) for path in paths)])
+                made[family] = plain, rl.RewardModel(module, tokenizer, name="model")
+        return made[family]
+
+    return get
+
+
+ACROSS = ("by head", "by neuron", "by token", "effects", "path effects", "gradient")
+# Not on the second device of these tests: it cannot follow a squeeze in place, which a vector times a matrix does.
+UNABLE = ("ov",)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ACROSS else pytest.param(name, marks=pytest.mark.full) for name in METHODS if name not in UNABLE],
+)
+def test_methods_on_two_devices(on_two_devices, name):
+    plain, placed = on_two_devices("llama")
+    assert placed.device == torch.device("cpu") and placed.like.device == DEVICE
+    with second_device():
+        compared(name, plain, placed, PAIRS[:1] if name in ACROSS else PAIRS)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", [family for family in STRUCTURES if family != "llama"])
+@pytest.mark.parametrize("name", ["lens", "by head", "effects", "estimates", "by token"])
+def test_families_on_two_devices(on_two_devices, family, name):
+    with second_device():
+        compared(name, *on_two_devices(family))
+
+
+def test_the_second_device_refuses_to_be_mixed():
+    with second_device():
+        here = torch.ones(2, 3)
+        there = here.to(DEVICE)
+        assert there.device == DEVICE and there.cpu().device == here.device and float(there.sum()) == 6
+        for mix in (lambda: here + there, lambda: torch.cat([here, there]), lambda: here @ there.T):
+            with pytest.raises(RuntimeError, match="same device"):
+                mix()

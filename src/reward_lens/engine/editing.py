@@ -70,8 +70,6 @@ def edited(x: Tensor, edits: Iterable[Placed], carried: Tensor | None = None, sc
     What a source sees and gives is `scale * x`, plus `carried` if given (resid_mid seen from attention's write).
     """
     out = x.clone()
-    # What enters a block may be on the device of the block before.
-    carried = None if carried is None else carried.to(x.device)
     for placed in edits:
         edit, row, where = placed.edit, placed.row, placed.where
         index = (row, where)

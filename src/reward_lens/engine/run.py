@@ -71,7 +71,7 @@ def _reading(rm: RewardModel, batch: Batch, site: Site, pick: Pick, kept: dict) 
         box: list[Tensor] = []
         yield rm.trunk.read_residual(site.block, lambda x: box.append(pick(x)))
         yield rm.trunk.read_write(
-            batch, site.block, "attn", lambda x: kept.__setitem__(site, box.pop().to(like) + pick(x).to(like))
+            batch, site.block, "attn", lambda x: kept.__setitem__(site, (box.pop() + pick(x)).to(like))
         )
     else:  # head or neuron: what the output map reads
 
