@@ -100,7 +100,7 @@ def ensemble_rewards(models, pairs, scale: Scale = "sd", k: int | float = 1.0, s
             "cannot_show": "Who is right, or that agreeing members are: those with a common base or common data err "
             "together. The scale is measured on these pairs.",
         },
-        **summary,
+        mean=summary["mean"], low=summary["low"], high=summary["high"],
     )  # fmt: skip
 
 
