@@ -311,11 +311,11 @@ def _find_tail(model: Any, blocks_path: str, run_probe, known: str | None) -> tu
             do="pass structure= with the head's path, or readout= for a reward that is not a linear head",
         )
     read = calls[heads[0]][0]
-    if torch.equal(read, ends["post"]):
+    if _same(read, ends["post"]):
         return None, heads[0]
     for path, (entered, left) in calls.items():
         same = entered.shape == ends["post"].shape and left.shape == read.shape
-        if same and torch.equal(entered, ends["post"]) and torch.equal(left, read):
+        if same and _same(entered, ends["post"]) and _same(left, read):
             return path, heads[0]
     raise StructureError(
         f"What stands between the last block and the head {heads[0]} of {type(model).__name__} was not understood",
@@ -325,12 +325,17 @@ def _find_tail(model: Any, blocks_path: str, run_probe, known: str | None) -> tu
     )
 
 
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, on whichever devices."""
+    return torch.equal(a.to(b.device), b)
+
+
 def _holds(output: Tensor, logits: Tensor) -> bool:
     """Whether each row of the logits [batch, k] stands somewhere in the head's output [batch, (pos,) k]."""
     if output.shape[-1] != logits.shape[-1] or output.shape[0] != logits.shape[0]:
         return False
     rows = output.reshape(output.shape[0], -1, output.shape[-1])
-    return bool((rows == logits[:, None]).all(-1).any(-1).all())
+    return bool((rows == logits[:, None].to(rows.device)).all(-1).any(-1).all())
 
 
 def _is_parallel(block: nn.Module, structure: Structure, run_probe) -> bool:
