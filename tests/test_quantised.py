@@ -141,3 +141,8 @@ def test_bitsandbytes_with_the_head_or_with_outliers_of_the_batch(folder):
         rl.load(folder, quantization_config=whole)
     with pytest.raises(rl.LoadError, match="'batching'.*llm_int8_threshold=0.0"):
         rl.load(folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+
+
+def test_the_demo_is_not_quantised_without_a_word():
+    with pytest.raises(rl.LoadError, match="demo model takes no such setting.*quantization_config"):
+        rl.load("demo", quantization_config={"load_in_8bit": True})

@@ -55,13 +55,23 @@ def load(
     if str(path) == "demo":
         from reward_lens.model.demo import load_demo
 
+        _refuse(
+            "The demo model takes no such setting", "device=, which moves the whole of it",
+            "leave it out; the demo has 135 million parameters",
+            device_map=device_map, offload_folder=offload_folder, quantization_config=quantization_config,
+        )  # fmt: skip
         return load_demo(device, dtype, attn_implementation, objective=objective, structure=structure, readout=readout,
                          truncation=truncation)  # fmt: skip
     if isinstance(readout, StepReadout):
         from reward_lens.model.step_loading import load_step_model
 
-        _refuse_for_steps(trust_remote_code=trust_remote_code, objective=objective, truncation=truncation,
-                          offload_folder=offload_folder, quantization_config=quantization_config)  # fmt: skip
+        _refuse(
+            "A process reward model takes no such setting",
+            "the settings of load_step_model: its own classes, one reward a step, whole solutions",
+            "leave it out; a solution that is too long is refused, since cutting it would move its steps",
+            trust_remote_code=trust_remote_code, objective=objective, truncation=truncation,
+            offload_folder=offload_folder, quantization_config=quantization_config,
+        )  # fmt: skip
         return load_step_model(path, readout, revision=revision, device=device, dtype=dtype, device_map=device_map,
                                attn_implementation=attn_implementation, structure=structure)  # fmt: skip
     path = str(path)
@@ -99,15 +109,10 @@ def load(
     )
 
 
-def _refuse_for_steps(**settings: Any) -> None:
+def _refuse(title: str, expected: str, do: str, **settings: Any) -> None:
     given = [name for name, value in settings.items() if value]
     if given:
-        raise LoadError(
-            "A process reward model takes no such setting",
-            found=", ".join(given),
-            expected="the settings of load_step_model: its own classes, one reward a step, whole solutions",
-            do="leave it out; a solution that is too long is refused, since cutting it would move its steps",
-        )
+        raise LoadError(title, found=", ".join(given), expected=expected, do=do)
 
 
 def placed(module: Any, device: str | torch.device) -> Any:
