@@ -70,6 +70,7 @@ METHODS = {
         rm, {"emoji": torch.eye(rm.d_model)[0]}, {"emoji": rl.edited_pairs(NATURAL, rl.edits_of(["add_emoji"])[0])}
     ),
     "compare": lambda rm, pairs: rl.compare({"one": rm, "other": rm}, pairs, n_permutations=9),
+    "ensemble": lambda rm, pairs: rl.ensemble_rewards({"one": rm, "other": rm}, pairs),
     "score": lambda rm, pairs: rm.score_pairs(pairs),
     "latent contributions": lambda rm, pairs: rl.latent_contributions(rm, sae(rm), pairs),
     "latents, ablated": lambda rm, pairs: rl.latent_contributions(

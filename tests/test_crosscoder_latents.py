@@ -241,7 +241,7 @@ def test_a_planted_difference_is_carried_by_its_latent():
 def test_models_of_other_tokens_are_refused():
     module, tokenizer = tiny_model("llama", seed=2)
     changed = copy.deepcopy(tokenizer)
-    changed.chat_template = "{% for m in messages %}<|{{ m.role }}|>: {{ m.content }} {% endfor %}"
+    changed.chat_template = "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>: {{ m.content }} {% endfor %}"
     other = rl.RewardModel(module, changed, name="other template")
     with pytest.raises(DataError, match="do not read the same tokens.*one tokenizer and chat template"):
         crosscoder_latents({"one": model(), "two": other}, random_crosscoder(), PAIRS)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import reward_lens as rl
-from families import CHAT_TEMPLATES, tiny_model, tiny_tokenizer
+from families import tiny_model, tiny_tokenizer
 from reward_lens.model.checks import PROBES
 
 
@@ -99,17 +99,6 @@ def test_a_language_model_is_refused(tmp_path):
         rl.load(tmp_path)
 
 
-def test_a_checkpoint_without_its_head_is_refused(saved):
-    from safetensors.torch import load_file, save_file
-
-    folder = saved()
-    weights = load_file(folder / "model.safetensors")
-    del weights["score.weight"]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(rl.LoadError, match="no trained reward head.*lacks score.weight.*random numbers scores noise"):
-        rl.load(folder)
-
-
 def test_nan_weights_are_refused(saved):
     def spoil(module):
         with torch.no_grad():
@@ -119,48 +108,10 @@ def test_nan_weights_are_refused(saved):
         rl.load(saved(spoil))
 
 
-def test_a_quantised_head_is_refused():
-    class Int8Head(nn.Module):
-        def __init__(self, linear):
-            super().__init__()
-            self.scale = float(linear.weight.detach().abs().max()) / 127
-            self.weight = nn.Parameter((linear.weight / self.scale).round().to(torch.int8), requires_grad=False)
-
-        def forward(self, x):
-            return x @ (self.weight.to(x) * self.scale).T
-
-    module, tokenizer = tiny_model("llama")
-    module.score = Int8Head(module.score)
-    with pytest.raises(rl.LoadError, match="head.*is quantised.*score is a Int8Head with torch.int8 weights"):
-        rl.RewardModel(module, tokenizer)
-
-
-def test_pad_equal_to_eos_is_scored_right():
-    tokenizer = tiny_tokenizer(pad="eos")
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    module, _ = tiny_model("llama", tokenizer=tokenizer)
-    module.config.pad_token_id = tokenizer.pad_token_id
-    rm = rl.RewardModel(module, tokenizer)
-    assert "pad == eos" in rm.load_report.value.sel(check="reward position").found.item()
-    # A response that holds the padding token itself: masks come from lengths, so batching does not change it.
-    texts = [("Hello", f"a{tokenizer.eos_token}b"), ("Hello", "A much longer response than the other one, with words.")]
-    alone = [rm.score(*text) for text in texts]
-    together = rm.rewards([rm.tokenize(*text) for text in texts]).tolist()
-    assert together == pytest.approx(alone, abs=1e-4)
-    assert alone == pytest.approx([rm.hf_score(*text) for text in texts], abs=1e-5)
-
-
 def test_a_tokenizer_without_template_is_refused():
     tokenizer = tiny_tokenizer(chat_template=None)
     module, _ = tiny_model("llama", tokenizer=tokenizer)
     with pytest.raises(rl.LoadError, match="no chat template.*set tokenizer.chat_template"):
-        rl.RewardModel(module, tokenizer)
-
-
-def test_a_doubled_bos_is_refused():
-    tokenizer = tiny_tokenizer(chat_template="{{ bos_token }}" + CHAT_TEMPLATES["markers"])
-    module, _ = tiny_model("llama", tokenizer=tokenizer)
-    with pytest.raises(rl.LoadError, match="no doubled BOS.*the text begins '<bos><bos>"):
         rl.RewardModel(module, tokenizer)
 
 

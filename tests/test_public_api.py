@@ -71,6 +71,8 @@ PUBLIC = [
     "edited_pairs",
     "edits_of",
     "effects",
+    "ensemble_rewards",
+    "ensemble_summary",
     "erase_concept",
     "estimate_store",
     "evaluate_edit",

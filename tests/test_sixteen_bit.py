@@ -1,4 +1,7 @@
-"""Interventions in bfloat16: held against the slow loop in bfloat16 and the same weights in float32, E5 exactly 0."""
+"""Interventions in bfloat16: held against the slow loop in bfloat16 and the same weights in float32, E5 exactly 0.
+
+Float16 runs the same code with finer steps and a smaller range; its rewards and methods are looked at too.
+"""
 
 import dataclasses
 import functools
@@ -8,7 +11,7 @@ import pytest
 import torch
 
 import reward_lens as rl
-from families import STRUCTURES, TEXT_PAIRS, tiny_model
+from families import STRUCTURES, TEXT_PAIRS, more, tiny_model
 from planted import planted_pairs
 from reference.sweeps import patched_reward, values_at
 from reward_lens.model import checks
@@ -86,6 +89,38 @@ METHODS = {
 def test_every_intervention_runs_and_its_checks_hold(family, name):
     """A check over its tolerance raises; what is left is that values are there."""
     result = METHODS[name](model(family))
+    assert np.isfinite(result.value.values).any()
+    assert all(check.gap <= check.tolerance for check in result.checks)
+
+
+@functools.cache
+def half(family: str) -> tuple[rl.RewardModel, rl.RewardModel]:
+    """A model in float16, and float16 values in float32."""
+    module, tokenizer = tiny_model(family, dtype=torch.float16, seed=1)
+    same, _ = tiny_model(family, dtype=torch.float32, seed=1)
+    same.load_state_dict(module.state_dict())
+    return tuple(rl.RewardModel(m, tokenizer, name=family) for m in (module, same))
+
+
+@pytest.mark.parametrize("family", ["llama", *more(*(f for f in STRUCTURES if f != "llama"))])
+def test_float16_is_close_to_float32_and_its_tail_is_in_float32(family):
+    rm, same = half(family)
+    assert rm.dtype == torch.float16 and rm.sixteen_bit and rm.like.dtype == torch.float32
+    here, there = (m.score_pairs(MANY).value.values for m in (rm, same))
+    size = rm.effect_scale(*np.abs(there[:, :2]).ravel())
+    assert np.abs(here - there).max() <= 2e-2 * size
+    for mode in ("noise", "denoise"):
+        here, there = (rl.effects(m, [EQUAL], mode=mode, at="all").value.values for m in (rm, same))
+        assert np.abs(here - there).max() <= 4e-2 * size
+    parts = rl.contributions(rm, MANY).value.sel(side="margin").sum("component").values
+    assert parts == pytest.approx(rm.score_pairs(MANY).value.sel(side="margin").values, abs=1e-4 * size)
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in ("estimates", "direct") else pytest.param(n, marks=pytest.mark.full) for n in METHODS]
+)
+def test_interventions_in_float16_keep_their_checks(name):
+    result = METHODS[name](half("llama")[0])
     assert np.isfinite(result.value.values).any()
     assert all(check.gap <= check.tolerance for check in result.checks)
 

@@ -253,7 +253,7 @@ def test_margins_stand_where_the_texts_agree():
 
 def test_a_unit_that_holds_the_reward_position_cannot_be_masked():
     _, tokenizer = tiny_model("llama")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.chat_template, tokenizer.add_bos_token = "{% for m in messages %}{{ m['content'] }}{% endfor %}", False
     rm = RewardModel(tiny_model("llama")[0], tokenizer)
     result = token_attribution(rm, SHORT[:1], method="leave_one_out", removal="mask")
     values = row(result, 0, "chosen")

@@ -112,7 +112,7 @@ def test_padding_and_batching_change_nothing(family):
 
 def test_the_last_token_is_read_even_if_it_is_the_padding_token():
     template = "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
-    tokenizer = tiny_tokenizer(pad="eos", chat_template=template)
+    tokenizer = tiny_tokenizer(pad="eos", add_bos=False, chat_template=template)
     module, _ = tiny_language_model("llama", tokenizer=tokenizer)
     rm = rl.RewardModel(module, tokenizer, readout=rl.VocabReadout(0))
     tokens = rm.tokenize("Hi", "You")

@@ -80,6 +80,8 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.methods.edges import edge_effects as edge_effects
     from reward_lens.methods.edit_evaluation import evaluate_edit as evaluate_edit
     from reward_lens.methods.effects import effects as effects
+    from reward_lens.methods.ensemble import ensemble_rewards as ensemble_rewards
+    from reward_lens.methods.ensemble import ensemble_summary as ensemble_summary
     from reward_lens.methods.erasure import erase_concept as erase_concept
     from reward_lens.methods.exploits import find_exploits as find_exploits
     from reward_lens.methods.fitted_weights import fitted_weights as fitted_weights
@@ -210,6 +212,7 @@ _HOME = {
     "methods.weights": ("ov_pull", "vocab_alignment"),
     "methods.compare": ("compare", "compare_checkpoints", "disagreements"),
     "methods.compared_curves": ("compared_curves",),
+    "methods.ensemble": ("ensemble_rewards", "ensemble_summary"),
     "methods.concept_vectors": ("concept_vectors",),
     "methods.valuation": ("valuation",),
     "methods.linear_probes": ("linear_probes",),

@@ -122,11 +122,11 @@ def _fused_row(
     k = key.repeat_interleave(query.shape[1] // key.shape[1], 1).to(like)
     scores = (k @ q.unsqueeze(-1)).squeeze(-1) * (scale if scale is not None else 1 / math.sqrt(q.shape[-1]))
     if is_causal:
-        later = torch.arange(k.shape[2], device=k.device) > position[:, None]
+        later = torch.arange(k.shape[2], device=k.device) > position.to(k.device)[:, None]
         scores = scores.masked_fill(later[:, None], -torch.inf)
     if attn_mask is not None:
         full = attn_mask.expand(n, attn_mask.shape[1], *attn_mask.shape[2:])
-        mask = full[rows, :, position] if full.shape[2] > 1 else full[:, :, 0]
+        mask = (full[rows, :, position] if full.shape[2] > 1 else full[:, :, 0]).to(scores.device)
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(like)
     return scores.softmax(-1), value
 

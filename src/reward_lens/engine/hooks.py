@@ -27,7 +27,7 @@ def read_input(module: nn.Module, read: Read) -> Hook:
     """Show `read` the module's first tensor argument."""
 
     def act(args, kwargs):
-        read(first_input(args, kwargs))
+        read(_arriving(module, first_input(args, kwargs)))
 
     return Hook(module, "call", act)
 
@@ -36,15 +36,17 @@ def edit_input(module: nn.Module, edit: Edit) -> Hook:
     """Replace the module's first tensor argument by `edit` of it."""
 
     def act(args, kwargs):
-        return with_first_input(args, kwargs, edit(first_input(args, kwargs)))
+        return with_first_input(args, kwargs, edit(_arriving(module, first_input(args, kwargs))))
 
     return Hook(module, "call", act)
 
 
 def read_call(module: nn.Module, read: Callable[[tuple, dict], None]) -> Hook:
-    """Show `read` all arguments of the call."""
+    """Show `read` all arguments of the call, the first tensor on the module's device."""
 
     def act(args, kwargs):
+        if args or kwargs:
+            args, kwargs = with_first_input(args, kwargs, _arriving(module, first_input(args, kwargs)))
         read(args, kwargs)
 
     return Hook(module, "call", act)
@@ -100,6 +102,17 @@ def with_first_input(args: tuple, kwargs: dict, tensor: Tensor) -> tuple[tuple, 
 def first_output(output: Any) -> Tensor:
     """The tensor a module returns, alone or first in a tuple."""
     return output if isinstance(output, Tensor) else output[0]
+
+
+def _arriving(module: nn.Module, tensor: Any) -> Any:
+    """The input on the device that the module computes on. accelerate moves it there after hooks have seen it, so at
+    the first block of a device it would still be on the one before."""
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        device = getattr(one, "execution_device", None)
+        if device is not None and isinstance(tensor, Tensor):
+            return tensor.to(device)
+    return tensor
 
 
 def _register(hook: Hook):

@@ -6,10 +6,10 @@ from torch import nn
 
 from reward_lens.errors import StructureError
 from reward_lens.model.experts import Experts
+from reward_lens.model.linear_maps import linear_weight
 from reward_lens.model.readout import PromptGated
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
-from reward_lens.model.structure import linear_weight
 from reward_lens.model.tokens import Tokens
 
 
@@ -103,14 +103,16 @@ def out_map(rm: RewardModel, layer: int, kind: str) -> nn.Module:
     unit = "heads" if kind == "attn" else "neurons"
     try:
         if path is None:
-            raise AttributeError("no single linear map makes the write")
+            kept = "its maps are quantised" if rm.quantised else "no single linear map makes the write"
+            raise AttributeError(kept)
         return rm.trunk.blocks[layer].get_submodule(path)
     except AttributeError as error:
         raise StructureError(
             f"The {kind} write of block {layer} of {rm.name} cannot be split into {unit}",
             found=str(error),
             expected=f"one linear map from the {unit} to the write",
-            do="use the split by component; fused experts and recurrent mixers have no such map",
+            do="use the split by component; fused experts and recurrent mixers have no such map, and those of a "
+            "quantised model can be split once it is loaded unquantised",
         ) from error
 
 

@@ -26,9 +26,9 @@ from reward_lens.errors import StructureError
 from reward_lens.methods.interchange import Interchange, first_mlp
 from reward_lens.methods.natural_distance import Standard, natural_standard
 from reward_lens.methods.off_manifold import UnitRange, natural_range
+from reward_lens.model.linear_maps import linear_weight
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
-from reward_lens.model.structure import linear_weight
 from reward_lens.model.tokens import Tokens
 
 _ROWS_AT_ONCE = 4096  # residuals that go through norm and head together

@@ -199,7 +199,7 @@ def _on_the_line(
         origin = base[: x.shape[1]].expand_as(own)
         # lerp is exact at both ends: at 1 this is the text's own pass
         moved = torch.lerp(origin, own, alphas.to(base)[:, None, None].expand_as(own))
-        point = torch.where(spans.to(x.device)[..., None], moved, own).to(x.dtype).requires_grad_(gradient)
+        point = torch.where(spans.to(own.device)[..., None], moved, own).to(x).requires_grad_(gradient)
         points.append((point, own - origin))
         return point.clone()  # some classes add in place, which a leaf does not allow
 

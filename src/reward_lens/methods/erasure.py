@@ -27,9 +27,9 @@ from reward_lens import data, stats
 from reward_lens.engine.activations import captured
 from reward_lens.errors import DataError
 from reward_lens.model.head import editable_readout, stored, with_row
+from reward_lens.model.linear_maps import linear_bias
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
-from reward_lens.model.structure import linear_bias
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ from reward_lens.errors import DataError
 from reward_lens.methods.paired import margin_of, paired_result
 from reward_lens.model.forward import Batch
 from reward_lens.model.heads.own import head_of
+from reward_lens.model.placement import require_all_there
 from reward_lens.model.post_norm import require_added
 from reward_lens.model.readout import Direction, read_size
 from reward_lens.model.reward_model import RewardModel
@@ -109,6 +110,7 @@ def random_weight_copy(rm: RewardModel, seed: int = 0) -> RewardModel:
 
     Returns a `RewardModel` for any method: what a random network shows too is no finding about training.
     """
+    require_all_there(rm.module, "A copy of the model with other weights")
     module = copy.deepcopy(rm.module)
     generator = torch.Generator().manual_seed(seed)
     head = {id(p) for p in head_of(module, rm.structure).parameters()}

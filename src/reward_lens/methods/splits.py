@@ -13,10 +13,10 @@ from torch import Tensor
 
 from reward_lens.engine.activations import Activations
 from reward_lens.engine.places import out_map
+from reward_lens.model.linear_maps import is_linear, linear_bias, linear_weight
 from reward_lens.model.norm import Norm, measure_norm
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
-from reward_lens.model.structure import is_linear, linear_bias, linear_weight
 
 Labels = tuple[list[str], list[int], list[str], list[int]]
 

@@ -32,10 +32,11 @@ from reward_lens.engine.places import out_map
 from reward_lens.errors import StructureError
 from reward_lens.methods.splits import HeadSplit
 from reward_lens.model.forward import Batch
+from reward_lens.model.linear_maps import is_linear, linear_bias, linear_weight
 from reward_lens.model.norm import Norm, measure_norm
+from reward_lens.model.placement import held
 from reward_lens.model.readout import require_linear
 from reward_lens.model.reward_model import RewardModel
-from reward_lens.model.structure import is_linear, linear_bias, linear_weight
 from reward_lens.result import Check, Result
 
 PROBES = 16  # one-token texts to find a map with, and as many others to prove it on
@@ -165,7 +166,7 @@ def value_maps(rm: RewardModel) -> list[ValueMap]:
 
 def _embedding(rm: RewardModel) -> Tensor:
     module: Any = rm.module
-    return module.get_input_embeddings().weight
+    return held(module.get_input_embeddings())
 
 
 def _probe_ids(rm: RewardModel) -> Tensor:

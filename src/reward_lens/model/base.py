@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from reward_lens.errors import LoadError
+from reward_lens.model.adapters import merged, network_in
 from reward_lens.model.head import require_own_head
+from reward_lens.model.placement import require_all_there
 from reward_lens.model.reward_model import RewardModel
 
 
@@ -27,9 +29,10 @@ def base_under_head(rm: RewardModel, base: Any, revision: str | None = None) -> 
     what the base would prefer; its rewards are the reading of a head that was never trained with it.
     """
     require_own_head(rm)
+    require_all_there(rm.module, "A copy of the model with another trunk")
     name = base if isinstance(base, str) else getattr(base.config, "name_or_path", "") or type(base).__name__
     given = _trunk(_loaded(rm, base, revision)).state_dict()
-    module = copy.deepcopy(rm.module)
+    module = merged(copy.deepcopy(rm.module))
     own, added = _trunk(module).state_dict(), 0
     lacking, other = [], []
     pooler = f"{rm.structure.pooler}.".removeprefix(f"{getattr(module, 'base_model_prefix', '')}.")
@@ -56,7 +59,8 @@ def base_under_head(rm: RewardModel, base: Any, revision: str | None = None) -> 
         )
     record = {"method": "base_under_head", "model": rm.name, "base": name, "rows_kept": added}
     return RewardModel(
-        module, rm.tokenizer.hf, **rm.read_as, structure=rm.structure, truncation=rm.truncation,
+        module, rm.tokenizer.hf, **rm.read_as, truncation=rm.truncation,
+        structure=rm.structure if network_in(rm.module) is rm.module else None,  # paths without the wrapper differ
         name=f"{name} under the head of {rm.name}", edits=(*rm.edits, record),
     )  # fmt: skip
 

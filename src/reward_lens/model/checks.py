@@ -7,6 +7,8 @@ deviation of the reward over the probe texts.
 import dataclasses
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,9 +20,9 @@ from reward_lens.engine import hooks
 from reward_lens.errors import LoadError
 from reward_lens.model.forward import at_rows, make_batch, padding_id, record, replay, suffix_batch
 from reward_lens.model.heads.own import OwnHead
+from reward_lens.model.linear_maps import is_linear
 from reward_lens.model.prefix import pooled_with_prefix
 from reward_lens.model.readout import Rounding, RunsANetwork
-from reward_lens.model.structure import is_linear
 from reward_lens.model.tokens import Tokens
 from reward_lens.result import Check, Result, load_result
 
@@ -37,14 +39,20 @@ PROBES = (
 )
 COMPARED = 2  # texts whose rewards are compared; the others only give the reward's spread
 PREFIX_REUSE = "prefix reuse"
+ATTENTION = "attention"
+BOS_PRESENT = "BOS present"
 CHECKS_HELP = {
     "head in checkpoint": "load a checkpoint that holds its reward head; a random head scores noise",
     "own reward": "the model does more than trunk, norm and head: pass readout= or structure=",
     "template tokens": "set tokenizer.chat_template to the template the model was trained with",
     "no doubled BOS": "remove the BOS from the chat template or set tokenizer.add_bos_token=False, whichever the "
     "model's authors trained without",
+    BOS_PRESENT: "put {{ bos_token }} in front of tokenizer.chat_template if the model was trained with it, set "
+    "tokenizer.add_bos_token=False if without, and build rl.RewardModel(module, tokenizer)",
+    ATTENTION: "load with attn_implementation='eager'; what is in use leaves out a part of the model's attention",
     "padding": "run without padding (batch_size=1); please report the model's class",
-    "batching": "run with batch_size=1; please report the model's class",
+    "batching": "run with batch_size=1; please report the model's class. LLM.int8 looks for outliers in the whole "
+    "batch: with llm_int8_threshold=0.0 it does not",
     "writes close": "pass structure= naming the submodules that write to the residual stream",
     "decomposition": "pass structure= naming final_norm, attn and mlp",
     "replay": "the blocks depend on more than their arguments; please report the model's class",
@@ -103,6 +111,7 @@ def load_report(rm: "RewardModel") -> Result:
     floor = max((max(map(abs, some)) for some in terms if len(some) > 1), default=0.0)
     scale = torch.maximum(alone.abs(), alone.std()).clamp_min(floor)
     rows += _own_reward(rm, tokens, alone[:COMPARED], scale, terms)
+    rows.append(_attention(rm, tokens[:COMPARED], alone[:COMPARED], scale[:COMPARED]))
     rows += _padding(rm, tokens, alone, scale)
     rows += _residuals(rm, tokens[0])
     rows.append(_prefix(rm, tokens[0], float(alone[0]), float(scale[0])))
@@ -147,7 +156,8 @@ def kept_report(rm: "RewardModel") -> Result | None:
         return None
     report = load_result(path)
     now = rm.surroundings()
-    whole = PREFIX_REUSE in report.value["check"].values  # written by a version that measured all that is measured now
+    # Written by a version that measured all that is measured now.
+    whole = {PREFIX_REUSE, ATTENTION, BOS_PRESENT} <= set(report.value["check"].values)
     return report if whole and all(report.meta.get(key) == value for key, value in now.items()) else None
 
 
@@ -162,10 +172,11 @@ def confirmed(rm: "RewardModel", kept: Result | None) -> Result | None:
 
 
 def reward_tolerance(rm: "RewardModel", reward: float, scale: float) -> float:
-    """E1 in reward units: 1e-5 S in float32; the larger of 2 steps of the format and 2e-2 S in 16 bits."""
+    """E1 in reward units: 1e-5 S in float32; the larger of 2 steps of the format and 2e-2 S in 16 bits, and of
+    bfloat16's steps on quantised weights."""
     if not rm.sixteen_bit:
         return 1e-5 * scale
-    bits = 7 if rm.dtype == torch.bfloat16 else 10
+    bits = 10 if rm.dtype == torch.float16 and not rm.quantised else 7
     step = 2.0 ** (math.floor(math.log2(max(abs(reward), 1e-6))) - bits)
     return max(2 * step, 2e-2 * scale)
 
@@ -198,6 +209,9 @@ def _tokenisation(rm, tokens: list[Tokens]):
     doubled = bos is not None and len(tokens[0]) > 1 and tokens[0].ids[0] == tokens[0].ids[1] == bos
     opening = hf.decode(list(tokens[0].ids[:3]))
     yield "no doubled BOS", float(doubled), 0.0, f"the text begins {opening!r}"
+    begins = bos is not None and list(hf("a", verbose=False)["input_ids"])[:1] == [bos]
+    found = f"the text begins {opening!r}, a text by the tokenizer's own rule {hf.bos_token if begins else 'without'!r}"
+    yield BOS_PRESENT, float(begins and tokens[0].ids[0] != bos), 0.0, found
     at = tokens[0].reward_pos
     around = "".join(tokens[0].pieces[max(0, at - 3) : at]), tokens[0].pieces[at], "".join(tokens[0].pieces[at + 1 :])
     pad = "pad == eos" if hf.pad_token_id is not None and hf.pad_token_id == hf.eos_token_id else "pad is its own token"
@@ -234,6 +248,43 @@ def _head_rounding(rm, tokens: list[Tokens], draws: int = 8) -> float:
         exact = rm.readout.reward(h, inputs)
         moved += [rm.readout.rounded(h, inputs, Rounding(dtype, seed)) - exact for seed in range(draws)]
     return float(torch.cat(moved).double().square().mean().sqrt())
+
+
+def _attention(rm, tokens: list[Tokens], alone: Tensor, scale: Tensor):
+    """Fused attention is handed the model's soft cap, sinks and biases, and one that does not know them may drop them
+    without a word. What is written out in the model's own file ("eager") has them; in 16 bits it rounds otherwise too,
+    so that what batches without padding move is allowed there, twice, as it is for padding."""
+    own = getattr(rm.config, "_attn_implementation", None)
+    with eager_attention(rm.module) as changed:
+        if not changed:
+            return ATTENTION, 0.0, math.inf, f"{own}: nothing to hold it against"
+        gap = (torch.cat([rm.rewards([t]) for t in tokens]).double() - alone).abs()
+    if not rm.sixteen_bit:
+        worst = int(torch.argmax(gap / scale))
+        measured, allowed = float(gap[worst]), float(1e-4 * scale[worst])
+    else:
+        measured = float(gap.square().mean().sqrt())
+        allowed = 2 * reward_tolerance(rm, float(alone.abs().max()), float(scale.square().mean().sqrt()))
+        if measured > allowed:
+            allowed = max(allowed, 2 * _unpadded_gap(rm, tokens, alone))
+    return ATTENTION, measured, allowed, f"{own} against eager on {len(tokens)} texts"
+
+
+@contextmanager
+def eager_attention(module: Any) -> Iterator[bool]:
+    """Inside, attention is what the model's own file writes out; False where it was already, or cannot be set."""
+    config: Any = getattr(module, "config", None)
+    own = getattr(config, "_attn_implementation", None)
+    if own in (None, "eager") or not hasattr(module, "set_attn_implementation"):
+        yield False
+        return
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    before = {"": own, **{name: part._attn_implementation for name, part in parts.items() if part is not None}}
+    try:
+        module.set_attn_implementation("eager")
+        yield config._attn_implementation == "eager"
+    finally:
+        module.set_attn_implementation(before)
 
 
 def _padding(rm, tokens: list[Tokens], alone: Tensor, scale: Tensor):

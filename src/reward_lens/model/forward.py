@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from reward_lens.engine import hooks
+from reward_lens.model.adapters import network_in
 from reward_lens.model.experts import Experts, find_experts
 from reward_lens.model.norm import measure_norm
+from reward_lens.model.placement import input_device
 from reward_lens.model.post_norm import Carrier
 from reward_lens.model.tokens import Tokens
 
@@ -284,8 +286,8 @@ class OnTrunk:
 
     @property
     def device(self) -> torch.device:
-        """Device of the first parameter (the embedding); inputs go there."""
-        return next(self.module.parameters()).device
+        """Device that inputs go to: where the embedding runs."""
+        return input_device(self.module)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -294,12 +296,20 @@ class OnTrunk:
 
     @property
     def sixteen_bit(self) -> bool:
-        """Whether the trunk runs in bfloat16 or float16, with their tolerances."""
-        return self.dtype in (torch.bfloat16, torch.float16)
+        """Whether the trunk runs in bfloat16 or float16, or on quantised weights, with the tolerances of 16 bits."""
+        return self.dtype in (torch.bfloat16, torch.float16) or self.quantised
+
+    @functools.cached_property
+    def quantised(self) -> bool:
+        """Whether weights of the trunk are kept in 8 or 4 bits. Around such a product numbers pass 16 bits or fewer,
+        so sums in another order (batches, attention) come out as far apart as they do in bfloat16."""
+        whole = all(p.is_floating_point() for p in self.module.parameters())
+        return not whole or bool(getattr(self.module, "is_quantized", False))
 
 
 def trunk_module(module: nn.Module, blocks_path: str) -> nn.Module:
     """The headless network: what Hugging Face calls the base model."""
+    module = network_in(module)
     base = getattr(module, "base_model", module)
     if base is module:
         base = module.get_submodule(blocks_path.split(".")[0])

@@ -16,10 +16,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from reward_lens.errors import DataError
+from reward_lens.model.adapters import require_no_live_adapter
 from reward_lens.model.heads.linear import LinearScore
+from reward_lens.model.linear_maps import linear_bias, linear_weight
+from reward_lens.model.placement import require_all_there
 from reward_lens.model.readout import LinearReadout
 from reward_lens.model.reward_model import RewardModel
-from reward_lens.model.structure import linear_bias, linear_weight
 from reward_lens.model.vocab_readout import refuse_change
 
 
@@ -68,6 +70,8 @@ def with_row(
     """
     refuse_change(rm, "An edit of the head")
     before = editable_readout(rm)
+    require_no_live_adapter(rm.module, "An edit of the head")
+    require_all_there(rm.module, "An edit of the head", rm.structure.head)
     after = stored(rm, row)
     require_own_head(rm)
     size, left = (float((w * before.norm.gain).double().norm()) for w in (before.weight, after))

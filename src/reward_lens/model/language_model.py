@@ -22,6 +22,8 @@ from reward_lens.errors import DataError, LoadError, StructureError
 from reward_lens.model import structure as structures
 from reward_lens.model.checks import require_usable_weights
 from reward_lens.model.forward import Batch, OnTrunk, batches, rotary_threshold, trunk_of
+from reward_lens.model.linear_maps import linear_bias, linear_weight
+from reward_lens.model.loading import causal_module, tokenizer_of
 from reward_lens.model.norm import Norm, measure_norm
 from reward_lens.model.reward_model import versions
 from reward_lens.model.structure import Structure
@@ -111,19 +113,19 @@ class LanguageModel(OnTrunk):
             self.structure = structures.prove(module, found, self._probe)
             self.head = module.get_submodule(self.structure.head)
             self.trunk = trunk_of(module, self.structure)
-            like = structures.linear_weight(self.head)
+            like = linear_weight(self.head)
             self.norm: Norm = measure_norm(self.trunk.final_norm, like.shape[1], like)
             self.factor, self.cap = self._measure_logits()
 
     @functools.cached_property
     def unembedding(self) -> Float[Tensor, "vocabulary d_model"]:
         """Rows of the head in the tail's precision, the factor on the logits in them."""
-        return structures.linear_weight(self.head).detach().to(self.norm.gain) * self.factor
+        return linear_weight(self.head).detach().to(self.norm.gain) * self.factor
 
     @functools.cached_property
     def offsets(self) -> Float[Tensor, " vocabulary"]:
         """The head's bias, zero where it has none."""
-        bias = structures.linear_bias(self.head)
+        bias = linear_bias(self.head)
         like = self.norm.gain
         return like.new_zeros(len(self.unembedding)) if bias is None else bias.detach().to(like) * self.factor
 
@@ -212,19 +214,17 @@ def load_language_model(
     path: str | Path, *, revision: str | None = None, device: Any = None, dtype: Any = None, device_map: Any = None,
     trust_remote_code: bool = False, attn_implementation: str | None = None,
 ) -> LanguageModel:  # fmt: skip
-    """A causal language model from a hub id or a folder, with its tokenizer; arguments as for `load`.
+    """A causal language model from a hub id or a folder, with its tokenizer; arguments as for `load`. A PEFT adapter of
+    one is merged into its base.
 
-    Returns a `LanguageModel`. Raises `LoadError` where it cannot be loaded or weights are missing in the checkpoint.
+    Returns a `LanguageModel`. Raises `LoadError` where it cannot be loaded, is no language model, or lacks weights.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     settings = {"dtype": dtype or "auto", "device_map": device_map, "attn_implementation": attn_implementation}
     settings = {k: v for k, v in settings.items() if v is not None}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(str(path), output_loading_info=True, **options, **settings)
-        module, info = loaded
-        tokenizer = AutoTokenizer.from_pretrained(str(path), **options)
+        module, _, base = causal_module(str(path), options, settings)
+        tokenizer = tokenizer_of(str(path), base, options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise LoadError(
             f"{path} could not be loaded as a language model",
@@ -232,10 +232,6 @@ def load_language_model(
             expected="a hub id or a folder with a causal language model and its tokenizer",
             do="check the name and the connection, or load it yourself and pass rl.LanguageModel(module, tokenizer)",
         ) from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise LoadError(f"{path} is no trained language model", found=f"the checkpoint lacks {', '.join(missing[:5])}",
-                        expected="every weight in the checkpoint", do="load the policy itself")  # fmt: skip
     name = str(path) if not Path(path).exists() else Path(path).resolve().name
     return LanguageModel(module if device is None else module.to(device), tokenizer, name=name, revision=revision)
 

@@ -23,6 +23,8 @@ def load(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
     device_map: Any = None,
+    offload_folder: str | Path | None = None,
+    quantization_config: Any = None,
     objective: str | int | None = None,
     structure: Structure | None = None,
     readout: Any = None,
@@ -33,7 +35,11 @@ def load(
     Parameters
     ----------
     path: ``"demo"``, a hub id, a local folder, or a PEFT adapter of either kind (merged into its base).
-    device, device_map: where to put it; `device_map="auto"` shards it over what there is.
+    device, device_map: where to put it; `device_map="auto"` shards it over what there is. Parts that a map gives to
+        "disk" (with `offload_folder`), or to "cpu" beside an accelerator, are loaded each time they run; every method
+        gives the same numbers, and only what changes or writes weights refuses (`edit_head`, `base_under_head`).
+    quantization_config: as transformers takes it (`BitsAndBytesConfig`), for the trunk; the head has to stay in
+        floating point, which is measured. Heads and neurons of quantised maps are not split; components are.
     dtype: default is the checkpoint's own.
     objective: row of a head with several.
     structure, readout: describe an unusual network; both are put to the same proof. A `VocabReadout` loads a language
@@ -50,27 +56,39 @@ def load(
     if str(path) == "demo":
         from reward_lens.model.demo import load_demo
 
+        _refuse(
+            "The demo model takes no such setting", "device=, which moves the whole of it",
+            "leave it out; the demo has 135 million parameters",
+            device_map=device_map, offload_folder=offload_folder, quantization_config=quantization_config,
+        )  # fmt: skip
         return load_demo(device, dtype, attn_implementation, objective=objective, structure=structure, readout=readout,
                          truncation=truncation)  # fmt: skip
     if isinstance(readout, StepReadout):
         from reward_lens.model.step_loading import load_step_model
 
-        _refuse_for_steps(trust_remote_code=trust_remote_code, objective=objective, truncation=truncation)
+        _refuse(
+            "A process reward model takes no such setting",
+            "the settings of load_step_model: its own classes, one reward a step, whole solutions",
+            "leave it out; a solution that is too long is refused, since cutting it would move its steps",
+            trust_remote_code=trust_remote_code, objective=objective, truncation=truncation,
+            offload_folder=offload_folder, quantization_config=quantization_config,
+        )  # fmt: skip
         return load_step_model(path, readout, revision=revision, device=device, dtype=dtype, device_map=device_map,
                                attn_implementation=attn_implementation, structure=structure)  # fmt: skip
     path = str(path)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    settings = {"dtype": dtype or "auto", "device_map": device_map, "attn_implementation": attn_implementation}
+    settings = {"dtype": dtype or "auto", "device_map": device_map, "attn_implementation": attn_implementation,
+                "offload_folder": offload_folder, "quantization_config": quantization_config}  # fmt: skip
     settings = {k: v for k, v in settings.items() if v is not None}
     try:
         if isinstance(readout, VocabReadout):
-            module, missing, base = _load_language_model(path, options, settings)
+            module, missing, base = causal_module(path, options, settings)
         elif _is_adapter(path, revision):
             module, missing, base = _load_adapter(path, options, settings)
         else:
             module, missing = _load_classifier(path, options, settings)
             base = getattr(module, "tokenizer_name", None)
-        tokenizer = _load_tokenizer(path, base, options | heads.tokenizer_options(module))
+        tokenizer = tokenizer_of(path, base, options | heads.tokenizer_options(module))
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise LoadError(
             f"{path} could not be loaded",
@@ -92,15 +110,10 @@ def load(
     )
 
 
-def _refuse_for_steps(**settings: Any) -> None:
+def _refuse(title: str, expected: str, do: str, **settings: Any) -> None:
     given = [name for name, value in settings.items() if value]
     if given:
-        raise LoadError(
-            "A process reward model takes no such setting",
-            found=", ".join(given),
-            expected="the settings of load_step_model: its own classes, one reward a step, whole solutions",
-            do="leave it out; a solution that is too long is refused, since cutting it would move its steps",
-        )
+        raise LoadError(title, found=", ".join(given), expected=expected, do=do)
 
 
 def placed(module: Any, device: str | torch.device) -> Any:
@@ -135,10 +148,30 @@ def _load_classifier(path: str, options: dict, settings: dict):
             raise
         raise _no_reward_head(path, f"no such class with a head ({_first_lines(error)})", causal) from error
     missing = sorted(info["missing_keys"])
+    left = _beside_trunk(module, info["unexpected_keys"])
+    dropped = f"{type(module).__name__} has no place for its {_some(left)}" if left else ""
     if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise _no_reward_head(path, f"the checkpoint lacks {', '.join(missing[:5])}{more}", causal)
+        found = f"the checkpoint lacks {_some(missing)}" + (f"; {dropped}" if dropped else "")
+        raise _no_reward_head(path, found, causal)
+    if left:
+        raise LoadError(
+            f"A part of {path} beside its trunk would be dropped",
+            found=dropped,
+            expected="a place for every weight of the head: what is left of it is another reward",
+            do="if these weights have no part in the reward, load the module yourself and pass "
+            "rl.RewardModel(module, tokenizer); else pass readout= for this head",
+        )
     return module, missing
+
+
+def _beside_trunk(module: Any, keys) -> list[str]:
+    """Those of the keys that are neither the trunk's nor an unembedding's."""
+    known = (module.base_model_prefix + ".", "lm_head.", "embed_out.")
+    return sorted(key for key in keys if not key.startswith(known))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _no_reward_head(path: str, found: str, causal: str | None) -> LoadError:
@@ -151,8 +184,9 @@ def _no_reward_head(path: str, found: str, causal: str | None) -> LoadError:
     )
 
 
-def _load_language_model(path: str, options: dict, settings: dict):
-    """A causal language model, or a PEFT adapter of one merged into its base."""
+def causal_module(path: str, options: dict, settings: dict):
+    """A causal language model, or a PEFT adapter of one merged into its base: (module, missing keys, base). Raises
+    `LoadError` for a checkpoint with a reward head or without all weights."""
     from transformers import AutoModelForCausalLM
 
     base = None
@@ -257,7 +291,8 @@ def _adapter_file(path: str, revision: str | None) -> str:
     return hf_hub_download(path, "adapter_model.safetensors", revision=revision)
 
 
-def _load_tokenizer(path: str, base: str | None, options: dict):
+def tokenizer_of(path: str, base: str | None, options: dict):
+    """The tokenizer beside the weights; an adapter without one has its base's."""
     from transformers import AutoTokenizer
 
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")

@@ -5,7 +5,6 @@ not, is found by feeding probes and is proven on further ones; a module that is 
 Freezing s at an input makes the norm linear, and `pull_back` is the transpose of that linear map.
 """
 
-import copy
 import dataclasses
 
 import torch
@@ -13,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from reward_lens.errors import StructureError
+from reward_lens.model.placement import loaded_copy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +86,4 @@ def measure_norm(module: nn.Module | None, d_model: int, like: Tensor, name: str
 
 def tail_copy(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """A copy in the tail's precision, in eval mode and without gradients for its parameters."""
-    if hasattr(module, "_hf_hook"):  # accelerate's device moves; the copy lives on one device
-        from accelerate.hooks import remove_hook_from_module
-
-        module = remove_hook_from_module(copy.deepcopy(module))
-    return copy.deepcopy(module).to(device=device, dtype=dtype).eval().requires_grad_(False)
+    return loaded_copy(module).to(device=device, dtype=dtype).eval().requires_grad_(False)

@@ -19,6 +19,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from reward_lens.model.forward import Trunk, suffix_batch
+from reward_lens.model.placement import input_device
 from reward_lens.model.tokens import Tokens
 
 
@@ -104,4 +105,4 @@ def pooled_with_prefix(trunk: Trunk, tokens: Tokens, split: int) -> Float[Tensor
 
 
 def _device(trunk: Trunk) -> torch.device:
-    return next(trunk.module.parameters()).device
+    return input_device(trunk.module)

@@ -158,7 +158,7 @@ def require_linear(readout: Any, question: str) -> LinearReadout:
 
 def linear_readout(norm: Norm, head, objective: int, name: str) -> LinearReadout:
     """The `objective`-th row of a linear head module, in the norm's precision."""
-    from reward_lens.model.structure import linear_bias, linear_weight
+    from reward_lens.model.linear_maps import linear_bias, linear_weight
 
     weight = linear_weight(head)[objective].detach().to(norm.gain)
     bias = linear_bias(head)

@@ -20,6 +20,7 @@ from reward_lens.model import structure as structures
 from reward_lens.model.forward import Batch, OnTrunk, batches, padding_id, rotary_threshold, trunk_of
 from reward_lens.model.heads.own import OwnHead, head_of, published_path
 from reward_lens.model.heads.tail import tail_readout
+from reward_lens.model.linear_maps import linear_weight
 from reward_lens.model.norm import measure_norm
 from reward_lens.model.pair_tokens import FirstTokenTokenizer, set_inputs
 from reward_lens.model.prefix import keys_and_values
@@ -137,7 +138,7 @@ class RewardModel(OnTrunk):
         if isinstance(self.module, OwnHead):
             return self.module.objectives
         scores = self.module.get_submodule(self.structure.head)
-        return objective_names(self.config, structures.linear_weight(scores).shape[0])
+        return objective_names(self.config, linear_weight(scores).shape[0])
 
     @property
     def noise_floor(self) -> float:
@@ -346,8 +347,8 @@ class RewardModel(OnTrunk):
         if objective is None and own is not None and own.first_is_reward:
             objective = 0
         row = chosen_row(names, objective, self.name)
-        width = structures.linear_weight(self.head).shape[1] if own is None else own.width
-        norm = measure_norm(self._norm, width, next(self.head.parameters()))
+        like = linear_weight(self.head) if own is None else next(self.head.parameters())
+        norm = measure_norm(self._norm, like.shape[1] if own is None else own.width, like)
         return linear_readout(norm, self.head, row, names[row]) if own is None else own.readout(norm, row)
 
     def __repr__(self) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reward_lens.errors import DataError
+from reward_lens.model.adapters import require_no_live_adapter
 from reward_lens.model.head import sharing_copy
 from reward_lens.model.heads.own import OwnHead
 from reward_lens.model.vocab_readout import refuse_change
@@ -44,6 +45,7 @@ def save_pretrained(rm: "RewardModel", folder: str | Path) -> Path:
     `StructureError` for a reward read from a language model's vocabulary.
     """
     refuse_change(rm, "A checkpoint with a reward head")
+    require_no_live_adapter(rm.module, "A checkpoint with a reward head")
     folder = Path(folder)
     taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if taken:

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from reward_lens.engine import hooks
 from reward_lens.model.checks import run_probe
 from reward_lens.model.heads.local import LocalReadout, local_readout
+from reward_lens.model.linear_maps import is_linear
 from reward_lens.model.norm import measure_norm
-from reward_lens.model.structure import Structure, find_structure, is_linear
+from reward_lens.model.placement import input_device
+from reward_lens.model.structure import Structure, find_structure
 
 
 def is_hidden(head: nn.Module) -> bool:
@@ -25,7 +27,7 @@ def is_hidden(head: nn.Module) -> bool:
 def hidden_readout(scorer: Any, score: Any, structure: Structure | None) -> tuple[Structure, LocalReadout]:
     """The structure and the readout of a network whose `score` is such a head: what its first map reads is what a
     linear head would."""
-    device = next(scorer.parameters()).device
+    device = input_device(scorer)
     seen: list[Tensor] = []
 
     def probe() -> Tensor:

@@ -22,11 +22,13 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from reward_lens.engine import hooks
 from reward_lens.errors import LoadError, StructureError
 from reward_lens.model.checks import PROBES
+from reward_lens.model.linear_maps import is_linear, linear_bias, linear_weight
+from reward_lens.model.placement import input_device
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.step_hidden import hidden_readout, is_hidden
 from reward_lens.model.step_readout import StepReadout
 from reward_lens.model.step_tokens import StepTokenizer, first_tokens
-from reward_lens.model.structure import Structure, is_linear, linear_bias, linear_weight
+from reward_lens.model.structure import Structure
 
 HEADS = ("score", "classifier", "v_head.summary", "v_head")
 
@@ -202,7 +204,7 @@ def _match_own_scores(module: Any, head: nn.Module, scorer: StepScorer, rows: li
     embedding: Any = scorer.get_input_embeddings()
     vocabulary = len(embedding.weight)
     generator = torch.Generator().manual_seed(0)
-    device = next(scorer.parameters()).device
+    device = input_device(scorer)
     ids = torch.randint(min(8, vocabulary // 2), vocabulary, (1, 12), generator=generator).to(device)
     seen: list[Tensor] = []
     with hooks.attached([hooks.read_output(head, lambda x: seen.append(x.detach()))]):

@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from reward_lens.engine import hooks
 from reward_lens.errors import StructureError
 from reward_lens.model import block_kinds, post_norm
 from reward_lens.model.first_token import first_token_tail
+from reward_lens.model.linear_maps import is_linear, linear_weight
+from reward_lens.model.tail_search import find_tail
 
 ACCEPT = 0.02  # largest share of a block's change that its two writes may leave unexplained
 
@@ -131,7 +132,7 @@ def find_structure(model: Any, run_probe, n_layers: int, n_heads: int, head: str
     attn, mlp, attn_out, mlp_out = (block_kinds.spread(kinds, part) for part in zip(*found, strict=True))
     first: dict[str, Any] = {}
     try:
-        final_norm, head = _find_tail(model, blocks_path, run_probe, head)
+        final_norm, head = find_tail(model, blocks_path, run_probe, head)
     except StructureError:
         tail = first_token_tail(model, blocks_path, run_probe)
         if tail is None:
@@ -187,31 +188,6 @@ def prove(model: Any, structure: Structure, run_probe) -> Structure:
     firsts = [layers[0] for layers in block_kinds.kinds_of(blocks)]
     parallel = any(_is_parallel(blocks[layer], structure, layer, run_probe) for layer in firsts)
     return dataclasses.replace(structure, gaps=tuple(gaps), parallel=parallel)
-
-
-def linear_weight(module: nn.Module) -> Tensor:
-    """[out, in] weight of a linear map, whichever way round its class stores it."""
-    if isinstance(module, Conv1D):
-        return module.weight.T
-    if isinstance(module, nn.Linear) and module.weight.is_floating_point():
-        return module.weight
-    raise StructureError(
-        f"{type(module).__name__} cannot be split",
-        found="a module that is no plain linear map (quantised or fused)",
-        expected="torch.nn.Linear or transformers' Conv1D with floating-point weights",
-        do="load the model unquantised, or ask for the split by component",
-    )
-
-
-def linear_bias(module: nn.Module) -> Tensor | None:
-    """Bias of a linear map, or None."""
-    bias: Any = module.bias
-    return bias
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether `linear_weight` can read the module."""
-    return isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and module.weight.is_floating_point())
 
 
 def _resolve(model: Any, structure: Structure) -> list[nn.Module]:
@@ -340,63 +316,6 @@ def _linear_behind(block: nn.Module, write: str, outputs, inputs) -> str | None:
                 if inputs[write].shape == outputs[path].shape and torch.equal(outputs[path], inputs[write]):
                     return path
     return None
-
-
-def _find_tail(model: Any, blocks_path: str, run_probe, known: str | None) -> tuple[str | None, str]:
-    """The final norm (input: last resid_post, output: what the head reads) and the head (output: the logits)."""
-    last = list(model.get_submodule(blocks_path))[-1]
-    ends: dict[str, Tensor] = {}
-    calls: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def record(path, module) -> Iterator[hooks.Hook]:
-        box = {}
-        yield hooks.read_call(
-            module, lambda args, kwargs: box.__setitem__("in", next((a for a in args if isinstance(a, Tensor)), None))
-        )
-
-        def after(output):
-            if isinstance(output, Tensor) and isinstance(box.get("in"), Tensor):
-                calls[path] = (box["in"].detach(), output.detach())
-
-        yield hooks.Hook(module, "return", after)
-
-    wanted = [hooks.read_output(last, lambda t: ends.__setitem__("post", t.detach().clone()))]
-    for path, module in model.named_modules():
-        if path and not path.startswith(blocks_path):
-            wanted += record(path, module)
-    with hooks.attached(wanted):
-        logits = run_probe()
-
-    heads = [p for p, (_, out) in calls.items() if is_linear(model.get_submodule(p)) and _holds(out, logits)]
-    heads = heads if known is None else [known]
-    if not heads:
-        raise StructureError(
-            f"The reward head of {type(model).__name__} was not found",
-            found="no linear module whose output contains the model's scores",
-            expected="a linear reward head, one row an objective",
-            do="pass structure= with the head's path, or readout= for a reward that is not a linear head",
-        )
-    read = calls[heads[0]][0]
-    if torch.equal(read, ends["post"]):
-        return None, heads[0]
-    for path, (entered, left) in calls.items():
-        same = entered.shape == ends["post"].shape == left.shape == read.shape
-        if same and torch.equal(entered, ends["post"]) and torch.equal(left, read):
-            return path, heads[0]
-    raise StructureError(
-        f"What stands between the last block and the head {heads[0]} of {type(model).__name__} was not understood",
-        found="no single module that turns the last block's output into the head's input",
-        expected="one final norm, or none",
-        do="pass structure= with final_norm=, or readout= if a further network stands before the head (an MLP head)",
-    )
-
-
-def _holds(output: Tensor, logits: Tensor) -> bool:
-    """Whether each row of the logits [batch, k] stands somewhere in the head's output [batch, (pos,) k]."""
-    if output.shape[-1] != logits.shape[-1] or output.shape[0] != logits.shape[0]:
-        return False
-    rows = output.reshape(output.shape[0], -1, output.shape[-1])
-    return bool((rows == logits[:, None]).all(-1).any(-1).all())
 
 
 def _is_parallel(block: nn.Module, structure: Structure, layer: int, run_probe) -> bool:

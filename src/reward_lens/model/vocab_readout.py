@@ -25,9 +25,10 @@ from reward_lens.engine import hooks
 from reward_lens.errors import DataError, LoadError, StructureError
 from reward_lens.model import checks
 from reward_lens.model.judge import JudgeTokenizer, check_template, digest
+from reward_lens.model.linear_maps import is_linear, linear_bias, linear_weight
 from reward_lens.model.norm import measure_norm
+from reward_lens.model.placement import input_device
 from reward_lens.model.readout import LinearReadout
-from reward_lens.model.structure import is_linear, linear_bias, linear_weight
 from reward_lens.model.tokens import Tokenizer
 
 if TYPE_CHECKING:
@@ -264,7 +265,7 @@ def _measured(module: Any, head: nn.Module) -> Logits:
     fed = torch.cat([half, -half])[: weight.shape[0]].to(weight.dtype)
     put = functools.partial(_like, fed)
     with hooks.attached([hooks.edit_output(head, put)]):
-        seen = checks.run_probe(module, next(module.parameters()).device)[0, -1].double().cpu()
+        seen = checks.run_probe(module, input_device(module))[0, -1].double().cpu()
     z, tolerance = fed.double(), 2e-2 if sixteen_bit else 1e-5
     if seen.shape != z.shape or not bool(torch.isfinite(seen).all()):
         raise _not_understood(module, "logits that are not finite, or not one a row")

@@ -14,6 +14,7 @@ from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from reward_lens.model.norm import Norm
+from reward_lens.model.placement import require_all_there
 from reward_lens.model.readout import Readout, objective_names
 
 
@@ -143,6 +144,7 @@ def head_of(module: Any, structure: Any) -> nn.Module:
     """The reward head of a model: all parts of a published head, a pooler and what reads it, or the module at the
     structure's path."""
     if isinstance(module, OwnHead):
+        require_all_there(module.head_parts(), f"The head of {type(module).__name__}")
         return module.head_parts()
     head = module.get_submodule(structure.head)
     return head if structure.pooler is None else nn.ModuleList([module.get_submodule(structure.pooler), head])

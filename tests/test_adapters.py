@@ -1,0 +1,136 @@
+"""Live PEFT adapters: rewards, splits and effects of the adapted network are those of the merged one."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+import reward_lens as rl
+from every_method import METHODS
+from families import TEXT_PAIRS, tiny_model
+from reward_lens.model.adapters import is_adapted
+from reward_lens.model.linear_maps import linear_weight
+from step_models import causal_model
+
+PAIRS = [rl.Pair(*texts) for texts in TEXT_PAIRS]
+TARGETS = {
+    "llama": ["q_proj", "o_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_proj"],
+    "gpt_neox": ["query_key_value", "dense", "dense_4h_to_h"],
+}
+
+
+def adapted(module, family: str, task: str = "SEQ_CLS", **settings):
+    torch.manual_seed(0)
+    config = LoraConfig(
+        r=2, task_type=task, target_modules=TARGETS[family], init_lora_weights=False, lora_dropout=0.2,
+        fan_in_fan_out=family == "gpt2", **settings,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        return get_peft_model(copy.deepcopy(module), config)
+
+
+@pytest.fixture(scope="module")
+def models():
+    """{family: (live, merged)} in float64, made when asked for."""
+    made: dict[str, tuple[rl.RewardModel, rl.RewardModel]] = {}
+
+    def get(family: str):
+        if family not in made:
+            module, tokenizer = tiny_model(family, seed=3, dtype=torch.float64)
+            live = adapted(module, family).double()
+            with torch.no_grad():
+                live.base_model.model.score.modules_to_save["default"].weight.mul_(1.5)
+            merged = copy.deepcopy(live).merge_and_unload()
+            made[family] = tuple(rl.RewardModel(m, tokenizer, name="model") for m in (live, merged))
+        return made[family]
+
+    return get
+
+
+@pytest.mark.parametrize("family", TARGETS)
+def test_a_live_adapter_scores_as_the_merged_one(models, family):
+    live, merged = models(family)
+    here, there = (m.score_pairs(PAIRS).value.values for m in (live, merged))
+    np.testing.assert_allclose(here, there, atol=1e-6)
+    ids = torch.tensor([live.tokenize(PAIRS[0].prompt, PAIRS[0].chosen).ids])
+    with torch.no_grad():
+        assert here[0, 0] == pytest.approx(float(live.module(input_ids=ids).logits[0, 0]), abs=1e-5)
+    split = [live.trunk.blocks[1].get_submodule(p) for p in (live.structure.attn_out, live.structure.mlp_out)]
+    plain = [merged.trunk.blocks[1].get_submodule(p) for p in (merged.structure.attn_out, merged.structure.mlp_out)]
+    for one, other in zip(split, plain, strict=True):
+        assert is_adapted(one) and not is_adapted(other)
+        torch.testing.assert_close(linear_weight(one), linear_weight(other), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["lens", "by head", "by neuron", "effects", "gradient", "path effects", "ov"])
+def test_methods_on_a_live_adapter(models, name):
+    live, merged = models("llama")
+    here, there = (METHODS[name](m, PAIRS).value for m in (live, merged))
+    if here.dtype.kind != "f":
+        np.testing.assert_array_equal(here, there)
+        return
+    size = float(np.nanmax(np.abs(there.values), initial=0.0))
+    np.testing.assert_allclose(here.values, there.values, atol=max(1e-4 * size, 1e-5))
+
+
+def test_a_disabled_adapter_is_the_base():
+    module, tokenizer = tiny_model("llama", seed=3)
+    base = rl.RewardModel(module, tokenizer)
+    live = rl.RewardModel(adapted(module, "llama"), tokenizer)
+    with live.module.disable_adapter():
+        off = rl.RewardModel(live.module, tokenizer)
+        assert off.score("a", "b") == pytest.approx(base.score("a", "b"), abs=1e-6)
+        o_proj = live.trunk.blocks[0].get_submodule("self_attn.o_proj")
+        assert torch.equal(linear_weight(o_proj), module.model.layers[0].self_attn.o_proj.weight)
+    assert abs(live.score("a", "b") - base.score("a", "b")) > 1e-2
+    under = rl.base_under_head(live, module)
+    assert under.score("a", "b") == pytest.approx(base.score("a", "b"), abs=1e-5)
+    assert rl.compare({"on": live, "off": under}, PAIRS, ("states",), n_permutations=0).value.shape[0] == 1
+
+
+def test_an_adapter_that_is_no_product_is_not_split():
+    """DoRA divides by the norm of the sum; the matrix is not base + BA, and components stay exact."""
+    module, tokenizer = tiny_model("llama", seed=3)
+    rm = rl.RewardModel(adapted(module, "llama", use_dora=True), tokenizer)
+    assert rm.structure.attn_out is None and rm.structure.mlp_out is None
+    rl.contributions(rm, PAIRS)
+    with pytest.raises(rl.StructureError, match="cannot be split into heads"):
+        rl.contributions(rm, PAIRS, by="head")
+
+
+def test_what_writes_weights_asks_for_a_merge(models, tmp_path):
+    live, _ = models("llama")
+    with pytest.raises(rl.DataError, match="An edit of the head needs the adapters in the weights.*merge_and_unload"):
+        rl.edit_head(live, torch.ones(live.d_model))
+    with pytest.raises(rl.DataError, match="with live adapters: default"):
+        live.save_pretrained(tmp_path / "saved")
+
+
+def test_a_policy_given_by_its_adapter(tmp_path):
+    """The usual outcome of DPO: an adapter folder for the policy, its base for the reference."""
+    module, tokenizer = causal_model("llama", seed=1)
+    module.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    module.config._name_or_path = module.name_or_path = str(tmp_path / "base")
+    live = adapted(module, "llama", task="CAUSAL_LM")
+    live.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    live.save_pretrained(tmp_path / "adapter")
+    reference = rl.LanguageModel(module, tokenizer)
+    by_path = rl.implicit_reward(tmp_path / "adapter", tmp_path / "base", PAIRS)
+    given = rl.implicit_reward(rl.LanguageModel(live, tokenizer), reference, PAIRS)
+    np.testing.assert_allclose(by_path.value.values, given.value.values, atol=1e-4)
+    assert float(np.abs(given.value.values).max()) > 1e-2
+    split = [rl.implicit_contributions(p, reference, PAIRS).value.values
+             for p in (tmp_path / "adapter", rl.LanguageModel(live, tokenizer))]  # fmt: skip
+    np.testing.assert_allclose(*split, atol=1e-4)
+
+
+def test_a_reward_models_adapter_is_no_policy(tmp_path):
+    module, tokenizer = tiny_model("llama", seed=3)
+    adapted(module, "llama").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(rl.LoadError, match="not a language model.*adapter of task type SEQ_CLS"):
+        rl.implicit_reward(tmp_path, tmp_path, PAIRS)
