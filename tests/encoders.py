@@ -70,7 +70,9 @@ def pair_tokenizer(segments: bool = True, doubled: bool = False) -> PreTrainedTo
     )  # fmt: skip
 
 
-def tiny_encoder(name: str, seed: int = 0, **changed: object) -> tuple[nn.Module, PreTrainedTokenizerFast]:
+def tiny_encoder(
+    name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changed: object
+) -> tuple[nn.Module, PreTrainedTokenizerFast]:
     """A randomised encoder with its classification head, in eval mode, and its tokenizer."""
     package, prefix, keys = _SPECS[name]
     tokenizer = pair_tokenizer(segments=name in _TELL_APART, doubled=name == "roberta")
@@ -82,6 +84,9 @@ def tiny_encoder(name: str, seed: int = 0, **changed: object) -> tuple[nn.Module
     with torch.random.fork_rng(devices=[]):
         module = getattr(modeling, f"{prefix}ForSequenceClassification")(config)
     randomise(module, seed)
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    module.config.dtype = dtype
     return module.eval(), tokenizer
 
 

@@ -10,6 +10,7 @@ import torch
 
 import multimodal
 import reward_lens as rl
+from encoders import ENCODERS, OTHERS, tiny_encoder
 from families import FAMILIES, FURTHER, SPECIAL, TEXT_PAIRS, tiny_model
 from readout_models import READOUTS
 
@@ -21,7 +22,8 @@ LIMITS: dict[str, tuple[float | None, ...]] = {  # None: the load report's own, 
     "bfloat16": (None, *[1e-2] * 6, 0.0, 1e-2, None),
 }
 IMAGES = tuple(f"{name} with images" for name in multimodal.MODELS)
-MODELS: tuple[str, ...] = (*FAMILIES, *SPECIAL, *FURTHER, *IMAGES, *READOUTS)
+ALL_ENCODERS = tuple(f"encoder {name}" for name in (*ENCODERS, *OTHERS))
+MODELS: tuple[str, ...] = (*FAMILIES, *SPECIAL, *FURTHER, *IMAGES, *ALL_ENCODERS, *READOUTS)
 SEEDS = {"dots1": 2}  # with seed 1 its residuals' rounding is just over the tolerance in bfloat16
 
 
@@ -29,6 +31,8 @@ def model_of(name: str, dtype: torch.dtype) -> rl.RewardModel:
     """One of `MODELS`. Seed 0 of olmo2 draws rewards that bfloat16 does not tell apart; one seed serves all."""
     if name in READOUTS:
         return READOUTS[name](dtype)
+    if name in ALL_ENCODERS:
+        return rl.RewardModel(*tiny_encoder(name.removeprefix("encoder "), 1, dtype), name=name)
     if name in IMAGES:
         return multimodal.model(name.removesuffix(" with images"), dtype)
     return rl.RewardModel(*tiny_model(name, dtype=dtype, seed=SEEDS.get(name, 1)), name=name)
@@ -52,7 +56,8 @@ def gaps(rm: rl.RewardModel) -> dict[str, float]:
     alone = np.array([[float(rm.rewards([t])[0]) for t in pair] for pair in both])
     row = [float((np.abs(alone - own) / np.maximum(np.abs(own), float(alone.std()))).max())]
     parts = rl.contributions(rm, pairs)
-    row += [check(rl.reward_lens(rm, pairs, norm="frozen"), "last depth"), check(parts, "completeness")]
+    lens = rl.reward_lens(rm, pairs, norm="own" if rm.structure.norms else "frozen")  # post-norm: no frozen one
+    row += [check(lens, "last depth"), check(parts, "completeness")]
     for by in ("head", "neuron", "token"):
         row += _or_refused(lambda by=by: [check(rl.contributions(rm, pairs, by=by), "finer split")], 1)
     row += [check(parts, "margin split"), *_or_refused(lambda: _patched(rm, equal), 2)]

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from reward_lens.engine import hooks
 from reward_lens.errors import LoadError
+from reward_lens.model import rounding
 from reward_lens.model.forward import at_rows, make_batch, padding_id, record, replay, suffix_batch
 from reward_lens.model.heads.own import OwnHead
 from reward_lens.model.linear_maps import is_linear
 from reward_lens.model.prefix import pooled_with_prefix
-from reward_lens.model.readout import Rounding, RunsANetwork
+from reward_lens.model.readout import RunsANetwork
 from reward_lens.model.tokens import Tokens
 from reward_lens.result import Check, Result, load_result
 
@@ -44,11 +45,11 @@ BOS_PRESENT = "BOS present"
 CHECKS_HELP = {
     "head in checkpoint": "load a checkpoint that holds its reward head; a random head scores noise",
     "own reward": "the model does more than trunk, norm and head: pass readout= or structure=",
-    "template tokens": "set tokenizer.chat_template to the template the model was trained with",
+    "template tokens": "set tokenizer.chat_template to the template the model was trained with, and pass tokenizer=",
     "no doubled BOS": "remove the BOS from the chat template or set tokenizer.add_bos_token=False, whichever the "
     "model's authors trained without",
     BOS_PRESENT: "put {{ bos_token }} in front of tokenizer.chat_template if the model was trained with it, set "
-    "tokenizer.add_bos_token=False if without, and build rl.RewardModel(module, tokenizer)",
+    "tokenizer.add_bos_token=False if without, and pass it: rl.load(path, tokenizer=tokenizer)",
     ATTENTION: "load with attn_implementation='eager'; what is in use leaves out a part of the model's attention",
     "padding": "run without padding (batch_size=1); please report the model's class",
     "batching": "run with batch_size=1; please report the model's class. LLM.int8 looks for outliers in the whole "
@@ -230,30 +231,16 @@ def _own_reward(rm, tokens: list[Tokens], alone: Tensor, scale: Tensor, terms: l
     limits = [reward_tolerance(rm, max(map(abs, some)), float(s)) for some, s in zip(terms, scale, strict=False)]
     allowed = torch.tensor(limits, dtype=torch.float64)
     if rm.sixteen_bit and isinstance(rm.readout, RunsANetwork) and bool((gap > allowed).any()):
-        allowed = allowed.clamp_min(3 * _head_rounding(rm, tokens))
+        allowed = allowed.clamp_min(3 * rounding.of_head(rm, tokens))
     worst = int(torch.argmax(gap / allowed))
     found = f"{alone[worst]:.6g} here, {own[worst]:.6g} from the model"
     yield "own reward", float(gap[worst]), float(allowed[worst]), found
 
 
-def _head_rounding(rm, tokens: list[Tokens], draws: int = 8) -> float:
-    """What rounding of norm and head moves the rewards of these texts, root mean square over texts and draws."""
-    dtype = next(rm.head.parameters()).dtype
-    moved = []
-    for text in tokens:
-        h, inputs = (
-            rm.trunk.pooled(make_batch([text], [0], rm.pad_id, rm.device)).to(rm.like),
-            rm.readout_inputs([text]),
-        )
-        exact = rm.readout.reward(h, inputs)
-        moved += [rm.readout.rounded(h, inputs, Rounding(dtype, seed)) - exact for seed in range(draws)]
-    return float(torch.cat(moved).double().square().mean().sqrt())
-
-
 def _attention(rm, tokens: list[Tokens], alone: Tensor, scale: Tensor):
     """Fused attention is handed the model's soft cap, sinks and biases, and one that does not know them may drop them
     without a word. What is written out in the model's own file ("eager") has them; in 16 bits it rounds otherwise too,
-    so that what batches without padding move is allowed there, twice, as it is for padding."""
+    so that the kernels' rounding is allowed there, as it is for padding."""
     own = getattr(rm.config, "_attn_implementation", None)
     with eager_attention(rm.module) as changed:
         if not changed:
@@ -266,7 +253,7 @@ def _attention(rm, tokens: list[Tokens], alone: Tensor, scale: Tensor):
         measured = float(gap.square().mean().sqrt())
         allowed = 2 * reward_tolerance(rm, float(alone.abs().max()), float(scale.square().mean().sqrt()))
         if measured > allowed:
-            allowed = max(allowed, 2 * _unpadded_gap(rm, tokens, alone))
+            allowed = max(allowed, rounding.of_kernels(rm, tokens, alone))
     return ATTENTION, measured, allowed, f"{own} against eager on {len(tokens)} texts"
 
 
@@ -290,7 +277,7 @@ def eager_attention(module: Any) -> Iterator[bool]:
 def _padding(rm, tokens: list[Tokens], alone: Tensor, scale: Tensor):
     """In 16 bits padding changes the order of sums, so one text may move by several roundings: the root mean square
     over the probe texts is held against the tolerance, which a wrong mask or position exceeds on every text. Where it
-    is over, twice what a batch without any padding moves is allowed, if that is more: the kernels' own rounding."""
+    is over, the kernels' own rounding is allowed, if that is more (`rounding.of_kernels`)."""
     # Texts on either side of a change of rotary factors are never batched together, here no more than elsewhere.
     same = [i for i, t in enumerate(tokens) if rm.has_long_factors(t) == rm.has_long_factors(tokens[0])]
     tokens, alone, scale = [tokens[i] for i in same], alone[same], scale[same]
@@ -302,21 +289,11 @@ def _padding(rm, tokens: list[Tokens], alone: Tensor, scale: Tensor):
             measured = float(gap.square().mean().sqrt())
             allowed = reward_tolerance(rm, float(alone.abs().max()), float(scale.square().mean().sqrt()))
             if measured > allowed:
-                allowed = max(allowed, 2 * _unpadded_gap(rm, tokens, alone))
+                allowed = max(allowed, rounding.of_kernels(rm, tokens, alone))
         else:
             worst = int(torch.argmax(gap / scale))
             measured, allowed = float(gap[worst]), float(1e-4 * scale[worst])
         yield name, measured, allowed, f"{text} in a batch of {len(tokens)} against alone"
-
-
-def _unpadded_gap(rm, tokens: list[Tokens], alone: Tensor) -> float:
-    """What batches of copies of one text, which need no padding, move its reward: root mean square over the texts."""
-    gaps = []
-    for text, reward in zip(tokens, alone, strict=True):
-        batch = make_batch([text] * len(tokens), range(len(tokens)), rm.pad_id, rm.device)
-        inputs = rm.readout_inputs([text] * len(tokens))
-        gaps.append(rm.readout.reward(rm.trunk.pooled(batch), inputs).double().cpu() - reward)
-    return float(torch.cat(gaps).square().mean().sqrt())
 
 
 def _residuals(rm, tokens: Tokens):

@@ -29,6 +29,7 @@ def load(
     structure: Structure | None = None,
     readout: Any = None,
     truncation: str | None = None,
+    tokenizer: Any = None,
 ) -> RewardModel:
     """Load a reward model and prove that its numbers can be trusted.
 
@@ -45,6 +46,7 @@ def load(
     structure, readout: describe an unusual network; both are put to the same proof. A `VocabReadout` loads a language
         model and reads the reward from its logits, a `StepReadout` a process reward model.
     truncation: None raises on a conversation longer than the model reads, "left" cuts the prompt, "right" the response.
+    tokenizer: a fast tokenizer in place of the one beside the weights, with another chat template or rule for its BOS.
 
     Returns a `RewardModel` whose `load_report` holds the tests it passed.
 
@@ -60,6 +62,7 @@ def load(
             "The demo model takes no such setting", "device=, which moves the whole of it",
             "leave it out; the demo has 135 million parameters",
             device_map=device_map, offload_folder=offload_folder, quantization_config=quantization_config,
+            tokenizer=tokenizer,
         )  # fmt: skip
         return load_demo(device, dtype, attn_implementation, objective=objective, structure=structure, readout=readout,
                          truncation=truncation)  # fmt: skip
@@ -71,7 +74,7 @@ def load(
             "the settings of load_step_model: its own classes, one reward a step, whole solutions",
             "leave it out; a solution that is too long is refused, since cutting it would move its steps",
             trust_remote_code=trust_remote_code, objective=objective, truncation=truncation,
-            offload_folder=offload_folder, quantization_config=quantization_config,
+            offload_folder=offload_folder, quantization_config=quantization_config, tokenizer=tokenizer,
         )  # fmt: skip
         return load_step_model(path, readout, revision=revision, device=device, dtype=dtype, device_map=device_map,
                                attn_implementation=attn_implementation, structure=structure)  # fmt: skip
@@ -88,7 +91,8 @@ def load(
         else:
             module, missing = _load_classifier(path, options, settings)
             base = getattr(module, "tokenizer_name", None)
-        tokenizer = tokenizer_of(path, base, options | heads.tokenizer_options(module))
+        if tokenizer is None:
+            tokenizer = tokenizer_of(path, base, options | heads.tokenizer_options(module))
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise LoadError(
             f"{path} could not be loaded",

@@ -87,7 +87,7 @@ class PromptGated(Protocol):
 
 
 class Rounding:
-    """The rounding of a norm that runs in 16 bits: twice to the nearest, so each number moves by at most one step."""
+    """Rounding twice to the nearest in 16 bits, as a norm does: each number moves by at most one step."""
 
     def __init__(self, dtype: torch.dtype, seed: int):
         self.dtype, self.generator = dtype, torch.Generator().manual_seed(seed)
@@ -95,7 +95,7 @@ class Rounding:
     def __call__(self, normed: Tensor) -> Tensor:
         step = torch.finfo(self.dtype).eps
         moved = (2 * torch.rand(normed.shape, generator=self.generator) - 1) * step
-        return (normed * (1 + moved.to(normed))).to(self.dtype)
+        return (normed.float() * (1 + moved.to(normed.device))).to(self.dtype)
 
 
 @runtime_checkable
