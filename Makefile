@@ -40,7 +40,7 @@ test-full: .venv/.setup
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m 'full or not full' $(PYTEST_ARGS)
 
 conformance: .venv/.setup
-	$(BIN)/python benchmarks/conformance.py
+	$(BIN)/python benchmarks/conformance.py --workers $(WORKERS)
 
 bench: .venv/.setup
 	$(BIN)/python benchmarks/spine.py

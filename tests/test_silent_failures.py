@@ -75,7 +75,7 @@ def test_double_bos():
         rl.RewardModel(module, doubled)
 
 
-def test_missing_bos():
+def test_missing_bos(tmp_path):
     """RLHFlow/RLHF-Reward-Modeling#16: the template writes no BOS, where every other text of the tokenizer has one."""
     bare = tiny_tokenizer(chat_template=CHAT_TEMPLATES["markers"].replace("{{ bos_token }}", ""))
     module, _ = tiny_model("llama", tokenizer=bare)
@@ -86,8 +86,12 @@ def test_missing_bos():
     wanted = "BOS present.*begins '<.user.>.*own rule '<bos>'.*if the model was trained with it.*add_bos_token=False"
     with pytest.raises(rl.LoadError, match=wanted):
         rl.RewardModel(module, bare)
+    module.save_pretrained(tmp_path)
+    bare.save_pretrained(tmp_path)
+    with pytest.raises(rl.LoadError, match="pass it: rl.load"):
+        rl.load(tmp_path)
     bare.add_bos_token = False  # what the message names for a model that was trained without
-    assert rl.RewardModel(module, bare).score(PROMPT, ANSWER) == pytest.approx(plain(module, ids), abs=1e-5)
+    assert rl.load(tmp_path, tokenizer=bare).score(PROMPT, ANSWER) == pytest.approx(plain(module, ids), abs=1e-5)
 
 
 def test_pad_equal_to_eos():
