@@ -21,7 +21,7 @@ import reward_lens as rl
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
 from conformance_pages import write_pages  # noqa: E402
 from every_method import METHODS, READOUT_METHODS  # noqa: E402
-from identities import DTYPES, MODELS, gaps, model_of, readable  # noqa: E402
+from identities import DTYPES, MODELS, gaps, model_of, precisions, readable  # noqa: E402
 from workers import add_workers, in_order  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -58,6 +58,7 @@ def measured(name: str) -> tuple[dict, list[dict]]:
     rows = [
         {"model": name, "precision": precision} | gaps(rm if dtype == torch.float32 else model_of(name, dtype))
         for precision, dtype in DTYPES.items()
+        if precision in precisions(name)
     ]
     return methods, rows
 

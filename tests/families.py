@@ -31,7 +31,7 @@ from family_spec import (
     Family,
     alternating,
 )
-from further_families import FURTHER_SPECS, REFUSED
+from further_families import FURTHER_SPECS, POST_NORM_DECODERS, REFUSED
 
 MAX_PARAMETERS = 2_000_000
 
@@ -224,7 +224,7 @@ _SPECS: dict[str, Family] = {
 
 FAMILIES: tuple[str, ...] = tuple(_SPECS)
 _SPECS |= FURTHER_SPECS
-FURTHER: tuple[str, ...] = tuple(family for family in FURTHER_SPECS if family not in REFUSED)
+FURTHER: tuple[str, ...] = tuple(family for family in FURTHER_SPECS if family not in (*REFUSED, *POST_NORM_DECODERS))
 
 # Left out of FAMILIES, because an honest answer of the library may be a smaller batch or a refusal:
 # `deepseek_v3` has latent attention, `qwen3_5_text` a recurrent layer between attention layers; in

@@ -181,11 +181,13 @@ FURTHER_SPECS: dict[str, Family] = {
     "youtu": Family("youtu", "Youtu", lambda n: _MLA, wrapped=True),
 }  # fmt: skip
 
+# Post-norm decoders: GPT-1's class does not run in 16 bits.
+POST_NORM_DECODERS = ("openai",)
+
 # What the search refuses, and why no `Structure` helps: the residual stream is not two writes a block.
 REFUSED: dict[str, tuple[str, str]] = {
     "doge": ("does not add up", "the stream itself is multiplied by a learnt vector before each write"),
     "minimax": ("does not add up", "post-norm: the stream is replaced by its norm before each write"),
-    "openai": ("does not add up", "post-norm: a norm follows each addition"),
     "zamba": ("does not add up", "blocks of one write (Mamba); shared attention writes into the mixer's input alone"),
     "zamba2": ("does not add up", "as zamba"),
     "falcon_h1": ("does not add up", "three writes a block: attention and Mamba side by side, then the MLP"),

@@ -11,7 +11,7 @@ import torch
 import multimodal
 import reward_lens as rl
 from encoders import ENCODERS, OTHERS, tiny_encoder
-from families import FAMILIES, FURTHER, SPECIAL, TEXT_PAIRS, tiny_model
+from families import FAMILIES, FURTHER, POST_NORM_DECODERS, SPECIAL, TEXT_PAIRS, tiny_model
 from readout_models import READOUTS
 
 PAIRS = rl.Pairs([rl.Pair(*texts) for texts in TEXT_PAIRS])
@@ -23,7 +23,8 @@ LIMITS: dict[str, tuple[float | None, ...]] = {  # None: the load report's own, 
 }
 IMAGES = tuple(f"{name} with images" for name in multimodal.MODELS)
 ALL_ENCODERS = tuple(f"encoder {name}" for name in (*ENCODERS, *OTHERS))
-MODELS: tuple[str, ...] = (*FAMILIES, *SPECIAL, *FURTHER, *IMAGES, *ALL_ENCODERS, *READOUTS)
+OTHERS_SPECIAL = tuple(family for family in SPECIAL if family != "llama_dynamic")  # which takes 48 tokens
+MODELS: tuple[str, ...] = (*FAMILIES, *OTHERS_SPECIAL, *FURTHER, *POST_NORM_DECODERS, *IMAGES, *ALL_ENCODERS, *READOUTS)
 SEEDS = {"dots1": 2}  # with seed 1 its residuals' rounding is just over the tolerance in bfloat16
 
 
@@ -38,13 +39,21 @@ def model_of(name: str, dtype: torch.dtype) -> rl.RewardModel:
     return rl.RewardModel(*tiny_model(name, dtype=dtype, seed=SEEDS.get(name, 1)), name=name)
 
 
+def precisions(name: str) -> tuple[str, ...]:
+    """Those that the model's class runs in."""
+    return ("float32",) if name in POST_NORM_DECODERS else tuple(DTYPES)
+
+
 def readable(rm: rl.RewardModel) -> rl.Pairs:
-    """The pairs; for a model that takes one user turn, those of one turn."""
-    try:
-        rm.tokenize_pairs(PAIRS)
-        return PAIRS
-    except rl.DataError:
-        return rl.Pairs([pair for pair in PAIRS if isinstance(pair.prompt, str)])
+    """Those of the pairs that the model takes: some take one user turn, one takes few tokens."""
+
+    def takes(pair: rl.Pair) -> bool:
+        try:
+            return bool(rm.tokenize_pairs([pair]))
+        except rl.DataError:
+            return False
+
+    return rl.Pairs([pair for pair in PAIRS if takes(pair)])
 
 
 def gaps(rm: rl.RewardModel) -> dict[str, float]:

@@ -215,7 +215,7 @@ def make(
     """Write a checkpoint of one of `MODELS` without its weights; `changes` are keys of its config. Returns the state
     dict to write with `write`."""
     keys, trunk, names, head, _ = MODELS[name]
-    tokenizer = tiny_tokenizer(chat_template=template, pad=pad)
+    tokenizer = tiny_tokenizer(add_bos=name != "oasst", chat_template=template, pad=pad)  # GPT-NeoX's adds none
     tokenizer.save_pretrained(folder)
     if name == "internlm2":  # the tokenizer's class is published as code too
         settings = json.loads((folder / "tokenizer_config.json").read_text())

@@ -20,9 +20,9 @@ SEEDS = {"dots1": 2}  # with seed 1 its residuals' rounding is just over the tol
 # Between attention's product and the output map stands something else: a difference of two products, a gate, a norm.
 UNREAD = ("diffllama", "axk2", "afmoe", "bitnet")
 ROUTED = ("mixtral", "qwen2_moe", "gpt_oss")
-every = pytest.mark.parametrize(
-    "family", [*by_family(), *more(*FURTHER)]
-)  # `test_identities` runs all, and all kinds of readout
+# `test_identities` has the identities on every class and every kind of readout; here all their forms, on different ones.
+DIFFERENT = (*STRUCTURES, "granite", "olmo2", "gpt_oss")
+every = pytest.mark.parametrize("family", [*by_family(DIFFERENT), *more(*FURTHER)])
 both = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 
 

@@ -156,7 +156,7 @@ def test_a_shared_class_name_alone_shows_nothing(tmp_path):
 
 def test_the_last_token_is_read_where_it_pads_as_well(tmp_path):
     """pad == eos, and a template that ends in it: the published heads go by the mask, not by the token."""
-    ending = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    ending = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
     state = published.make(tmp_path / "ultra", "ultra", template=ending, pad="eos", pad_token_id=2)
     rm = rl.load(published.write(tmp_path / "ultra", state), dtype=torch.float64)
     tokens = rm.tokenize("a", "b")

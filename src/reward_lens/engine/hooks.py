@@ -45,8 +45,9 @@ def read_call(module: nn.Module, read: Callable[[tuple, dict], None]) -> Hook:
     """Show `read` all arguments of the call, the first tensor on the module's device."""
 
     def act(args, kwargs):
-        if args or kwargs:
-            args, kwargs = with_first_input(args, kwargs, _arriving(module, first_input(args, kwargs)))
+        given = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
+        if isinstance(given, Tensor):  # a whole network may be called with none, or with a table of masks first
+            args, kwargs = with_first_input(args, kwargs, _arriving(module, given))
         read(args, kwargs)
 
     return Hook(module, "call", act)
@@ -66,7 +67,7 @@ def edit_output(module: nn.Module, edit: Edit) -> Hook:
 
     def act(output):
         new = edit(first_output(output))
-        return new if isinstance(output, Tensor) else (new, *output[1:])
+        return new if isinstance(output, Tensor) else [new, *output[1:]] if type(output) is list else (new, *output[1:])
 
     return Hook(module, "return", act)
 

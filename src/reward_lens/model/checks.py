@@ -265,10 +265,10 @@ def eager_attention(module: Any) -> Iterator[bool]:
     if own in (None, "eager") or not hasattr(module, "set_attn_implementation"):
         yield False
         return
-    parts = {name: getattr(config, name, None) for name in config.sub_configs}
-    before = {"": own, **{name: part._attn_implementation for name, part in parts.items() if part is not None}}
+    parts = {name: getattr(getattr(config, name, None), "_attn_implementation", None) for name in config.sub_configs}
+    before = {"": own, **{name: one for name, one in parts.items() if one is not None}}
     try:
-        module.set_attn_implementation("eager")
+        module.set_attn_implementation(dict.fromkeys(before, "eager"))
         yield config._attn_implementation == "eager"
     finally:
         module.set_attn_implementation(before)
