@@ -20,7 +20,7 @@ SEEDS = {"dots1": 2}  # with seed 1 its residuals' rounding is just over the tol
 # Between attention's product and the output map stands something else: a difference of two products, a gate, a norm.
 UNREAD = ("diffllama", "axk2", "afmoe", "bitnet")
 ROUTED = ("mixtral", "qwen2_moe", "gpt_oss")
-# `test_identities` has the identities on every class and every kind of readout; here all their forms, on different ones.
+# `test_identities` has the identities on every class and kind of readout; here all their forms, on different ones.
 DIFFERENT = (*STRUCTURES, "granite", "olmo2", "gpt_oss")
 every = pytest.mark.parametrize("family", [*by_family(DIFFERENT), *more(*FURTHER)])
 both = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
