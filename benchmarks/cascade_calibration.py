@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from reward_lens.methods.cascade import detect_cascade
+from reward_lens.methods.training.cascade import detect_cascade
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from checkpoint_runs import run as simulated  # noqa: E402

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from reward_lens.methods import compared_scores as scores
-from reward_lens.methods import compared_states as states
+from reward_lens.methods.comparison import compared_scores as scores
+from reward_lens.methods.comparison import compared_states as states
 
 SIZES = (6, 12, 20, 50, 150)
 WIDTHS = (8, 400)

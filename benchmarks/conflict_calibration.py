@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from reward_lens.methods.conflict import EDGE, TESTS, related  # noqa: E402
+from reward_lens.methods.terms.conflict import EDGE, TESTS, related  # noqa: E402
 from term_states import planted_terms  # noqa: E402
 from workers import add_workers, in_order  # noqa: E402
 

@@ -21,8 +21,8 @@ from scipy.stats import t
 
 import reward_lens as rl
 from reward_lens import data, stats
-from reward_lens.methods import sensitivity
-from reward_lens.methods.fieller import fieller
+from reward_lens.methods.shared.fieller import fieller
+from reward_lens.methods.terms import sensitivity
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from ruled import Ruled, noise  # noqa: E402

@@ -13,7 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from reward_lens.methods.probe_fits import against_controls, control_labels, cross_fit, evaluated, interval, make_task
+from reward_lens.methods.concepts.probe_fits import (
+    against_controls,
+    control_labels,
+    cross_fit,
+    evaluated,
+    interval,
+    make_task,
+)
 from workers import add_workers, in_order
 
 SETTINGS = ((20, 3, 1), (20, 200, 2), (50, 10, 1), (50, 200, 1), (100, 200, 2))  # prompts, dimensions, rows a prompt

@@ -21,7 +21,7 @@ import torch
 import reward_lens as rl
 from reward_lens import stats
 from reward_lens.engine import continuations
-from reward_lens.methods import edited_texts
+from reward_lens.methods.behaviour import edited_texts
 
 REMOVED = ("add_emoji", "append_thanks", "append_great", "add_citations")  # the largest shifts upwards
 N_FIT, N_DEV, N_GUARD = 40, 20, 200

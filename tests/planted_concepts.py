@@ -7,10 +7,10 @@ of a concept has its direction turned round. At effect 0 labels and polarities s
 import numpy as np
 import torch
 
-from reward_lens.methods import concept_statistics as over_topics
-from reward_lens.methods.concept_signs import sign_test
-from reward_lens.methods.split_half import halves, left_out_interval, spearman_brown
-from reward_lens.methods.steering import natural_directions
+from reward_lens.methods.causation.steering import natural_directions
+from reward_lens.methods.concepts import concept_statistics as over_topics
+from reward_lens.methods.concepts.concept_signs import sign_test
+from reward_lens.methods.shared.split_half import halves, left_out_interval, spearman_brown
 
 
 def drawn(rng, n_concepts=6, n_topics=16, d=24, effect=0.0, planted=None):

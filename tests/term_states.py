@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 import reward_lens as rl
-from reward_lens.methods.direction_cosines import moves_of, whitening
-from reward_lens.methods.reward_terms import Pool, Term, pool_of
+from reward_lens.methods.terms.direction_cosines import moves_of, whitening
+from reward_lens.methods.terms.reward_terms import Pool, Term, pool_of
 from reward_lens.model.norm import measure_norm
 from reward_lens.model.readout import LinearReadout
 

@@ -13,8 +13,8 @@ from families import TEXT_PAIRS, tiny_model
 from planted import planted_model, planted_pairs
 from reward_lens import stats
 from reward_lens.errors import DataError
-from reward_lens.methods.accuracy import accuracy, calibration, length_partial, ranking
-from reward_lens.methods.style import style_matrix, style_summary
+from reward_lens.methods.behaviour.accuracy import accuracy, calibration, length_partial, ranking
+from reward_lens.methods.behaviour.style import style_matrix, style_summary
 from reward_lens.result import Result
 
 
@@ -109,7 +109,7 @@ def test_a_subset_named_like_a_row_stays_apart(rm):
 
 def test_balanced_interval_covers():
     """Shares of .7 and .4, forty prompts each: the interval of their mean holds .55 at its nominal rate."""
-    from reward_lens.methods.accuracy import _balanced, _share
+    from reward_lens.methods.behaviour.accuracy import _balanced, _share
 
     rng = np.random.default_rng(0)
     inside = 0

@@ -10,8 +10,8 @@ import reward_lens as rl
 from families import TEXT_PAIRS, tiny_model
 from reward_lens import stats
 from reward_lens.charts.choice import kind
-from reward_lens.methods import agreement as module
-from reward_lens.methods.agreement import FEWEST_SITES, LEGACY, _require, rank_correlation
+from reward_lens.methods.causation import agreement as module
+from reward_lens.methods.causation.agreement import FEWEST_SITES, LEGACY, _require, rank_correlation
 
 PAIRS = [rl.Pair(*texts, id=f"p{i}") for i, texts in enumerate(TEXT_PAIRS)]
 COMPARISONS = ["contribution ~ direct", "contribution ~ live direct", "contribution ~ total", "direct ~ total"]

@@ -7,9 +7,9 @@ import pytest
 
 from checkpoint_runs import run as simulated
 from reward_lens import DataError
-from reward_lens.methods.cascade import _broad, detect_cascade
-from reward_lens.methods.change_point import block_orders, joint_change, rise_gains
-from reward_lens.methods.rate_shift import Shift, block_length, carried_forward, period_means, sign_consistency
+from reward_lens.methods.training.cascade import _broad, detect_cascade
+from reward_lens.methods.training.change_point import block_orders, joint_change, rise_gains
+from reward_lens.methods.training.rate_shift import Shift, block_length, carried_forward, period_means, sign_consistency
 from reward_lens.result import load_result
 
 EPISODES = np.full(20, 200)

@@ -16,11 +16,11 @@ import reward_lens as rl
 from families import tiny_model, tiny_tokenizer
 from planted import planted_pairs
 from reward_lens.errors import DataError
-from reward_lens.methods import compared_scores as scores
-from reward_lens.methods import compared_states as states
-from reward_lens.methods.compare import compare, compare_checkpoints, disagreements
-from reward_lens.methods.compared_curves import compared_curves
-from reward_lens.methods.model_summary import summaries
+from reward_lens.methods.comparison import compared_scores as scores
+from reward_lens.methods.comparison import compared_states as states
+from reward_lens.methods.comparison.compare import compare, compare_checkpoints, disagreements
+from reward_lens.methods.comparison.compared_curves import compared_curves
+from reward_lens.methods.comparison.model_summary import summaries
 from reward_lens.model.head import with_row
 from ruled import Ruled, noise
 

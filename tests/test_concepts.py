@@ -11,10 +11,10 @@ import pytest
 import reward_lens as rl
 from families import tiny_model
 from reward_lens.data.concepts import ConceptText, ConceptTexts, load_concepts
-from reward_lens.methods import concept_vectors as module
-from reward_lens.methods.concept_states import TextStates, cell_means, text_states
-from reward_lens.methods.concept_statistics import neutral_basis
-from reward_lens.methods.concept_vectors import concept_vectors
+from reward_lens.methods.concepts import concept_vectors as module
+from reward_lens.methods.concepts.concept_states import TextStates, cell_means, text_states
+from reward_lens.methods.concepts.concept_statistics import neutral_basis
+from reward_lens.methods.concepts.concept_vectors import concept_vectors
 
 D = 32
 WORDS = {"calm": "the sea", "angry": "a fire", "proud": "an oak", "shy": "mouse", "kind": "bread", "sly": "fox !"}

@@ -12,11 +12,11 @@ from scipy.stats import rankdata
 import reward_lens as rl
 from families import tiny_model
 from reward_lens.errors import DataError
-from reward_lens.methods import direction_cosines as cosines
-from reward_lens.methods import term_scores as scored
-from reward_lens.methods.bias_direction import bias_direction
-from reward_lens.methods.conflict import TESTS, related, term_conflict, verdict
-from reward_lens.methods.direction_cosines import Measured, Moves, moves_of
+from reward_lens.methods.repair.bias_direction import bias_direction
+from reward_lens.methods.terms import direction_cosines as cosines
+from reward_lens.methods.terms import term_scores as scored
+from reward_lens.methods.terms.conflict import TESTS, related, term_conflict, verdict
+from reward_lens.methods.terms.direction_cosines import Measured, Moves, moves_of
 from term_states import planted_terms
 
 EDGES = dict.fromkeys(TESTS, 0.2)

@@ -15,8 +15,8 @@ from families import STRUCTURES, TEXT_PAIRS, tiny_model
 from planted import planted_model, planted_pairs
 from reward_lens.engine.gradients import gradients
 from reward_lens.errors import DataError
-from reward_lens.methods.crosscoder_latents import crosscoder_latents
-from reward_lens.methods.edited_texts import within_prompt_sd
+from reward_lens.methods.behaviour.edited_texts import within_prompt_sd
+from reward_lens.methods.latents.crosscoder_latents import crosscoder_latents
 from reward_lens.sae.crosscoder import Crosscoder
 from reward_lens.sae.latent_scaling import latent_scaling
 

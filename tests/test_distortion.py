@@ -11,10 +11,10 @@ import reward_lens as rl
 from reward_lens import Result, data
 from reward_lens.edits import EDITS, TextEdit
 from reward_lens.features import text_features
-from reward_lens.methods.distortion import distortion_index
-from reward_lens.methods.fieller import fieller
-from reward_lens.methods.fitted_weights import fitted_weights
-from reward_lens.methods.sensitivity import sensitivity_slopes
+from reward_lens.methods.shared.fieller import fieller
+from reward_lens.methods.terms.distortion import distortion_index
+from reward_lens.methods.terms.fitted_weights import fitted_weights
+from reward_lens.methods.terms.sensitivity import sensitivity_slopes
 from ruled import Ruled, noise, text_of
 
 R, W = [2, 1, 0], [1, 1, 1]

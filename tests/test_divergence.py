@@ -14,11 +14,11 @@ from families import tiny_model
 from planted import planted_model, planted_pairs
 from reward_lens import data
 from reward_lens.charts import kind
-from reward_lens.methods.counterfactual import pulled_to, remaining_gradient
-from reward_lens.methods.divergence import _nearest_class, divergence
-from reward_lens.methods.downstream import Psi, Units, downstream, natural_states
-from reward_lens.methods.interchange import Interchange, first_mlp, lands_at, sites_named
-from reward_lens.methods.natural_distance import natural_standard
+from reward_lens.methods.causation.counterfactual import pulled_to, remaining_gradient
+from reward_lens.methods.causation.divergence import _nearest_class, divergence
+from reward_lens.methods.causation.downstream import Psi, Units, downstream, natural_states
+from reward_lens.methods.causation.interchange import Interchange, first_mlp, lands_at, sites_named
+from reward_lens.methods.causation.natural_distance import natural_standard
 from test_conformance import fingerprint
 
 FEW = {"n_neighbours": 12, "n_permutations": 99}

@@ -8,8 +8,8 @@ from scipy.stats import binom
 from scipy.stats import energy_distance as scipy_energy_distance
 
 from reward_lens.errors import DataError
-from reward_lens.methods.heterogeneity import heterogeneity
-from reward_lens.methods.natural_distance import (
+from reward_lens.methods.causation.heterogeneity import heterogeneity
+from reward_lens.methods.causation.natural_distance import (
     LEAST_SD,
     against_halves,
     distances,
@@ -17,7 +17,7 @@ from reward_lens.methods.natural_distance import (
     natural_standard,
     permutation_p,
 )
-from reward_lens.methods.off_manifold import natural_range, null_space_test, off_plane
+from reward_lens.methods.causation.off_manifold import natural_range, null_space_test, off_plane
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:

@@ -10,8 +10,8 @@ import torch
 import reward_lens as rl
 from families import STRUCTURES, TEXT_PAIRS, by_family, tiny_model
 from reference.sweeps import patched_reward, values_at
-from reward_lens.methods.direct import _last_write
-from reward_lens.methods.effects import _require_settings
+from reward_lens.methods.causation.direct import _last_write
+from reward_lens.methods.causation.effects import _require_settings
 from reward_lens.model.tokens import common_prefix
 
 EQUAL = rl.Pair("What is the capital of France?", "It is Paris, by the river", "It is Rybix, by a rive", id="equal")

@@ -15,7 +15,7 @@ from families import TEXT_PAIRS, more
 from reference.sweeps import patched_reward, values_at
 from reward_lens.engine.gradients import gradients
 from reward_lens.engine.patching import Edit, patch_rows
-from reward_lens.methods.lens import random_weight_copy
+from reward_lens.methods.observation.lens import random_weight_copy
 from reward_lens.model.structure import find_structure
 
 PAIRS = [rl.Pair(*texts) for texts in TEXT_PAIRS if isinstance(texts[0], str)]

@@ -15,9 +15,9 @@ from reward_lens.engine.gradients import gradients, gradients_without
 from reward_lens.engine.intervention import pattern, values
 from reward_lens.engine.patching import patch_rows
 from reward_lens.engine.runs import run_pair
-from reward_lens.methods import first_order
-from reward_lens.methods.effect_cells import cells_of
-from reward_lens.methods.estimate_task import Task
+from reward_lens.methods.causation import first_order
+from reward_lens.methods.causation.effect_cells import cells_of
+from reward_lens.methods.causation.estimate_task import Task
 
 EQUAL = rl.Pair("What is the capital of France?", "It is Paris, by the river", "It is Rybix, by a rive", id="equal")
 UNEQUAL = rl.Pair("Is 7 a prime number?", "Yes, it is one.", "No, because it is 1", id="unequal")
@@ -120,7 +120,7 @@ def test_relevance_is_conserved(family):
     carries the whole reward, minus what is held."""
     rm = model(family)
     tokens = rm.tokenize(EQUAL.prompt, EQUAL.chosen)
-    from reward_lens.methods.relevance import RelevanceRules
+    from reward_lens.methods.causation.relevance import RelevanceRules
 
     found = gradients(rm, tokens, [rl.Site("embed"), rl.Site("resid_pre", 1), rl.Site("resid_pre", 2)],
                       rules=RelevanceRules(rm))  # fmt: skip
@@ -226,7 +226,7 @@ def test_bad_input():
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_the_clean_row_is_measured(estimator, monkeypatch):
     """A run whose reward is not that of the pass the gradients come from is found."""
-    from reward_lens.methods import estimators
+    from reward_lens.methods.causation import estimators
 
     rm = model("llama")
     kept = rl.effects(rm, [EQUAL], SITES, estimator=estimator).checks[0]

@@ -12,11 +12,11 @@ import reward_lens as rl
 from families import TEXT_PAIRS, tiny_model
 from planted import KEYWORD, planted_model
 from reward_lens import stats
-from reward_lens.methods.alpha_selection import _needed, _paired_change, select_alpha
-from reward_lens.methods.bias_direction import bias_direction
-from reward_lens.methods.erasure import erase_concept
-from reward_lens.methods.head_editing import edit_head, edit_report
-from reward_lens.methods.split_half import halves, spearman_brown
+from reward_lens.methods.repair.alpha_selection import _needed, _paired_change, select_alpha
+from reward_lens.methods.repair.bias_direction import bias_direction
+from reward_lens.methods.repair.erasure import erase_concept
+from reward_lens.methods.repair.head_editing import edit_head, edit_report
+from reward_lens.methods.shared.split_half import halves, spearman_brown
 
 PAIRS = [rl.Pair(*texts, id=f"p{i}") for i, texts in enumerate(TEXT_PAIRS)]
 TEXTS = [(p.prompt, r) for p in PAIRS for r in p.responses]

@@ -13,7 +13,7 @@ from dictionaries import constant_sae, identity_sae, random_sae
 from families import STRUCTURES, TEXT_PAIRS, tiny_model
 from pages import Page
 from planted import KEYWORD, planted_model, planted_pairs
-from reward_lens.methods.latent_contexts import BINS
+from reward_lens.methods.latents.latent_contexts import BINS
 from reward_lens.report import latents, numbers
 from reward_lens.report.explorer import write_explorer
 from reward_lens.sae.dictionary import SAE

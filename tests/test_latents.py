@@ -14,12 +14,12 @@ from planted import KEYWORD, planted_model, planted_pairs
 from reward_lens import stats
 from reward_lens.edits.edit import TextEdit
 from reward_lens.engine.intervention import values
-from reward_lens.methods.latent_clamping import clamp_latent
-from reward_lens.methods.latent_contexts import latent_contexts
-from reward_lens.methods.latent_contributions import latent_contributions
-from reward_lens.methods.latent_tokens import latent_tokens
-from reward_lens.methods.prompt_ratios import prompt_ratio
-from reward_lens.methods.reward_latents import probe_latents, reward_latents
+from reward_lens.methods.latents.latent_clamping import clamp_latent
+from reward_lens.methods.latents.latent_contexts import latent_contexts
+from reward_lens.methods.latents.latent_contributions import latent_contributions
+from reward_lens.methods.latents.latent_tokens import latent_tokens
+from reward_lens.methods.latents.reward_latents import probe_latents, reward_latents
+from reward_lens.methods.shared.prompt_ratios import prompt_ratio
 from reward_lens.sae.dictionary import SAE
 
 PAIRS = [rl.Pair(*texts, id=f"p{i}") for i, texts in enumerate(TEXT_PAIRS)]

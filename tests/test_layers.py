@@ -21,43 +21,20 @@ MODULES = {
 PLAIN = ("errors", "result", "charts", "stats", "data", "features", "edits")
 MODEL = (*PLAIN, "engine.hooks", "model")
 ENGINE = (*MODEL, "engine")
-SIBLINGS = tuple(f"methods.{name}" for name in (
-    "contributions", "lens", "effects", "sae", "probes",
-    # what several methods share: Results of pairs, cuts of the writes, words and sentences, paths of embeddings
-    "paired", "suffix_search", "splits", "expert_split", "source_tokens", "units", "embedding_paths", "removals",
-    # divergence: values that are exchanged, states further down, and what they are measured by
-    "interchange", "downstream", "natural_distance", "off_manifold", "heterogeneity",
-    # what selection by a reward does, from samples alone
-    "best_of_n",
-    # what patching methods share: rows of a sweep, reference sets, and the ways to an effect
-    "effect_cells", "effect_readings", "effect_sweeps", "ablations", "direct",
-    "estimators", "estimate_task", "first_order", "integrated", "relevance",
-    # rewards of edited texts, for the probes and for the evaluation of an edit
-    "edited_texts",
-    # reliability of directions; what a steered text answers; concepts: states, and statistics over topics
-    "split_half", "steering", "concept_states", "concept_statistics", "concept_signs",
-    # cross-validated linear readers, for the probes of properties
-    "probe_fits",
-    # reward terms: what they are, their directions and scores, and the table of their relations
-    "reward_terms", "direction_cosines", "term_scores", "term_tests",
-    "term_table",
-    # slopes over dimensions: how attributes are counted, how slopes and weights are read, ratios of estimates
-    "attribute_scores", "slope_vectors", "fieller",
-    # rows of a head without some directions, for the choice of their strength
-    "head_editing",
-    # counts over checkpoints: what they are, where hacking begins, and what changes with it
-    "checkpoint_counts", "onset", "rate_shift", "change_point",
-    # two or more models: what is kept of one, and what is measured between two
-    "model_summary", "compared_scores", "compared_states", "compared_models",
-    "compared_curves",
-    # latents of a dictionary: read in texts, their slopes and settings, the splits of a reward, ratios over prompts
-    "latent_states", "latent_effects", "latent_splits", "latent_contributions", "latent_screening", "prompt_ratios",
-    "splicing",
-    # two models under one crosscoder: what is read of each, and the splits of their rewards
-    "model_readings", "crosscoder_splits",
-    # two language models of a DPO reward, read one after the other
-    "implicit_reading",
-))  # fmt: skip
+# Folders of methods, and the other folders that each may use.
+THEMES: dict[str, tuple[str, ...]] = {
+    "shared": (),
+    "observation": ("shared",),
+    "causation": ("shared", "observation"),
+    "behaviour": ("shared", "observation"),
+    "repair": ("shared", "behaviour"),
+    "comparison": ("shared", "observation", "causation", "behaviour"),
+    "terms": ("shared", "behaviour"),
+    "concepts": ("shared", "causation"),
+    "training": ("shared",),
+    "readouts": ("shared", "observation", "causation"),
+    "latents": ("shared", "observation", "behaviour", "comparison"),
+}
 # The first row that a module falls under holds. The surface (cli, app, the front door) may import everything.
 MAY_IMPORT = {
     "errors": (),
@@ -66,7 +43,11 @@ MAY_IMPORT = {
     "model": MODEL,
     "engine": ENGINE,
     "sae": (*ENGINE, "sae"),
-    "methods": (*ENGINE, "sae", *SIBLINGS),
+    **{
+        f"methods.{theme}": (*ENGINE, "sae", *(f"methods.{other}" for other in (theme, *others)))
+        for theme, others in THEMES.items()
+    },
+    "methods": (),
     "report": (*PLAIN, "report"),
 }
 SURFACE = ("__init__", "__main__", "cli", "app", "analysis", "explorer")
@@ -115,16 +96,18 @@ INNER = [name for name in MODULES if name not in SURFACE]
 def test_imports_point_down(module):
     path = MODULES[module]
     imported = imports(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
-    assert not upward(module, imported), f"{module} imports from a layer above it or from an unlisted sibling"
+    assert not upward(module, imported), (
+        f"{module} imports from above, or from a folder its own may not use"
+    )
 
 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("model.tokens", "from reward_lens.methods.lens import reward_lens"),
+        ("model.tokens", "from reward_lens.methods.observation.lens import reward_lens"),
         ("model.tokens", "from ..engine import run"),
         ("model.tokens", "def f():\n    import reward_lens.cli"),
-        ("methods.probes", "from reward_lens.methods import agreement"),
+        ("methods.behaviour.probes", "from reward_lens.methods.causation import agreement"),
         ("report.page", "from reward_lens.model.tokens import Tokens"),
         ("engine.hooks", "from reward_lens.errors import StructureError"),
         ("data", "import reward_lens"),

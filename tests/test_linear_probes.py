@@ -11,9 +11,16 @@ from sklearn.metrics import roc_auc_score
 
 import reward_lens as rl
 from families import tiny_model
-from reward_lens.methods import probe_fits
-from reward_lens.methods.linear_probes import _gradients, _used, linear_probes
-from reward_lens.methods.probe_fits import against_controls, control_labels, cross_fit, evaluated, interval, make_task
+from reward_lens.methods.concepts import probe_fits
+from reward_lens.methods.concepts.linear_probes import _gradients, _used, linear_probes
+from reward_lens.methods.concepts.probe_fits import (
+    against_controls,
+    control_labels,
+    cross_fit,
+    evaluated,
+    interval,
+    make_task,
+)
 
 WORDS = "the cat and dog is on red you to sun hat tree it an old sea run".split()
 

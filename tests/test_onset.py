@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import beta, binom
 
 from reward_lens import DataError
-from reward_lens.methods.onset import (
+from reward_lens.methods.training.onset import (
     any_step_size,
     find_onset,
     lower_bounds,

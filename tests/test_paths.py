@@ -10,7 +10,7 @@ import torch
 import reward_lens as rl
 from families import STRUCTURES, TEXT_PAIRS, by_family, tiny_model
 from reference.sweeps import _hook, _run, patched_reward, values_at
-from reward_lens.methods.knockout import without
+from reward_lens.methods.causation.knockout import without
 from reward_lens.model.tokens import common_prefix
 
 EQUAL = rl.Pair("What is the capital of France?", "It is Paris, by the river", "It is Rybix, by a rive", id="equal")

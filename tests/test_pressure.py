@@ -18,8 +18,8 @@ from reward_lens.charts import kind
 from reward_lens.data.samples import read_samples
 from reward_lens.errors import DataError
 from reward_lens.features import TEXT_FEATURES, text_features
-from reward_lens.methods.best_of_n import best_of_n_weights, kl_bound, tail_index, turning_point
-from reward_lens.methods.pressure import optimisation_pressure
+from reward_lens.methods.behaviour.best_of_n import best_of_n_weights, kl_bound, tail_index, turning_point
+from reward_lens.methods.behaviour.pressure import optimisation_pressure
 
 
 @pytest.fixture
@@ -393,7 +393,7 @@ def test_a_reward_model_scores_what_has_no_reward(rng):
 
 def test_without_a_model_there_is_no_torch():
     code = (
-        "import sys, pandas as pd; from reward_lens.methods.pressure import optimisation_pressure as f;"
+        "import sys, pandas as pd; from reward_lens.methods.behaviour.pressure import optimisation_pressure as f;"
         "f(pd.DataFrame({'prompt': ['p'] * 2, 'response': ['a', 'b c'], 'reward': [1, 2]}));"
         "print('torch' in sys.modules, 'transformers' in sys.modules)"
     )

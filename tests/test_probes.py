@@ -7,8 +7,8 @@ import pytest
 
 import reward_lens as rl
 from reward_lens.edits import EDITS, TextEdit
-from reward_lens.methods.edited_texts import within_prompt_sd
-from reward_lens.methods.probes import _needed
+from reward_lens.methods.behaviour.edited_texts import within_prompt_sd
+from reward_lens.methods.behaviour.probes import _needed
 from ruled import Ruled, noise, text_of
 
 

@@ -11,8 +11,8 @@ from dictionaries import constant_sae, identity_sae, random_sae
 from families import STRUCTURES, TEXT_PAIRS, tiny_model
 from reward_lens import stats
 from reward_lens.engine.intervention import values
-from reward_lens.methods.sae_report import sae_report
-from reward_lens.methods.splicing import spliced_rewards
+from reward_lens.methods.latents.sae_report import sae_report
+from reward_lens.methods.latents.splicing import spliced_rewards
 from reward_lens.sae.dictionary import SAE
 
 PAIRS = [rl.Pair(*texts, id=f"p{i}") for i, texts in enumerate(TEXT_PAIRS)]

@@ -9,7 +9,7 @@ import torch
 import reward_lens as rl
 from families import TEXT_PAIRS, tiny_model
 from reward_lens import stats
-from reward_lens.methods.steering import natural_directions
+from reward_lens.methods.causation.steering import natural_directions
 
 PAIRS = [rl.Pair(*texts, id=f"p{i}") for i, texts in enumerate(TEXT_PAIRS)]
 some = pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox", "bloom", "mixtral"])

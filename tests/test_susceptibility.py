@@ -8,7 +8,7 @@ import xarray as xr
 from scipy.stats import rankdata, spearmanr
 
 from reward_lens import DataError, stats
-from reward_lens.methods.susceptibility import susceptibility_correlation
+from reward_lens.methods.training.susceptibility import susceptibility_correlation
 from reward_lens.result import Result, load_result
 
 NAMES = ("a", "b", "c")

@@ -11,15 +11,15 @@ from planted import KEYWORD, planted_model, planted_pairs
 from reward_lens.data import Pair
 from reward_lens.engine.hooks import attached
 from reward_lens.errors import CheckFailed, DataError
-from reward_lens.methods import embedding_paths
-from reward_lens.methods.embedding_paths import (
+from reward_lens.methods.observation import embedding_paths
+from reward_lens.methods.observation.embedding_paths import (
     _quadrature,
     _walk,
     baseline_residual,
     integrated_path,
 )
-from reward_lens.methods.token_attribution import _require, token_attribution
-from reward_lens.methods.units import units_of
+from reward_lens.methods.observation.token_attribution import _require, token_attribution
+from reward_lens.methods.shared.units import units_of
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.result import load_result
 

@@ -10,8 +10,8 @@ from families import TEXT_PAIRS, tiny_model
 from planted import planted_model, planted_pairs
 from reward_lens.engine.activations import capture
 from reward_lens.errors import DataError
-from reward_lens.methods.lens import reward_lens
-from reward_lens.methods.trained_lens import gradient_lens, tuned_lens
+from reward_lens.methods.observation.lens import reward_lens
+from reward_lens.methods.observation.trained_lens import gradient_lens, tuned_lens
 from reward_lens.model.forward import make_batch, record, replay
 
 PAIRS = [rl.Pair(*texts) for texts in TEXT_PAIRS]

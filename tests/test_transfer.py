@@ -10,10 +10,10 @@ import reward_lens as rl
 from families import tiny_model
 from reward_lens import stats
 from reward_lens.errors import DataError
-from reward_lens.methods.bias_direction import bias_direction
-from reward_lens.methods.head_editing import edit_head
-from reward_lens.methods.steering import steer
-from reward_lens.methods.transfer import _share, transfer_matrix
+from reward_lens.methods.causation.steering import steer
+from reward_lens.methods.repair.bias_direction import bias_direction
+from reward_lens.methods.repair.head_editing import edit_head
+from reward_lens.methods.repair.transfer import _share, transfer_matrix
 
 WORDS = "cat dog sun tree red old sea hat run it you and is on".split()
 
@@ -94,7 +94,7 @@ def test_orthogonal_directions_leave_each_other_alone(monkeypatch):
     def fake(rm, pairs, sites):
         yield {sites[0]: states(pairs, of_set[pairs[0].prompt_key])}
 
-    monkeypatch.setattr("reward_lens.methods.head_editing.captured", fake)
+    monkeypatch.setattr("reward_lens.methods.repair.head_editing.captured", fake)
     result = transfer_matrix(other, {"sorry": axes[0], "hat": axes[1]}, SETS)
     changes, shares = result.mean.values, result.mean.share.values
     assert abs(changes[0, 1]) < 1e-5 and abs(changes[1, 0]) < 1e-5

@@ -14,10 +14,10 @@ from families import tiny_model
 from planted_concepts import drawn, p_values, rates
 from reward_lens import stats
 from reward_lens.data.concepts import ConceptText, ConceptTexts
-from reward_lens.methods import concept_statistics as over_topics
-from reward_lens.methods.concept_signs import sign_test
-from reward_lens.methods.concept_vectors import concept_vectors
-from reward_lens.methods.valuation import valuation
+from reward_lens.methods.concepts import concept_statistics as over_topics
+from reward_lens.methods.concepts.concept_signs import sign_test
+from reward_lens.methods.concepts.concept_vectors import concept_vectors
+from reward_lens.methods.concepts.valuation import valuation
 
 
 @pytest.fixture(scope="module", autouse=True)

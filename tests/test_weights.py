@@ -8,8 +8,8 @@ import xarray as xr
 import reward_lens as rl
 from families import D_MODEL, HEAD_DIM, N_HEADS, N_KV, TEXT_PAIRS, tiny_model
 from reward_lens.errors import CheckFailed, StructureError
-from reward_lens.methods import weights
-from reward_lens.methods.weights import ov_pull, value_maps, vocab_alignment
+from reward_lens.methods.observation import weights
+from reward_lens.methods.observation.weights import ov_pull, value_maps, vocab_alignment
 
 
 @pytest.fixture(scope="module")

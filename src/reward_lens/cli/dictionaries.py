@@ -59,7 +59,7 @@ def train(
 
     A run that was stopped goes on from where it was when the same command is given again.
     """
-    from reward_lens.methods.latent_states import KINDS
+    from reward_lens.methods.latents.latent_states import KINDS
 
     if rl.Site.parse(site).kind not in KINDS:  # before the activations, not after the training
         raise typer.BadParameter(f"{site!r}: expected a residual stream or a write, such as L20.resid_post or L3.mlp")

@@ -1,0 +1,324 @@
+"""Does the reward agree with the labels, and would counting tokens have agreed as well?
+
+    accuracy     share of pairs with r(chosen) > r(rejected); a tie counts half
+    calibration  sigmoid(margin) as a probability (Bradley and Terry) against how often it is right
+    length       logit P(a preferred to b) = alpha (r_a - r_b) + beta (n_a - n_b), n = tokens of the response
+    ranking      the same questions of lists of k responses
+
+The prompt is the unit of every interval: pairs of one prompt count together (`stats.proportion_interval`).
+
+What this cannot show: that the labels are right, or that the reward is right for their reason. A model that
+agrees with the labels where the chosen response is longer, and only there, has learnt length.
+
+Reference: Lambert et al. 2024, arXiv 2403.13787 (accuracy by subset); Guo et al. 2017, arXiv 1706.04599
+(ECE).
+"""
+
+import itertools
+import warnings
+
+import numpy as np
+import xarray as xr
+
+from reward_lens import data, stats
+from reward_lens.errors import DataError
+from reward_lens.methods.shared.paired import given_scores
+from reward_lens.model.reward_model import RewardModel
+from reward_lens.result import Result
+
+RULES = ("reward model", "longer wins", "shorter wins")
+BY_LENGTH = ("chosen longer", "chosen shorter", "equal length", "balanced")
+NO_MAXIMUM = (
+    "the fit has no maximum: some weighting of margin and length is right on every pair, or the two are "
+    "multiples of each other"
+)
+LEVEL = {"level": 0.95, "unit": "prompt"}
+
+
+def accuracy(rm: RewardModel, pairs, scores: Result | None = None) -> Result:
+    """Share of pairs whose chosen response has the higher reward, by subset, beside two length rules.
+
+    `scores` is the Result of `rm.score_pairs(pairs)`, where there is one already: then no text is scored
+    again.
+
+    Returns value (subset, rule) as a fraction with its interval. `rule` is "reward model", "longer wins" or
+    "shorter wins" (response tokens; a tie counts half). `subset` begins with "all"; its coordinate `group`
+    says what a row is: "all", "subset" (the pairs' own labels) or "length": "chosen longer", "chosen
+    shorter", "equal length", and "balanced", the mean of the first two, which is one half for either length
+    rule. Coordinates `n_pairs` and `n_prompts`. A row without pairs is NaN, with the reason
+    in the checks. Raises `DataError` if `scores` are of other pairs or of another model.
+    """
+    pairs = data.as_pairs(pairs)
+    margin, longer = _margins(rm, pairs, scores)
+    credit = np.stack([_credit(margin), _credit(longer), _credit(-longer)], 1)
+    prompts = np.array([p.prompt_key for p in pairs])
+    rows = _subset_rows(pairs, longer)
+    cells = [[_share(credit[inside, i], prompts[inside]) for i in range(len(RULES))] for _, _, inside in rows]
+    by_label = {label: (row, inside) for row, (label, _, inside) in zip(cells, rows, strict=True)}
+    sides = (by_label["chosen longer"], by_label["chosen shorter"])
+    cells.append(_balanced(*(row for row, _ in sides), *(prompts[inside] for _, inside in sides)))
+    rows.append(("balanced", "length", sides[0][1] | sides[1][1]))
+    cube = np.array(cells)
+    labels, groups, members = zip(*rows, strict=True)
+    coords = {
+        "subset": np.array(labels, dtype=object),
+        "group": ("subset", np.array(groups, dtype=object)),
+        "n_pairs": ("subset", np.array([int(inside.sum()) for inside in members])),
+        "n_prompts": ("subset", np.array([len(set(prompts[inside])) for inside in members])),
+        "rule": np.array(RULES, dtype=object),
+    }
+    value, low, high = (xr.DataArray(cube[..., i], dims=("subset", "rule"), coords=coords) for i in range(3))
+    return Result(
+        "accuracy", value, unit="fraction", low=low, high=high, undefined="no pairs of that kind",
+        meta=rm.describe(
+            "accuracy", pairs, title="Accuracy", interval=LEVEL,
+            shows="How often the chosen response has the higher reward, by subset, beside two rules that "
+            "only count the response's tokens.",
+            cannot_show="Why the reward prefers a response. Where a rule about length does as well, "
+            "agreement with the labels is no evidence of anything else; read the balanced row.",
+        ),
+    )  # fmt: skip
+
+
+def calibration(rm: RewardModel, pairs, scores: Result | None = None, bins: int = 10) -> Result:
+    """Is sigmoid(margin) the probability that the chosen response is the preferred one?
+
+    Every pair is labelled chosen first, so pairs are folded: predicted = sigmoid(|margin|), observed = share
+    with margin > 0 (a tie counts half), in `bins` bins of equal width over [0.5, 1]. `scores` as in
+    `accuracy`.
+
+    Returns value (bin,) = the observed share, a fraction with its interval; coordinates `predicted` (mean in
+    the bin), `observed`, `n` and `n_prompts`. An empty bin is NaN. `meta["summary"]`: `ece` = sum n / N
+    |observed - predicted|, `brier` = mean (1 - sigmoid(margin))^2, `log_loss` = mean -log sigmoid(margin)
+    (0.25 and 0.693 for a model that always says one half), and `slope`, the factor on the margin that fits
+    best (1 where calibrated; None where no factor does: all pairs right or all wrong).
+
+    Cannot show calibration on other data: the size of rewards is arbitrary unless the model was trained with
+    this loss on pairs like these. A small ECE also comes to a model that is never sure.
+    """
+    if bins < 1:
+        raise DataError("Calibration needs bins", found=f"bins={bins}", expected="1 or more", do="raise bins")
+    pairs = data.as_pairs(pairs)
+    margin, _ = _margins(rm, pairs, scores)
+    prompts = np.array([p.prompt_key for p in pairs])
+    predicted, credit = _sigmoid(np.abs(margin)), _credit(margin)
+    edges = np.linspace(0.5, 1.0, bins + 1)
+    member = np.clip(np.searchsorted(edges, predicted, side="right") - 1, 0, bins - 1)
+    inside = [member == i for i in range(bins)]
+    n = np.array([int(m.sum()) for m in inside])
+    cells = np.array([_share(credit[m], prompts[m]) for m in inside])
+    mean = np.array([predicted[m].mean() if m.any() else np.nan for m in inside])
+    coords = {
+        "bin": np.array([f"{a:.3g} to {b:.3g}" for a, b in itertools.pairwise(edges)], dtype=object),
+        "predicted": ("bin", mean),
+        "observed": ("bin", cells[:, 0]),
+        "n": ("bin", n),
+        "n_prompts": ("bin", np.array([len(set(prompts[m])) for m in inside])),
+    }
+    value, low, high = (xr.DataArray(cells[:, i], dims=("bin",), coords=coords) for i in range(3))
+    summary = {
+        "ece": float(np.nansum(n * np.abs(cells[:, 0] - mean)) / n.sum()),
+        "brier": float(np.mean((1 - _sigmoid(margin)) ** 2)),
+        "log_loss": float(np.mean(np.logaddexp(0, -margin))),
+        "slope": _slope(margin),
+    }
+    return Result(
+        "calibration", value, unit="fraction", low=low, high=high, undefined="no pairs in the bin",
+        meta=rm.describe(
+            "calibration", pairs, title="Calibration of the margin", summary=summary, settings={"bins": bins},
+            interval=LEVEL,
+            shows="How often a margin of a given size points the right way, against what its sigmoid "
+            "predicts.",
+            cannot_show="Calibration on other data, or that small errors mean much: a model that is never "
+            "sure is calibrated too.",
+        ),
+    )  # fmt: skip
+
+
+def length_partial(rm: RewardModel, pairs, scores: Result | None = None) -> Result:
+    """What the margin says about the label once the difference in length is accounted for, and the reverse.
+
+    Logistic regression logit P(a preferred to b) = alpha (r_a - r_b) + beta (n_a - n_b) without intercept.
+    Which response is written first is arbitrary, so a constant can mean nothing, and turning a pair round
+    leaves the likelihood as it is. Both regressors are in units of their own root mean square over the pairs.
+
+    Returns value (term,) in log-odds per SD: "margin_per_sd" and "length_per_sd", with intervals from the
+    error clustered by prompt (CR1, t(G - 1); none under 6 prompts); the coordinate `alone` is each term's
+    coefficient without the other, `sd` its SD (reward, tokens). Undefined (NaN, with the reason) where the
+    fit has no maximum: some weighting of margin and length is right on every pair, or one of the two is a
+    multiple of the other.
+
+    Cannot show an effect of length that is not linear, nor anything else that goes with length.
+    """
+    pairs = data.as_pairs(pairs)
+    margin, longer = _margins(rm, pairs, scores)
+    prompts = np.array([p.prompt_key for p in pairs])
+    sd = np.sqrt(np.mean([margin**2, longer**2], axis=1))
+    design = np.stack([margin, longer], 1) / np.where(sd > 0, sd, 1.0)
+    if _has_no_maximum(design):
+        reason, cells, p = NO_MAXIMUM, np.full((2, 3), np.nan), [None, None]
+    else:
+        reason, (cells, p) = None, _symmetric_logit(design, prompts)
+    alone = [_slope(design[:, i]) for i in range(2)]
+    coords = {
+        "term": np.array(["margin_per_sd", "length_per_sd"], dtype=object),
+        "alone": ("term", np.array([np.nan if slope is None else slope for slope in alone])),
+        "sd": ("term", sd),
+    }
+    value, low, high = (xr.DataArray(cells[:, i], dims=("term",), coords=coords) for i in range(3))
+    return Result(
+        "length_partial", value, unit="log-odds", low=low, high=high, undefined=reason,
+        meta=rm.describe(
+            "length_partial", pairs, title="Margin and length", interval=LEVEL,
+            p={"margin": p[0], "length": p[1]},
+            shows="The weight of the reward margin in predicting the label with the difference in length "
+            "held fixed, and the weight of length with the margin held fixed.",
+            cannot_show="An effect of length that is not linear, or of anything else that goes with length.",
+        ),
+    )  # fmt: skip
+
+
+def ranking(rm: RewardModel, groups, scores: Result | None = None) -> Result:
+    """How well rewards order the k responses of a prompt.
+
+    `groups` are `rl.Group`; `scores` is the Result of `rm.score_many(groups)`, where there is one already.
+
+    Returns value (metric,) with intervals over prompts: "top-1 accuracy" (the highest reward is on a response
+    of the highest label; responses tied for it share the credit), "pairwise accuracy" (over all pairs of one
+    prompt whose labels differ; a tied reward counts half) and "kendall tau-b" (mean over groups), in [-1, 1];
+    the coordinate `unit_of` says which is a fraction and which a correlation, `n` over how many groups or
+    pairs it runs. Groups whose labels are all equal order nothing and are left out, as are constant rewards
+    from tau. NaN, with the reason, if none is left.
+
+    Cannot show how good the best response is; and k-way accuracies compare only at equal k (chance is about
+    1 / k).
+    """
+    groups = list(groups)
+    scores = given_scores(rm, groups, scores, rm.score_many, "score_many")
+    prompts = np.array([g.prompt_key for g in groups])
+    top, pairwise, tau = [], [], []
+    for i, group in enumerate(groups):
+        k = len(group.responses)
+        reward, label = scores.value.values[i, :k], scores.value["label"].values[i, :k]
+        if np.ptp(label) == 0:
+            continue
+        first = reward == reward.max()
+        top.append((prompts[i], (label[first] == label.max()).mean()))
+        better, worse = np.nonzero(label[:, None] > label[None, :])
+        pairwise += [(prompts[i], credit) for credit in _credit(reward[better] - reward[worse])]
+        tau.append((prompts[i], stats.within_group_rank_correlation(reward, label)))
+    cells = [_over_prompts(rows, stats.proportion_interval) for rows in (top, pairwise)]
+    cells.append(_over_prompts(tau, stats.mean_interval))
+    coords = {
+        "metric": np.array(["top-1 accuracy", "pairwise accuracy", "kendall tau-b"], dtype=object),
+        "unit_of": ("metric", np.array(["fraction", "fraction", "correlation"], dtype=object)),
+        "n": ("metric", np.array([int(cell[3]) for cell in cells])),
+        "n_prompts": ("metric", np.array([int(cell[4]) for cell in cells])),
+    }
+    columns = np.array(cells)[:, :3].T
+    value, low, high = (xr.DataArray(column, dims=("metric",), coords=coords) for column in columns)
+    return Result(
+        "ranking", value, unit="fraction", low=low, high=high, undefined="no group has responses that differ",
+        meta=rm.describe(
+            "ranking", groups, title="Ranking of k responses", interval=LEVEL,
+            shows="How often the best response has the highest reward, and how far rewards order the others.",
+            cannot_show="How much better one response is than another; and accuracies of lists of different "
+            "lengths do not compare, because chance differs.",
+        ),
+    )  # fmt: skip
+
+
+def _margins(rm: RewardModel, pairs: data.Pairs, scores: Result | None) -> tuple[np.ndarray, np.ndarray]:
+    """Reward margin and length difference in tokens, [pair] each."""
+    value = given_scores(rm, pairs, scores, rm.score_pairs, "score_pairs").value
+    longer = value["chosen_tokens"].values - value["rejected_tokens"].values
+    return value.sel(side="margin").values.astype(float), longer.astype(float)
+
+
+def _subset_rows(pairs: data.Pairs, longer: np.ndarray) -> list[tuple[str, str, np.ndarray]]:
+    """(label, group, mask) of every row but the balanced one."""
+    rows = [("all", "all", np.ones(len(pairs), dtype=bool))]
+    subsets = np.array([p.subset or "" for p in pairs])
+    for name in [name for name in dict.fromkeys(subsets.tolist()) if name]:
+        taken = name in ("all", *BY_LENGTH)  # two rows of one name could not be told apart by .sel
+        label = f"subset {name}" if taken else name
+        rows.append((label, "subset", subsets == name))
+    masks = (longer > 0, longer < 0, longer == 0)
+    return rows + [(label, "length", mask) for label, mask in zip(BY_LENGTH, masks, strict=False)]
+
+
+def _share(credit: np.ndarray, prompts: np.ndarray) -> tuple:
+    if not len(credit):
+        return np.nan, np.nan, np.nan
+    over = stats.proportion_interval(credit, prompts)
+    return over.mean, over.low, over.high
+
+
+def _balanced(longer, shorter, longer_prompts, shorter_prompts) -> list[tuple[float, float, float]]:
+    """Mean of two shares and its interval, from each share's own (Zou and Donner 2008), for every rule.
+
+    Half-widths add in squares where no prompt is in both, and plainly, whatever the dependence, where one is.
+    """
+    apart = not set(longer_prompts) & set(shorter_prompts)
+    out = []
+    for (p, p_low, p_high), (q, q_low, q_high) in zip(longer, shorter, strict=True):
+        down, up = ((p - p_low, q - q_low), (p_high - p, q_high - q))
+        reach = [np.hypot(*ends) if apart else sum(ends) for ends in (down, up)]
+        out.append(((p + q) / 2, (p + q - reach[0]) / 2, (p + q + reach[1]) / 2))
+    return out
+
+
+def _over_prompts(rows: list[tuple[str, float]], interval) -> tuple:
+    if not rows:
+        return np.nan, np.nan, np.nan, 0, 0
+    prompts, values = zip(*rows, strict=True)
+    over = interval(np.array(values), np.array(prompts))
+    return over.mean, over.low, over.high, over.n, over.n_clusters
+
+
+def _credit(margin: np.ndarray) -> np.ndarray:
+    return (np.sign(margin) + 1) / 2
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    from scipy.special import expit
+
+    return expit(x)
+
+
+def _slope(x: np.ndarray) -> float | None:
+    """The factor on `x` that fits "chosen is preferred" best; None where the likelihood has no maximum."""
+    if not ((x > 0).any() and (x < 0).any()):
+        return None
+    sd = np.sqrt(np.mean(x**2))
+    cells, _ = _symmetric_logit(x[:, None] / sd, np.arange(len(x)))
+    return float(cells[0, 0] / sd)
+
+
+def _has_no_maximum(design: np.ndarray) -> bool:
+    """Whether a half-plane holds every (margin, length): the likelihood then rises for ever, or is flat."""
+    rows = design[(design != 0).any(1)]
+    if len(rows) < 3:
+        return True
+    angles = np.sort(np.arctan2(rows[:, 1], rows[:, 0]))
+    return bool(np.diff(np.append(angles, angles[0] + 2 * np.pi)).max() >= np.pi - 1e-9)
+
+
+def _symmetric_logit(design: np.ndarray, prompts: np.ndarray) -> tuple[np.ndarray, list[float | None]]:
+    """[term, (value, low, high)] and p values of the no-intercept fit, errors clustered by prompt."""
+    import statsmodels.api as sm
+
+    # Every other pair is turned round, so that both outcomes occur; the likelihood stays as it is.
+    turn = np.where(np.arange(len(design)) % 2 == 0, 1.0, -1.0)
+    codes = np.unique(prompts, return_inverse=True)[1]
+    clusters = int(codes.max()) + 1
+    settings: dict = {"disp": 0, "maxiter": 100}
+    if clusters >= stats.FEWEST:
+        settings |= {"cov_type": "cluster", "cov_kwds": {"groups": codes}, "use_t": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # steps may overflow on the way; that a maximum exists is known
+        fit = sm.Logit((turn > 0).astype(float), design * turn[:, None]).fit(**settings)
+    if clusters < stats.FEWEST:
+        nothing = np.full_like(fit.params, np.nan)
+        return np.stack([fit.params, nothing, nothing], 1), [None] * len(fit.params)
+    return np.column_stack([fit.params, fit.conf_int()]), [float(p) for p in fit.pvalues]

@@ -1,0 +1,119 @@
+"""What an edit of a reward model changes: every probe and the accuracy on every set, before, after, and the difference.
+
+    shift of a probe    mean over prompts of r(edited text) - r(text), in units of that model's within-prompt SD
+    accuracy            share of pairs in the right order, a tie half
+
+Differences are paired: the same prompts, both models. All probes are measured, not the one that was edited for: taking
+one bias away may move its pressure to another. Intervals are over prompts; p of the differences by sign-flip, adjusted
+by Holm over all rows.
+
+What this cannot show: effects on texts unlike these, or on what is trained against the edited model. The prompts should
+be ones that neither the directions nor alpha were chosen on.
+
+Reference: arXiv 2605.27996 (bias substitution after single-axis edits).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from reward_lens import data, stats
+from reward_lens.edits import TextEdit, edits_of
+from reward_lens.errors import DataError
+from reward_lens.methods.behaviour.edited_texts import scored_edits, within_prompt_sd
+from reward_lens.model.reward_model import RewardModel
+from reward_lens.result import Result
+
+STATES = ("before", "after", "change")
+UNITS = {"probe": "within-prompt SD", "accuracy": "fraction"}
+
+
+def evaluate_edit(
+    before: RewardModel,
+    after: RewardModel,
+    pairs,
+    sets: Mapping[str, Any],
+    probes: Sequence[str | TextEdit] | None = None,
+    seed: int = 0,
+) -> Result:
+    """Every probe on `pairs`, and accuracy on every one of `sets` {name: pairs}, of a model before and after an edit.
+
+    Returns value (measure, state), state = before, after, change (after - before), with low and high over prompts;
+    `kind` = probe or accuracy (of a set, and of its subsets where it has several), `unit_of` = within-prompt SD or
+    fraction; coordinates `p` and `p_holm` of the change, `n_prompts`. Rows of probes that change no text are NaN.
+    Raises `DataError` for sets without pairs or models with different tokenizers.
+    """
+    pairs = data.as_pairs(pairs)
+    if before.tokenize(pairs[0].prompt, pairs[0].chosen).ids != after.tokenize(pairs[0].prompt, pairs[0].chosen).ids:
+        raise DataError("The two models read texts differently", found="different token ids of the first pair",
+                        expected="a model and an edit of it", do="pass the model that edit_head was given")  # fmt: skip
+    rows = _probe_rows(before, after, pairs, probes, seed)
+    for name, some in sets.items():
+        rows += _accuracy_rows(before, after, name, data.as_pairs(some), seed)
+    p = np.array([row["p"] for row in rows])
+    coords = {
+        "measure": np.array([row["name"] for row in rows], dtype=object),
+        "state": np.array(STATES, dtype=object),
+        "kind": ("measure", np.array([row["kind"] for row in rows], dtype=object)),
+        "unit_of": ("measure", np.array([UNITS[row["kind"]] for row in rows], dtype=object)),
+        "p": ("measure", p),
+        "p_holm": ("measure", stats.adjust(p)),
+        "n_prompts": ("measure", np.array([row["n_prompts"] for row in rows])),
+    }
+    cube = np.array([row["cells"] for row in rows])  # [measure, state, (mean, low, high)]
+    value, low, high = (xr.DataArray(cube[..., i], dims=("measure", "state"), coords=coords) for i in range(3))
+    return Result(
+        "evaluate_edit", value, unit="SD or fraction", low=low, high=high, undefined="the probe changes no text here",
+        meta=before.describe(
+            "evaluate_edit", pairs, title="Before and after an edit", seed=seed, after=after.name,
+            settings={"sets": {name: len(data.as_pairs(some)) for name, some in sets.items()}},
+            interval={"level": 0.95, "unit": "prompt"},
+            shows="What the edit changes: the reward bought by every probe, and accuracy, with paired differences.",
+            cannot_show="Effects on other texts, or on a policy that is trained against the edited model.",
+        ),
+    )  # fmt: skip
+
+
+def _probe_rows(before: RewardModel, after: RewardModel, pairs: data.Pairs, probes, seed: int) -> list[dict[str, Any]]:
+    edits, prompts = edits_of(probes), [pair.prompt_key for pair in pairs]
+    found = scored_edits([before, after], pairs, edits)
+    sds = [within_prompt_sd(one.plain, prompts, [pair.responses for pair in pairs]) for one in found]
+    shifts = [one.shifts() / (sd if sd > 0 else np.nan) for one, sd in zip(found, sds, strict=True)]
+    both = [key for key in prompts for _ in range(2)]
+    rows = []
+    for i, edit in enumerate(edits):
+        first, second = (s[..., i].reshape(-1) for s in shifts)
+        rows.append(_row(f"probe: {edit.name}", "probe", first, second, both, seed))
+    return rows
+
+
+def _accuracy_rows(
+    before: RewardModel, after: RewardModel, name: str, pairs: data.Pairs, seed: int
+) -> list[dict[str, Any]]:
+    """A row for all pairs of a set and, where it has several subsets, one for each."""
+    prompts = np.array([pair.prompt_key for pair in pairs])
+    scored = scored_edits([before, after], pairs, [])
+    first, second = ((np.sign(one.plain[:, 0] - one.plain[:, 1]) + 1) / 2 for one in scored)
+    subset = np.array([pair.subset or "" for pair in pairs])
+    named = list(dict.fromkeys(subset.tolist()))
+    parts = {f"accuracy: {name}": np.ones(len(pairs), bool)}
+    if len(named) > 1:
+        parts |= {f"accuracy: {name}, {one or 'no subset'}": subset == one for one in named}
+    rows = []
+    for label, keep in parts.items():
+        rows.append(_row(label, "accuracy", first[keep], second[keep], prompts[keep], seed))
+        for i, credit in enumerate((first, second)):
+            share = stats.proportion_interval(credit[keep], prompts[keep])
+            rows[-1]["cells"][i] = [share.mean, share.low, share.high]
+    return rows
+
+
+def _row(name: str, kind: str, first: np.ndarray, second: np.ndarray, clusters, seed: int) -> dict[str, Any]:
+    cells = []
+    for values in (first, second, second - first):
+        over = stats.mean_interval(values, clusters, seed=seed)
+        cells.append([over.mean, over.low, over.high])
+    test = stats.sign_flip_test(second - first, clusters, seed=seed)
+    return {"name": name, "kind": kind, "cells": cells, "p": test.p, "n_prompts": test.n}
