@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 
+import published_heads
 import reward_lens as rl
+from encoders import tiny_encoder
 from families import TEXT_PAIRS, tiny_tokenizer
 from language_models import JUDGE, PAIR_JUDGE, tiny_language_model
 from reward_lens.cli.loading import readout_of
@@ -118,3 +120,19 @@ def test_precision_is_an_option(language_model):
     rl.load(language_model, readout=rl.VocabReadout(**YES), dtype=torch.bfloat16)
     printed = run("check", language_model, "--readout", json.dumps(YES), "--dtype", "bfloat16").output
     assert "bfloat16 on cpu" in printed
+
+
+def test_report_on_a_model_with_other_answers_says_what_is_not_answered(tmp_path, pairs):
+    """A gated head has no row for the vocabulary; an encoder reads no beginnings: the page has the rest and says so."""
+    published_heads.save(tmp_path / "armo", "armo")
+    saved(tmp_path / "encoder", *tiny_encoder("deberta"))
+    for folder, missing in (("armo", ["vocabulary"]), ("encoder", ["lens_frozen_norm", "tokens_prefix", "vocabulary"])):
+        result = run("report", str(tmp_path / folder), pairs, "-o", str(tmp_path / f"{folder}-out"))
+        page = (tmp_path / f"{folder}-out" / "report.html").read_text()
+        assert 'id="refused"' in page and "Not answered for this model" in page
+        for name in missing:
+            assert f"Not answered: {name}: " in " ".join(result.stderr.split())
+            assert f"<dt>{name[:1].upper()}{name[1:].replace('_', ' ')}</dt>" in page
+            assert not (tmp_path / f"{folder}-out" / f"{name}.nc").exists()
+        assert (tmp_path / f"{folder}-out" / "contributions.nc").exists()
+        assert page.count("What to do:") >= len(missing)

@@ -96,9 +96,7 @@ INNER = [name for name in MODULES if name not in SURFACE]
 def test_imports_point_down(module):
     path = MODULES[module]
     imported = imports(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
-    assert not upward(module, imported), (
-        f"{module} imports from above, or from a folder its own may not use"
-    )
+    assert not upward(module, imported), f"{module} imports from above, or from a folder its own may not use"
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 Costly questions are asked of a few named pairs only; each result says how many pairs it is of.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import reward_lens as rl
 
@@ -12,40 +13,50 @@ PROBES = ("pad", "hedge", "assert", "prepend_praise", "bulletise", "add_bold", "
 ENOUGH = 40  # prompts from which half of them can say what natural states are
 
 
-def steps(rm: "rl.RewardModel", pairs: "rl.Pairs", few: int = FEW) -> Iterator[tuple[str, "rl.Result"]]:
-    """Name and result of each step, computed as the iterator is drawn; one pass over the pairs serves several."""
+def steps(
+    rm: "rl.RewardModel", pairs: "rl.Pairs", few: int = FEW
+) -> Iterator[tuple[str, "rl.Result | rl.RewardLensError"]]:
+    """Name and result of each step, computed as the iterator is drawn; one pass over the pairs serves several. A
+    question that this kind of model has no answer to comes with the refusal in the result's place; a check that is out
+    of tolerance raises, as everywhere."""
     yield "load_report", rm.load_report
     scores = rm.score_pairs(pairs)
     yield "accuracy", rl.accuracy(rm, pairs, scores=scores)
     yield "scores", scores
+    for name, ask in _questions(rm, pairs, few, scores):
+        try:
+            answer: rl.Result | rl.RewardLensError = ask()
+        except (rl.StructureError, rl.DataError) as refusal:
+            answer = refusal
+        yield name, answer
+
+
+def _questions(rm, pairs: "rl.Pairs", few: int, scores: "rl.Result") -> Iterator[tuple[str, Callable]]:
     if len(pairs) >= 20:
-        yield "calibration", rl.calibration(rm, pairs, scores=scores)
+        yield "calibration", lambda: rl.calibration(rm, pairs, scores=scores)
     acts = rl.capture(rm, pairs, "components")
-    yield "lens_own_norm", rl.reward_lens(rm, acts, norm="own")
-    yield "lens_frozen_norm", rl.reward_lens(rm, acts, norm="frozen")
-    yield "contributions", rl.contributions(rm, acts)
+    yield "lens_own_norm", partial(rl.reward_lens, rm, acts, norm="own")
+    yield "lens_frozen_norm", partial(rl.reward_lens, rm, acts, norm="frozen")
+    yield "contributions", partial(rl.contributions, rm, acts)
     del acts
-    yield "tokens_prefix", rl.token_attribution(rm, pairs, method="prefix")
+    yield "tokens_prefix", lambda: rl.token_attribution(rm, pairs, method="prefix")
     some = spread_over_subsets(pairs, few)
-    yield "crystallization", rl.crystallization_depth(rm, some, control_seeds=1)
-    if None not in rm.structure.paths("attn_out"):
-        yield "heads", rl.contributions(rm, some, by="head")
-    yield "effects", rl.effects(rm, spread_over_subsets(pairs, 4 * few), path="direct")
-    if None not in rm.structure.paths("attn_out"):
-        yield "head_effects", rl.effects(rm, some, "heads")
-    yield "agreement", rl.agreement(rm, spread_over_subsets(pairs, few + 2), controls=1)
+    yield "crystallization", lambda: rl.crystallization_depth(rm, some, control_seeds=1)
+    yield "heads", lambda: rl.contributions(rm, some, by="head")
+    yield "effects", lambda: rl.effects(rm, spread_over_subsets(pairs, 4 * few), path="direct")
+    yield "head_effects", lambda: rl.effects(rm, some, "heads")
+    yield "agreement", lambda: rl.agreement(rm, spread_over_subsets(pairs, few + 2), controls=1)
     if pairs.n_prompts >= ENOUGH:
         half = len(pairs) // 2  # one part is intervened on, the other says what is natural
         changed, natural = spread_over_subsets(pairs[:half], 2 * few), pairs[half:]
-        sites = [
-            f"L{layer}.{kind}" for layer in range(0, rm.n_layers, max(1, rm.n_layers // 6)) for kind in ("attn", "mlp")
-        ]
-        yield "divergence", rl.divergence(rm, changed, sites, natural, n_neighbours=20, min_evaluation=30)
-    yield "probes", rl.probe_hacking(rm, spread_over_subsets(pairs, few + 4), PROBES)
-    yield "knockout", rl.attention_knockout(rm, some, "sentence")
-    yield "vocabulary", rl.vocab_alignment(rm, top=15)
-    yield "tokens_truncate", rl.token_attribution(rm, some, method="truncate")
-    yield "words_leave_one_out", rl.token_attribution(rm, some, method="leave_one_out", by="word")
+        depths = range(0, rm.n_layers, max(1, rm.n_layers // 6))
+        sites = [f"L{layer}.{kind}" for layer in depths for kind in ("attn", "mlp")]
+        yield "divergence", lambda: rl.divergence(rm, changed, sites, natural, n_neighbours=20, min_evaluation=30)
+    yield "probes", lambda: rl.probe_hacking(rm, spread_over_subsets(pairs, few + 4), PROBES)
+    yield "knockout", lambda: rl.attention_knockout(rm, some, "sentence")
+    yield "vocabulary", lambda: rl.vocab_alignment(rm, top=15)
+    yield "tokens_truncate", lambda: rl.token_attribution(rm, some, method="truncate")
+    yield "words_leave_one_out", lambda: rl.token_attribution(rm, some, method="leave_one_out", by="word")
 
 
 def spread_over_subsets(pairs: "rl.Pairs", n: int) -> "rl.Pairs":

@@ -170,14 +170,20 @@ def report(
     from reward_lens.analysis import steps
 
     rm, data = load(model, objective, truncation), rl.load_pairs(pairs, split=split, limit=limit)
-    results = {}
+    results: dict[str, rl.Result] = {}
+    refused: dict[str, rl.RewardLensError] = {}
     with Progress(*COLUMNS, console=err) as progress:
         task = progress.add_task(f"{len(data)} pairs", total=None)
-        for name, result in steps(rm, data):
-            results[name] = result
-            result.save(output / f"{name}.nc")
-            progress.update(task, description=f"{result.meta['title']} done")
+        for name, answer in steps(rm, data):
+            if isinstance(answer, rl.RewardLensError):
+                refused[name] = answer
+                continue
+            results[name] = answer
+            answer.save(output / f"{name}.nc")
+            progress.update(task, description=f"{answer.meta['title']} done")
     for note in data.notes:
         err.print(f"Note: {note}", markup=False)
-    page = rl.write_report(results, output / "report.html", title=f"{rm.name}: reward model report")
+    for name, refusal in refused.items():
+        err.print(f"Not answered: {name}: {refusal}", markup=False, highlight=False)
+    page = rl.write_report(results, output / "report.html", f"{rm.name}: reward model report", refused)
     typer.echo(f"Report: {page}")

@@ -14,18 +14,22 @@ from reward_lens.charts.choice import schema_version
 from reward_lens.charts.theme import theme
 from reward_lens.errors import DataError
 from reward_lens.report import document, numbers
-from reward_lens.report.sections import provenance, sections
+from reward_lens.report.sections import heading, provenance, sections
 from reward_lens.report.tables import check_rows, nearest
 from reward_lens.result import Result
 
 
-def write_report(results: Iterable[Result] | Mapping[str, Result], path: str | Path, title: str | None = None) -> Path:
+def write_report(
+    results: Iterable[Result] | Mapping[str, Result], path: str | Path, title: str | None = None,
+    refused: Mapping[str, Exception] | None = None,
+) -> Path:  # fmt: skip
     """Write one self-contained HTML file that shows `results` in the order given, and return its path.
 
-    Each result becomes a section: its `meta` gives the heading (`title`), what it shows and cannot show, the
-    settings and the provenance; its dims and coordinates give the charts and tables. Results of any method
-    join without code here. Raises `DataError` if there is no result. The page cannot show more than fits:
-    strips of very many pairs and long lists are cut, with a sentence that counts what is left out.
+    Each result becomes a section: its `meta` gives the heading (`title`), what it shows and cannot show, the settings
+    and the provenance; its dims and coordinates give the charts and tables. Results of any method join without code
+    here. `refused` are questions that had no answer, by name, each with the error that says why: a section lists them,
+    so that nothing is missing in silence. Raises `DataError` if there is no result. The page cannot show more than
+    fits: strips of very many pairs and long lists are cut, with a sentence that counts what is left out.
     """
     named = _named(results)
     if not named:
@@ -51,6 +55,7 @@ def write_report(results: Iterable[Result] | Mapping[str, Result], path: str | P
         script=Markup(script),
         charts=document.data_block(charts),
         sections=parts,
+        refused=[(heading(name), str(error)) for name, error in (refused or {}).items()],
         provenance=provenance(named, without=() if title else ("model",)),
         checks=check_rows(checks),
         n_checks=len(checks),

@@ -47,9 +47,9 @@ class Section:
 def sections(results: Mapping[str, Result]) -> list[Section]:
     """One section a result, in the order given."""
     rewards = _rewards(results)
-    out, used, room = [], {"checks", "contents", "main"}, ROOM
+    out, used, room = [], {"checks", "contents", "main", "refused"}, ROOM
     for key, result in results.items():
-        title = str(result.meta.get("title") or _heading(key))
+        title = str(result.meta.get("title") or heading(key))
         anchor = _anchor(title, used)
         form = kind(result)
         text = strip(result, _own_rewards(result) or rewards, room) if form == "tokens" else None
@@ -151,7 +151,7 @@ def settings(result: Result) -> list[tuple[str, str]]:
     return [(str(name), numbers.cell(value)) for name, value in rows]
 
 
-def _heading(key: str) -> str:
+def heading(key: str) -> str:
     words = key.replace("_", " ").strip()
     return words[:1].upper() + words[1:]
 
