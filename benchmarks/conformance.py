@@ -3,9 +3,10 @@
     python benchmarks/conformance.py --workers 2 [--only llama,gemma2]
 
 For each model the largest gap of every identity, in float32 and bfloat16, and the outcome of every method: its checks
-held, or it refused in words. Anything else stops the run. `--only` runs some models and keeps the rows of the others.
-Writes conformance_identities.csv and conformance_methods.csv beside this file, and from them conformance.md and
-docs/models.md. A gap is divided by the scale that its identity names; E5 is in reward units.
+held, or it refused in words. Anything else is an error: named at the end, and no page is written. `--only` runs some
+models and keeps the rows of the others. Writes conformance_identities.csv and conformance_methods.csv beside this file,
+and from them conformance.md and docs/models.md. A gap is divided by the scale that its identity names; E5 is in reward
+units.
 """
 
 import argparse
@@ -45,6 +46,8 @@ def outcome(rm: rl.RewardModel, method: str) -> str:
         result = EVERY[method](rm, readable(rm))
     except rl.RewardLensError as error:
         return f"refused: {error.what}"
+    except Exception as error:  # what no user may see
+        return f"error: {type(error).__name__}: {error}"
     used = [c.gap / c.tolerance for c in result.checks if 0 < c.tolerance < float("inf")]
     return f"holds {max(used, default=0.0):.2g}"
 
@@ -82,7 +85,12 @@ def main() -> None:
             order = kept[i]["model"].map({name: place for place, name in enumerate(MODELS)})
             kept[i] = kept[i].assign(order=order).sort_values("order", kind="stable").drop(columns="order")
             kept[i].to_csv(files[i], index=False, float_format="%.1e")
-    write_pages(*map(pd.read_csv, files))
+    methods = pd.read_csv(files[0])
+    errors = [f"{row['model']}, {name}: {text}" for row in methods.to_dict("records") for name, text in row.items()
+              if str(text).startswith("error: ")]  # fmt: skip
+    if errors:
+        raise SystemExit("\n".join(errors))
+    write_pages(methods, pd.read_csv(files[1]))
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ class AttentionTap(TorchFunctionMode):
             return func(bias, *self._scores(*operands), **rest)
         if func in _PRODUCTS and len(args) == 2 and min(args[0].dim(), args[1].dim()) >= 3:  # no weight matrix
             if self._step == 0:
-                return func(*self._scores(*args))
+                return func(*self._scores(*args)) if self._is_scores(*args) else func(*args, **kwargs)
             if self._mixes(*args):
                 return self._mixed(func, *args)
             self._refuse_further_terms()
@@ -96,7 +96,16 @@ class AttentionTap(TorchFunctionMode):
         self._layer, self._step, self._keys = layer, 0, 0
         self._rows, self._length = (0, 0) if x is None else (x.shape[0], x.shape[1])
 
+    def _is_scores(self, query: Tensor, keys: Tensor) -> bool:
+        """Whether a product has as many queries as attention has heads and positions, and its keys: an indexer's, which
+        chooses what attention may read, has others."""
+        n = query.numel() // (self._rows * query.shape[-1])
+        n_keys = keys.numel() // (self._rows * keys.shape[-1] * keys.shape[-2])
+        return n == self.rm.n_heads * self._length and n_keys > 0 and n_keys % self.n_kv_heads == 0
+
     def _fused(self, func, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **rest):
+        if self._step:  # what was taken for attention's scores was not: the scores are made in this call
+            self._refuse_further_terms()
         q, k, v = self._lay(query), self._lay(key), self._lay(value)
         # One query token a row may be packed as [row, kv_head, heads of its group, head_dim].
         packed = q.shape[1] != self._length
@@ -142,8 +151,8 @@ class AttentionTap(TorchFunctionMode):
             raise StructureError(
                 f"The {'queries' if touched[0] == 'q' else 'keys'} of block {self._layer} of {self.rm.name} stand in "
                 "more than one product",
-                found="a further product between that of queries and keys and that of weights and values (relative "
-                "positions)",
+                found="a further product like that of queries and keys before the values are mixed (relative "
+                "positions, an indexer)",
                 expected="scores that are one product of queries and keys",
                 do="change values ('v'), attention patterns or heads instead",
             )
