@@ -262,7 +262,8 @@ def eager_attention(module: Any) -> Iterator[bool]:
     """Inside, attention is what the model's own file writes out; False where it was already, or cannot be set."""
     config: Any = getattr(module, "config", None)
     own = getattr(config, "_attn_implementation", None)
-    if own in (None, "eager") or not hasattr(module, "set_attn_implementation"):
+    settable = getattr(module, "_can_set_attn_implementation", lambda: True)  # asking in vain is logged
+    if own in (None, "eager") or not hasattr(module, "set_attn_implementation") or not settable():
         yield False
         return
     parts = {name: getattr(getattr(config, name, None), "_attn_implementation", None) for name in config.sub_configs}
