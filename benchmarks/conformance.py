@@ -69,7 +69,7 @@ def measured(name: str) -> tuple[dict, list[dict]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_workers(parser)
-    parser.add_argument("--only", default="", help="models by commas; the others keep their rows")
+    parser.add_argument("--only", default="", help="models by commas, or semicolons where a name has commas")
     parser.add_argument("--pages", action="store_true", help="only write the pages again")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -77,7 +77,9 @@ def _models(methods: pd.DataFrame, identities: pd.DataFrame) -> str:
         methods_told = f"{answered} of {answered + refused}"
         lines.append(_row(row["model"], f"`{row['class']}`", row["readout"], row["directions"], ", ".join(precisions),
                           methods_told, row["heads"], row["neurons"], row["reuse"]))  # fmt: skip
-    lines += ["", "Which methods a model refuses, and why, stands in `benchmarks/conformance.md`; the gaps too.", ""]
+    lines += ["", "Which methods a model refuses, and why, stands in `benchmarks/conformance.md`; the gaps too. The "
+              "reward that DPO implies is of two language models and so has no row: its sums by token, depth and "
+              "component are tested on eight families (`tests/test_implicit_reward.py`).", ""]  # fmt: skip
     return "\n".join([*lines, *_published(), ""])
 
 

@@ -140,3 +140,13 @@ def test_positions_are_not_moved():
     rl.effects(rm, [UNEQUAL], ["L1.V0"], at="all", align="tail")
     with pytest.raises(rl.StructureError, match="indices 0 to 1"):
         rl.effects(rm, [EQUAL], ["L1.K2"])
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "minicpm3"])
+def test_values_that_are_cached_as_latents_are_refused(family):
+    """Multi-head latent attention caches a latent from which every head's value is made: no key-value heads there."""
+    rm = rl.RewardModel(*tiny_model(family), name=family)
+    with pytest.raises(rl.StructureError, match="values of block 1.*are not shared as they are cached"):
+        rl.effects(rm, [rl.Pair("Write one word.", "apple", "plumb")], ["L1.V0"], mode="zero")
+    patterns = rl.effects(rm, [rl.Pair("Write one word.", "apple", "plumb")], ["L1.P0", "L1.Q1", "L1.H1"], mode="zero")
+    assert np.abs(patterns.value).max() > 0

@@ -192,6 +192,14 @@ class AttentionTap(TorchFunctionMode):
         """The same for keys and values, which have a prefix and, repeated, a copy for each head of a group."""
         copies = x.shape[2] // self.n_kv_heads
         single = x[:, :, ::copies]
+        if copies > 1 and self._touches(kind) and not torch.equal(single.repeat_interleave(copies, 2), x):
+            raise StructureError(
+                f"The {'keys' if kind == 'k' else 'values'} of block {self._layer} of {self.rm.name} are not shared as "
+                "they are cached",
+                found=f"{x.shape[2]} different heads where the cache holds {self.n_kv_heads} (latent attention)",
+                expected="key-value heads that are cached as they are, each copied to the heads of its group",
+                do="change attention patterns, queries or heads instead",
+            )
         before = x.shape[1] - self._length  # positions whose keys and values were reused
         if kind in self.wanted.get(self._layer, ()):
             self.seen[Site(kind, self._layer)] = single[:, -self._length :].clone()
