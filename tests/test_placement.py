@@ -155,7 +155,7 @@ def on_two_devices():
     return get
 
 
-ACROSS = ("by head", "by neuron", "by token", "effects", "path effects", "gradient")
+ACROSS = ("by head", "by neuron", "by token", "effects", "path effects", "gradient", "transfer")
 # Not on the second device of these tests: it cannot follow a squeeze in place, which a vector times a matrix does.
 UNABLE = ("ov",)
 

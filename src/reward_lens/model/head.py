@@ -45,7 +45,7 @@ def editable_readout(rm: RewardModel) -> LinearReadout:
 def stored(rm: RewardModel, row: Float[Tensor, "*some d_model"]) -> Float[Tensor, "*some d_model"]:
     """Rows as the head's precision holds them, in the readout's precision and units."""
     _, scale = _standard(rm)
-    return (row * scale).to(linear_weight(rm.head).dtype).to(editable_readout(rm).weight) / scale
+    return (row * scale.to(row)).to(linear_weight(rm.head).dtype).to(editable_readout(rm).weight) / scale
 
 
 def _standard(rm: RewardModel) -> tuple[Tensor, Tensor]:
