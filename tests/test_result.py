@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -271,3 +272,13 @@ def test_errors_are_four_sentences_and_survive_pickling(kind):
 def test_an_error_raised_again_in_a_worker_keeps_its_words():
     error = DataError("It broke", found="a", expected="b", do="c")
     assert json.loads(json.dumps(str(error))) == str(pickle.loads(pickle.dumps(error, protocol=2)))
+
+
+def test_several_may_save_to_one_place_at_once(tmp_path):
+    """The load report of the demo model is kept by whoever loads it first, and several may at once."""
+    result = Result("r", xr.DataArray(np.zeros((200, 200)), dims=("a", "b")), unit="reward", meta={"title": "t"})
+    path = tmp_path / "r.nc"
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: result.save(path), range(12)))
+    assert load_result(path).value.identical(result.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["r.nc"]

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import re
+import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -159,9 +160,13 @@ class Result:
                 raise TypeError(f"coordinate {key!r} is boolean, which netCDF cannot hold; store it as an integer")
         plain.attrs = {"reward_lens": _escape(json.dumps(head))}
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".part")
-        plain.to_netcdf(partial, engine="h5netcdf")
-        partial.replace(path)  # a reader never sees half a file
+        # Of a name of its own: another process may be saving to the same place. A reader never sees half a file.
+        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+        try:
+            plain.to_netcdf(partial, engine="h5netcdf")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
         return path
 
     def _with(self, dataset: xr.Dataset) -> "Result":
