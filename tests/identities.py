@@ -6,6 +6,7 @@ A gap is divided by the scale that its identity names; E5 is in reward units.
 import dataclasses
 
 import numpy as np
+import pytest
 import torch
 
 import multimodal
@@ -13,6 +14,7 @@ import reward_lens as rl
 from encoders import ENCODERS, OTHERS, tiny_encoder
 from families import FAMILIES, FURTHER, POST_NORM_DECODERS, SPECIAL, TEXT_PAIRS, tiny_model
 from readout_models import READOUTS
+from reference.loops import plain_contributions, plain_lens
 
 PAIRS = rl.Pairs([rl.Pair(*texts) for texts in TEXT_PAIRS])
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -74,6 +76,20 @@ def gaps(rm: rl.RewardModel) -> dict[str, float]:
     total = parts.value.sel(side="margin") + rl.contributions(rm, turned).value.sel(side="margin")
     row.append(float(np.abs(total).max() / np.abs(parts.value).max()))
     return dict(zip(IDENTITIES, row, strict=True))
+
+
+def assert_slow_loops_agree(rm: rl.RewardModel) -> None:
+    """Rewards, lens and contributions against the model's own scores and the plain loops of `reference`."""
+    rewards = rm.score_pairs(PAIRS).value
+    for pair, row in zip(PAIRS, rewards, strict=True):
+        assert float(row.sel(side="chosen")) == pytest.approx(rm.hf_score(pair.prompt, pair.chosen), abs=1e-4)
+    parts, lens = rl.contributions(rm, PAIRS, scale="own").value, rl.reward_lens(rm, PAIRS).value
+    np.testing.assert_allclose(parts.sum("component"), rewards, atol=1e-4)
+    np.testing.assert_allclose(lens.isel(depth=-1), rewards, atol=1e-4)
+    pair = PAIRS[0]
+    np.testing.assert_allclose(lens.sel(side="chosen")[0], plain_lens(rm, pair.prompt, pair.chosen), atol=1e-4)
+    for component, value in plain_contributions(rm, pair.prompt, pair.chosen).items():
+        assert float(parts.sel(side="chosen", component=component)[0]) == pytest.approx(value, abs=1e-4)
 
 
 def check(result: rl.Result, name: str) -> float:

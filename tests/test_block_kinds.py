@@ -10,7 +10,7 @@ import torch
 
 import reward_lens as rl
 from families import TEXT_PAIRS, more, tiny_model
-from reference.loops import plain_contributions, plain_lens
+from identities import assert_slow_loops_agree
 from reference.sweeps import patched_reward, values_at
 from reward_lens.model import block_kinds
 
@@ -56,17 +56,7 @@ def test_each_block_has_its_own_paths(family):
 
 @each
 def test_identities(family):
-    rm = model(family)
-    rewards = rm.score_pairs(PAIRS).value
-    for pair, row in zip(PAIRS, rewards, strict=True):
-        assert float(row.sel(side="chosen")) == pytest.approx(rm.hf_score(pair.prompt, pair.chosen), abs=1e-4)
-    parts, lens = rl.contributions(rm, PAIRS, scale="own").value, rl.reward_lens(rm, PAIRS).value
-    np.testing.assert_allclose(parts.sum("component"), rewards, atol=1e-4)
-    np.testing.assert_allclose(lens.isel(depth=-1), rewards, atol=1e-4)
-    pair = PAIRS[0]
-    np.testing.assert_allclose(lens.sel(side="chosen")[0], plain_lens(rm, pair.prompt, pair.chosen), atol=1e-4)
-    for component, value in plain_contributions(rm, pair.prompt, pair.chosen).items():
-        assert float(parts.sel(side="chosen", component=component)[0]) == pytest.approx(value, abs=1e-4)
+    assert_slow_loops_agree(model(family))
 
 
 @each

@@ -1,13 +1,12 @@
 """Models that also take images, on text alone: the text tower is found beside a vision tower of as many layers."""
 
-import numpy as np
 import pytest
 import torch
 
 import reward_lens as rl
 from families import TEXT_PAIRS, more
+from identities import assert_slow_loops_agree
 from multimodal import model
-from reference.loops import plain_contributions, plain_lens
 from reference.sweeps import patched_reward, values_at
 
 PAIRS = [rl.Pair(*texts) for texts in TEXT_PAIRS]
@@ -29,18 +28,7 @@ def test_the_text_tower_is_found(name):
 
 @each
 def test_identities_on_text(name):
-    rm = model(name)
-    rewards = rm.score_pairs(PAIRS).value
-    for pair, row in zip(PAIRS, rewards, strict=True):
-        assert float(row.sel(side="chosen")) == pytest.approx(rm.hf_score(pair.prompt, pair.chosen), abs=1e-4)
-    parts = rl.contributions(rm, PAIRS, scale="own").value
-    lens = rl.reward_lens(rm, PAIRS).value
-    np.testing.assert_allclose(parts.sum("component"), rewards, atol=1e-4)
-    np.testing.assert_allclose(lens.isel(depth=-1), rewards, atol=1e-4)
-    pair = PAIRS[0]
-    np.testing.assert_allclose(lens.sel(side="chosen")[0], plain_lens(rm, pair.prompt, pair.chosen), atol=1e-4)
-    for component, value in plain_contributions(rm, pair.prompt, pair.chosen).items():
-        assert float(parts.sel(side="chosen", component=component)[0]) == pytest.approx(value, abs=1e-4)
+    assert_slow_loops_agree(model(name))
 
 
 @each

@@ -9,10 +9,10 @@ from reward_lens.engine.activations import positions_of
 from reward_lens.engine.alignment import Alignment
 from reward_lens.engine.alignment import align as aligned
 from reward_lens.engine.patching import patch_rows
-from reward_lens.engine.places import gate_inside
+from reward_lens.engine.places import gate_inside, require_site
 from reward_lens.engine.runs import common_start, keys_before, run_text
-from reward_lens.methods.causation.ablations import Ablation, ablated_cells
-from reward_lens.methods.causation.effect_cells import Cells, Spans, cells_of, exchange_rows, span_coords
+from reward_lens.methods.causation.ablations import Ablation, ablated_cells, prepare_ablation
+from reward_lens.methods.causation.effect_cells import Cells, Spans, cells_of, exchange_rows, sites_of, span_coords
 from reward_lens.methods.causation.effect_readings import Reading
 from reward_lens.methods.shared.paired import paired_result
 from reward_lens.model.reward_model import RewardModel
@@ -39,6 +39,40 @@ class Found:
         """Distance of clean rows from the runs' own rewards, over the scale of effects."""
         self.closing: list[float] = []
         """Distance of the last residual's effect from the margin, where it is among the sites."""
+
+
+def asked_sites(rm: RewardModel, sites: str | Sequence["Site | str"], layers: Sequence[int] | None) -> list[Site]:
+    """The sites that a sweep was asked for; `StructureError` for one the model lacks."""
+    wanted = sites_of(rm, sites, layers)
+    for site in wanted:
+        require_site(rm, site)
+    return wanted
+
+
+def sweep_settings(
+    rm: RewardModel, sites: str | Sequence["Site | str"], wanted: Sequence[Site], mode: str, at: Any, align: Any,
+    layers: Sequence[int] | None, spans: Spans, **more: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """What every sweep's result says of how it was asked."""
+    named = isinstance(spans, str)
+    return {
+        "sites": sites if isinstance(sites, str) else [str(s) for s in wanted], "mode": mode, "at": at, "align": align,
+        "layers": None if layers is None else list(layers),
+        "spans": spans if named else None if spans is None else "explicit",
+        "base": {"noise": "chosen", "denoise": "rejected"}.get(mode, "both"), "prefix_reuse": rm.reuses_prefix(),
+        **more,
+    }  # fmt: skip
+
+
+def swept(
+    rm: RewardModel, pairs, sites: Sequence[Site], settings: dict, reading: Reading, spans: Spans, reference,
+    n_draws: int, seed: int, max_rows: int | None, progress: Progress | None,
+) -> "Found":  # fmt: skip
+    """The sweep of a mode: values exchanged between the two responses, or ablated in each."""
+    if settings["mode"] in EXCHANGES:
+        return exchanged(rm, pairs, sites, settings, reading, spans, max_rows, progress)
+    ablation = prepare_ablation(rm, pairs, sites, settings["mode"], settings["at"], reference, n_draws, seed)
+    return ablated(rm, pairs, sites, settings, reading, ablation, spans, max_rows, progress)
 
 
 def exchanged(

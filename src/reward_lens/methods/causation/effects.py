@@ -20,18 +20,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from reward_lens import data
-from reward_lens.engine.places import require_site
 from reward_lens.errors import DataError
-from reward_lens.methods.causation.ablations import prepare_ablation
-from reward_lens.methods.causation.effect_cells import Spans, sites_of
+from reward_lens.methods.causation.effect_cells import Spans
 from reward_lens.methods.causation.effect_readings import Reading
 from reward_lens.methods.causation.effect_sweeps import (
     ABLATIONS,
     EXCHANGES,
     Progress,
-    ablated,
+    asked_sites,
     effects_result,
-    exchanged,
+    sweep_settings,
+    swept,
 )
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
@@ -92,16 +91,11 @@ def effects(
     for empty spans and overlapping references, `CheckFailed` for values that are not finite.
     """
     pairs = data.as_pairs(pairs)
-    wanted = sites_of(rm, sites, layers)
-    for site in wanted:
-        require_site(rm, site)
+    wanted = asked_sites(rm, sites, layers)
     _require_settings(mode, estimator, path, norm, options)
-    settings = {
-        "sites": sites if isinstance(sites, str) else [str(s) for s in wanted], "mode": mode, "at": at,
-        "estimator": estimator, "path": path, "align": align, "norm": norm, "layers": None if layers is None else
-        list(layers), "spans": spans if isinstance(spans, str) else None if spans is None else "explicit",
-        "base": {"noise": "chosen", "denoise": "rejected"}.get(mode, "both"), "prefix_reuse": rm.reuses_prefix(),
-    }  # fmt: skip
+    settings = sweep_settings(
+        rm, sites, wanted, mode, at, align, layers, spans, estimator=estimator, path=path, norm=norm
+    )
     if path == "direct":
         from reward_lens.methods.causation.direct import direct_effects
 
@@ -117,11 +111,8 @@ def effects(
 
         return estimated_effects(rm, pairs, wanted, settings, spans=spans, seed=seed, max_rows=max_rows,
                                  progress=progress, **options)  # fmt: skip
-    if mode in EXCHANGES:
-        found = exchanged(rm, pairs, wanted, settings, Reading(rm, norm), spans, max_rows, progress)
-    else:
-        ablation = prepare_ablation(rm, pairs, wanted, mode, at, reference, n_draws, seed)
-        found = ablated(rm, pairs, wanted, settings, Reading(rm, norm), ablation, spans, max_rows, progress)
+    reading = Reading(rm, norm)
+    found = swept(rm, pairs, wanted, settings, reading, spans, reference, n_draws, seed, max_rows, progress)
     return effects_result(rm, pairs, wanted, found, settings, seed)
 
 

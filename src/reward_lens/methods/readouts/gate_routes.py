@@ -25,18 +25,19 @@ from typing import Literal
 from reward_lens import data
 from reward_lens.engine.activations import positions_of
 from reward_lens.engine.editing import Source
-from reward_lens.engine.places import require_site
 from reward_lens.errors import DataError
 from reward_lens.methods.causation.ablations import Ablation, prepare_ablation
-from reward_lens.methods.causation.effect_cells import Spans, sites_of
+from reward_lens.methods.causation.effect_cells import Spans
 from reward_lens.methods.causation.effect_readings import Routes
 from reward_lens.methods.causation.effect_sweeps import (
     ABLATIONS,
     EXCHANGES,
     Progress,
     ablated,
+    asked_sites,
     effects_result,
     exchanged,
+    sweep_settings,
 )
 from reward_lens.model.heads.gated import require_gated
 from reward_lens.model.reward_model import RewardModel
@@ -86,18 +87,12 @@ def gate_routes(
     """
     require_gated(rm.readout)
     pairs = data.as_pairs(pairs)
-    wanted = sites_of(rm, sites, layers)
-    for site in wanted:
-        require_site(rm, site)
+    wanted = asked_sites(rm, sites, layers)
     given = mode if isinstance(mode, Source) else None
     name = given.name if given is not None else str(mode)
     _require(given is not None, name, at)
-    settings = {
-        "sites": sites if isinstance(sites, str) else [str(s) for s in wanted], "mode": name,
-        "at": at if isinstance(at, str) else [at.start, at.stop], "align": align, "layers": None if layers is None else
-        list(layers), "spans": spans if isinstance(spans, str) else None if spans is None else "explicit",
-        "base": {"noise": "chosen", "denoise": "rejected"}.get(name, "both"), "prefix_reuse": rm.reuses_prefix(),
-    }  # fmt: skip
+    told = at if isinstance(at, str) else [at.start, at.stop]
+    settings = sweep_settings(rm, sites, wanted, name, told, align, layers, spans)
     reading = Routes(rm)
     if given is None and mode in EXCHANGES:
         found = exchanged(rm, pairs, wanted, settings, reading, spans, max_rows, progress)

@@ -11,18 +11,17 @@ from collections.abc import Sequence
 from typing import Literal
 
 from reward_lens import data
-from reward_lens.engine.places import require_site
 from reward_lens.errors import DataError
-from reward_lens.methods.causation.ablations import prepare_ablation
-from reward_lens.methods.causation.effect_cells import Spans, sites_of
+from reward_lens.methods.causation.effect_cells import Spans
 from reward_lens.methods.causation.effect_readings import Objectives
 from reward_lens.methods.causation.effect_sweeps import (
     ABLATIONS,
     EXCHANGES,
     Progress,
-    ablated,
+    asked_sites,
     effects_result,
-    exchanged,
+    sweep_settings,
+    swept,
 )
 from reward_lens.model.objectives import with_every_objective
 from reward_lens.model.reward_model import RewardModel
@@ -62,24 +61,13 @@ def objective_effects(
     """
     rm, readouts = with_every_objective(rm)
     pairs = data.as_pairs(pairs)
-    wanted = sites_of(rm, sites, layers)
-    for site in wanted:
-        require_site(rm, site)
+    wanted = asked_sites(rm, sites, layers)
     if mode not in (*EXCHANGES, *ABLATIONS):
         raise DataError("objective_effects was asked for a mode it does not have", found=f"mode={mode!r}",
                         expected=", ".join(map(repr, (*EXCHANGES, *ABLATIONS))), do="pass one of these")  # fmt: skip
-    settings = {
-        "sites": sites if isinstance(sites, str) else [str(s) for s in wanted], "mode": mode, "at": at, "align": align,
-        "layers": None if layers is None else list(layers), "spans": spans if isinstance(spans, str) else None if spans
-        is None else "explicit", "base": {"noise": "chosen", "denoise": "rejected"}.get(mode, "both"),
-        "prefix_reuse": rm.reuses_prefix(),
-    }  # fmt: skip
+    settings = sweep_settings(rm, sites, wanted, mode, at, align, layers, spans)
     reading = Objectives(rm, readouts)
-    if mode in EXCHANGES:
-        found = exchanged(rm, pairs, wanted, settings, reading, spans, max_rows, progress)
-    else:
-        ablation = prepare_ablation(rm, pairs, wanted, mode, at, reference, n_draws, seed)
-        found = ablated(rm, pairs, wanted, settings, reading, ablation, spans, max_rows, progress)
+    found = swept(rm, pairs, wanted, settings, reading, spans, reference, n_draws, seed, max_rows, progress)
     return effects_result(
         rm, pairs, wanted, found, settings, seed, name="objective_effects",
         title=f"Effects on every objective ({mode}, {at})",
