@@ -67,7 +67,7 @@ def test_solutions_of_a_file_are_checked(tmp_path):
     with pytest.raises(rl.DataError, match=r"bad.jsonl, line 2.*steps"):
         rl.load_solutions(path)
     path.write_text('{"prompt": "a"}\n')
-    with pytest.raises(rl.DataError, match=r"line 1.*completions"):
+    with pytest.raises(rl.DataError, match=r"line 1.*'steps'.*no such column"):
         rl.load_solutions(path)
 
 

@@ -136,8 +136,8 @@ def _style_item(row: Mapping) -> StyleItem:
 
 
 def _solution(row: Mapping) -> Solution:
-    steps = row.get("steps")
-    return Solution(_column(row, "prompt"), _column(row, "completions") if steps is None else steps, **_labels(row))
+    name = "completions" if row.get("steps") is None and "completions" in row else "steps"
+    return Solution(_column(row, "prompt"), _column(row, name), **_labels(row))
 
 
 def _column(row: Mapping, name: str) -> Any:
