@@ -5,10 +5,10 @@
 
 A Llama of the shape of an 8B model with random weights in bfloat16; times do not depend on their values. Of every
 length a pair whose responses part at a quarter of the text and one at 85%. The systems take turns; the ratio is that of
-a round, median with range. Of the loop over heads only `--sampled-heads` are run, and its time scaled to all. "Share of
-the card" is the arithmetic of the rows that our walk carries (2 operations a weight and position, unembedding left out)
-over its time, as a share of what a large bfloat16 product reaches on the card in the same process. Writes
-benchmarks/effects_gpu.md, or FILE.
+a round, median with range. Of the loop over heads only `--sampled-heads` are run, and its time scaled to all. "Work"
+is the same ratio of operations, counted as both run: what the loop's time over ours would be if both kept the device
+equally busy. "Share of the card" is our operations over our time, as a share of what a large bfloat16 product reaches
+on the card in the same process. Writes benchmarks/effects_gpu.md, or FILE.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import reward_lens as rl
@@ -97,13 +98,11 @@ def matrix_rate(device: str, n: int) -> float:
     return 2 * n**3 / took
 
 
-def operations(rm: rl.RewardModel, sites: str, at: str, length: int, first: int) -> float:
-    """Of our walk: a row that is patched at layer k is run from there on, at the positions that it can change."""
-    a_block = sum(p.numel() for p in rm.trunk.blocks[0].parameters())
-    positions = 1 if at == "final" else length - first
-    a_layer = {"components": 2, "heads": rm.n_heads}[sites]
-    rows = sum(a_layer * (rm.n_layers - k) for k in range(rm.n_layers))
-    return 2 * a_block * (rows * positions + 2 * length * rm.n_layers)
+def operations(call) -> int:
+    """Of every product that `call` dispatches, counted as it runs: 2 for each multiply-add."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
 
 
 def main() -> None:
@@ -124,8 +123,8 @@ def main() -> None:
         f"`python benchmarks/effects_gpu.py`: {rm.n_layers} layers, width {rm.d_model}, {rm.n_heads} heads, "
         f"{sum(p.numel() for p in rm.module.parameters()) / 1e9:.2f} billion parameters, random, bfloat16, on {card} "
         f"({rate / 1e12:.0f} TFLOP/s in a product of {options.product}).", "",
-        "| sites | positions | tokens | first differing | ours, s | loop, s | loop / ours | ours / scoring | share of "
-        "the card | largest gap, in effect scales |", "| --- " * 10 + "|",
+        "| sites | positions | tokens | first differing | ours, s | loop, s | loop / ours | work | ours / scoring | "
+        "share of the card | largest gap, in effect scales |", "| --- " * 11 + "|",
     ]  # fmt: skip
     for length in options.lengths:
         for first in (length // 4, round(0.85 * length)):
@@ -134,10 +133,10 @@ def main() -> None:
             both = torch.tensor(ids, device=options.device)
             for sites, at in SWEEPS:
                 row = measured(rm, loop, pair, ids, both, sites, at, options)
-                share = operations(rm, sites, at, length, first) / row["ours"] / rate
+                share = row["operations"] / row["ours"] / rate
                 lines.append(
                     f"| {sites} | {at} | {length} | {first} | {row['ours']:.3f} | {row['loop']:.2f} | {row['ratio']} | "
-                    f"{row['scoring']:.1f} | {share:.1%} | {row['gap']:.1e} |"
+                    f"{row['work']:.1f} | {row['scoring']:.1f} | {share:.1%} | {row['gap']:.1e} |"
                 )
                 print(lines[-1], flush=True)
                 options.out.write_text("\n".join(lines) + "\n")
@@ -152,26 +151,33 @@ def measured(rm, loop: Loop, pair: rl.Pair, ids, both, sites: str, at: str, opti
 
     names = [str(name) for name in ours().value.component.values if name != "embed"]
     some = names if sites == "components" else names[:: max(1, len(names) // options.sampled_heads)]
-    loop.run(ids, sites, at, some[:1], options.device)
-    times: dict[str, list[float]] = {"ours": [], "loop": [], "scoring": []}
+    work = operations(ours)
+    before, one = (operations(lambda n=n: loop.run(ids, sites, at, some[:n], options.device)) for n in (0, 1))
+    loop_work = before + len(names) * (one - before)
+    times: dict[str, list[float]] = {"ours": [], "loop": [], "before": [], "scoring": []}
     for number in range(options.rounds):
         calls = {
             "ours": ours, "loop": lambda: loop.run(ids, sites, at, some, options.device),
+            "before": lambda: loop.run(ids, sites, at, [], options.device),
             "scoring": lambda: rm.module(input_ids=both, use_cache=False).logits.sum().item(),
         }  # fmt: skip
         for name in list(calls)[:: 1 if number % 2 == 0 else -1]:
             took, found = seconds(calls[name], options.device)
-            times[name].append(took * (len(names) / len(some) if name == "loop" else 1))
+            times[name].append(took)
             if name == "ours":
                 mine = dict(zip(found.value.component.values.tolist(), found.value.values[0].tolist(), strict=True))
             elif name == "loop":
                 theirs = dict(zip(some, found, strict=True))
-    ratios = [b / a for a, b in zip(times["ours"], times["loop"], strict=True)]
+    # Both states are taken once, however many sites are run.
+    loops = [pre + (took - pre) * len(names) / len(some)
+             for pre, took in zip(times["before"], times["loop"], strict=True)]  # fmt: skip
+    ratios = [theirs_s / mine_s for mine_s, theirs_s in zip(times["ours"], loops, strict=True)]
     # In bfloat16 the loop's own difference of two rewards is rounding where the effect is small.
     gap = max(abs(mine[name] - theirs[name]) for name in some) / rm.effect_scale(*map(abs, theirs.values()))
     ours_s, scoring = statistics.median(times["ours"]), statistics.median(times["scoring"])
-    return {"ours": ours_s, "loop": statistics.median(times["loop"]), "gap": gap, "scoring": ours_s / scoring,
-            "ratio": f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"}  # fmt: skip
+    spread = f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
+    return {"ours": ours_s, "loop": statistics.median(loops), "ratio": spread, "operations": work,
+            "work": loop_work / work, "scoring": ours_s / scoring, "gap": gap}  # fmt: skip
 
 
 if __name__ == "__main__":
