@@ -207,6 +207,33 @@ def test_positions_one_by_one(family):
     assert np.isnan(result.value.values).any()  # the padding of the shorter pair
 
 
+def test_each_position_of_both_responses_ablated():
+    """Responses of different length: every side has its own positions, and a margin those that both begin with."""
+    rm = model("llama")
+    for at in ("final", "response", "all"):
+        value = rl.effects(rm, PAIRS, ["L1.mlp"], "zero", at, spans="position").value
+        for i, (pair, both) in enumerate(zip(PAIRS, rm.tokenize_pairs(PAIRS), strict=True)):
+            of = {"final": lambda t: [t.reward_pos], "response": lambda t: [*t.response, *t.tail],
+                  "all": lambda t: list(range(len(t)))}[at]  # fmt: skip
+            own = [[p for p in of(text) if p <= text.reward_pos] for text in both]
+            for side, (text, positions) in enumerate(zip(both, own, strict=True)):
+                n = int(value.n_positions[i, side])
+                assert value.token_position[i, side].values[:n].tolist() == positions
+                assert value.piece[i, side].values[:n].tolist() == [text.pieces[p] for p in positions]
+                assert np.isnan(value[i, side, 0, n:]).all()
+                p = positions[n // 2]
+                whole = rm.hf_score(pair.prompt, pair.responses[side])
+                patched = patched_reward(rm, text, [("L1.mlp", [p], torch.zeros(1, rm.d_model))])
+                assert abs(float(value[i, side, 0, n // 2]) - (whole - patched)) < 2e-5
+            prefix = next(k for k, (a, b) in enumerate(zip(*(t.ids for t in both), strict=False)) if a != b)
+            shared = {"final": 1, "response": prefix - both[0].response.start, "all": prefix}[at]
+            assert value.n_positions[i].values.tolist() == [len(own[0]), len(own[1]), shared]
+            margin = (value[i, 0] - value[i, 1])[0, :shared]
+            assert np.array_equal(value[i, 2, 0, :shared], margin) and np.isnan(value[i, 2, 0, shared:]).all()
+    with pytest.raises(rl.DataError, match=r"'prompt': none of 1 to 3 is among those of at="):
+        rl.effects(rm, PAIRS, ["L1.mlp"], "zero", "response", spans={"prompt": (1, 3)})
+
+
 def test_alignments():
     rm = model("llama")
     chosen, rejected = rm.tokenize_pairs([UNEQUAL])[0]
@@ -253,6 +280,10 @@ def test_bad_input():
             rl.effects(rm, [EQUAL], at="all", spans={"x": span})
     with pytest.raises(rl.DataError, match=r"reference set overlaps.*take those pairs out"):
         rl.effects(rm, MANY[:2], mode="mean", reference=MANY[1:4])
+    for site in ("L1.Q0", "L1.K0", "L1.P1"):
+        for mode in ("mean", "resample"):
+            with pytest.raises(rl.DataError, match=rf"holds positions.*{mode}.*{site}.*'L1.V0'"):
+                rl.effects(rm, MANY, [site], mode=mode)
     with pytest.raises(rl.DataError, match="no reference response"):
         rl.effects(rm, MANY[:1], mode="resample")
     with pytest.raises(rl.DataError, match="Too few draws"):

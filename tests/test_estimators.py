@@ -317,6 +317,18 @@ def test_block_estimates_of_heads_sum_to_the_writes_effect(family):
             np.testing.assert_allclose(found[:, 1 : 1 + rm.n_heads].sum(1), exact[:, 0], atol=size)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_block_estimates_of_neurons_sum_to_the_writes_effect(family):
+    rm = model(family)
+    width = rl.capture(rm, [EQUAL], ["L1.neuron"])["L1.neuron"].shape[-1]
+    sites = ["L1.mlp", *(f"L1.N{n}" for n in range(width))]
+    for at in ("final", "all"):
+        exact = rl.effects(rm, [EQUAL], ["L1.mlp"], at=at).value.values
+        found = rl.effects(rm, [EQUAL], sites, at=at, estimator="integrated_block", steps=64).value.values
+        np.testing.assert_allclose(found[:, 1:].sum(1), found[:, 0], atol=1e-6)
+        np.testing.assert_allclose(found[:, :1], exact, atol=1e-3 * max(1e-2, np.abs(exact).max()))
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2", "falcon", "granite", "olmo2"])
 def test_grad_drop_is_the_slope_with_a_block_held(family):
     """Small moves while the writes of one block are held at their clean values: no slope goes through them."""

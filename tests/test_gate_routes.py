@@ -216,9 +216,9 @@ def test_means_draws_and_single_prompt_tokens(models, name):
     by_token = rl.gate_routes(rm, PAIRS[:2], ["embed", "L2.mlp"], mode="zero", spans="position").value
     assert by_token.dims == ("pair", "side", "component", "route", "position")
     last = by_token.sel(component="L2.mlp", route="gate", side="chosen")[0]
-    count = int(by_token.n_positions[0])
+    count = int(by_token.n_positions.sel(side="chosen")[0])
     assert (last[: count - 1] == 0).all() and last[count - 1] != 0  # the last write is read where it stands
-    assert by_token.piece[0].values[count - 1] == "<|end|>"
+    assert by_token.piece.sel(side="chosen")[0].values[count - 1] == "<|end|>"
     rl.gate_routes(rm, PAIRS[:2], ["L1.attn"], mode="zero", at=range(2, 5)).to_frame()
 
 

@@ -5,8 +5,10 @@
     resample   the value of a reference response drawn at random: position j of n of a role takes position
                floor(j m / n) of the m that the drawn text has of it
 
-References are responses to other prompts: the pair's own prompt is excluded. Zero is a point the network never visits,
-a mean is off its manifold too, a resampled value brings another text's information; none of them is "nothing".
+References are responses to other prompts: the pair's own prompt is excluded. Queries, keys and attention patterns
+belong to positions of their own text and cannot be averaged over others or drawn from them. Zero is a point the network
+never visits, a mean is off its manifold too, a resampled value brings another text's information; none of them is
+"nothing".
 """
 
 import dataclasses
@@ -24,7 +26,7 @@ from reward_lens.engine.intervention import values, zeros
 from reward_lens.engine.patching import patch_rows
 from reward_lens.engine.run import passes
 from reward_lens.errors import DataError
-from reward_lens.methods.causation.effect_cells import Cells, contiguous
+from reward_lens.methods.causation.effect_cells import POSITIONAL, Cells, contiguous
 from reward_lens.methods.causation.effect_readings import Reading
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
@@ -64,6 +66,15 @@ def prepare_ablation(
     """Check the reference set and, for means, run it once."""
     if mode == "zero":
         return Ablation("zero", "none")
+    positional = [str(site) for site in sites if site.kind in POSITIONAL]
+    if positional:
+        raise DataError(
+            "A value that holds positions cannot come from another text",
+            found=f"mode={mode!r} at {', '.join(positional[:4])}",
+            expected="sites other than queries, keys and attention patterns, which belong to positions of their text",
+            do="use mode='zero', or 'noise' and 'denoise' for responses of the same token count; or ablate values "
+            "('L1.V0'), heads or writes",
+        )
     if mode == "resample" and n_draws < FEWEST_DRAWS:
         raise DataError("Too few draws to resample", found=f"n_draws={n_draws}", expected=f"at least {FEWEST_DRAWS}",
                         do="draw more: one draw brings one other text's information")  # fmt: skip

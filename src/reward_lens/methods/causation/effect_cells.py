@@ -75,8 +75,12 @@ def sites_of(rm: RewardModel, sites: "str | Sequence[Site | str]", layers: Seque
     return out
 
 
-def cells_of(tokens: Tokens, where: Alignment, spans: Spans, pair: int, pair_id: str) -> Cells:
-    """The groups that `spans` makes of the positions to patch; `pair` is the pair's number in the list."""
+def cells_of(
+    tokens: Tokens, where: Alignment, spans: Spans, pair: int, pair_id: str, *, exchanged: bool = True
+) -> Cells:
+    """The groups that `spans` makes of the positions to patch; `pair` is the pair's number in the list. `exchanged`:
+    values come from the other response, so that a position without a counterpart is undefined; otherwise a span
+    without a position raises."""
     if spans is None:
         return Cells(tokens, None, (), (where,))
     if isinstance(spans, str):
@@ -95,6 +99,8 @@ def cells_of(tokens: Tokens, where: Alignment, spans: Spans, pair: int, pair_id:
         if not len(positions) or positions[0] < 0 or positions[-1] >= len(tokens):
             raise _not_a_span(f"{name!r}: {positions.start} to {positions.stop} of {len(tokens)} tokens", pair_id)
         inside = where.only(positions)
+        if not exchanged and not inside.base:
+            raise _not_a_span(f"{name!r}: none of {positions.start} to {positions.stop} is among those of at=", pair_id)
         # Before the first difference both runs are equal, unless the first token is read: it sees what follows.
         shared = where.base and positions[-1] < min(where.base) and not tokens.reads_first
         groups.append(inside if inside.base or shared or not where.base else None)
@@ -119,31 +125,49 @@ def exchange_rows(
     return rows, index
 
 
-def span_coords(groups: Sequence[Cells], width: int) -> tuple[dict[str, Any], str | None, str | None]:
-    """Coordinates of the extra dim, its name, and the reason for cells without a value."""
-    dim = groups[0].dim
+def in_common(chosen: Cells, rejected: Cells) -> int:
+    """How many groups two runs begin with in common: spans all, positions while both hold the same token or are where
+    the reward is read."""
+    if chosen.dim != "position":
+        return len(chosen.groups)
+    a, b = chosen.tokens, rejected.tokens
+    same = [a.ids[p] == b.ids[q] or (p, q) == (a.reward_pos, b.reward_pos)
+            for p, q in zip(chosen.names, rejected.names, strict=False)]  # fmt: skip
+    return same.index(False) if False in same else len(same)
+
+
+def span_coords(groups: Sequence[tuple[Cells, ...]], width: int) -> tuple[dict[str, Any], str | None, str | None]:
+    """Coordinates of the extra dim, its name, and the reason for cells without a value. A pair has the cells of the run
+    that is changed, or of both; then their margin has the positions in common."""
+    dim = groups[0][0].dim
     if dim is None:
         return {}, None, None
-    hole = any(g is None for cells in groups for g in cells.groups)
-    ragged = any(len(cells.names) < width for cells in groups)
-    reason = "; ".join([UNTOUCHED] * hole + ["pairs have different numbers of them"] * ragged) or None
+    runs = [cells for both in groups for cells in both]
+    hole = any(g is None for cells in runs for g in cells.groups)
     if dim == "span":
-        if len({cells.names for cells in groups}) == 1:
-            return {"span": np.array(groups[0].names, dtype=object)}, dim, reason
-        names = np.array([[*c.names, *[""] * (width - len(c.names))] for c in groups], dtype=object)
+        ragged = any(len(cells.names) < width for cells in runs)
+        reason = "; ".join([UNTOUCHED] * hole + ["pairs have different numbers of them"] * ragged) or None
+        if len({cells.names for cells in runs}) == 1:
+            return {"span": np.array(runs[0].names, dtype=object)}, dim, reason
+        names = np.array([[*both[0].names, *[""] * (width - len(both[0].names))] for both in groups], dtype=object)
         return {"span": np.arange(width), "span_name": (("pair", "span"), names)}, dim, reason
-    at = np.full((len(groups), width), -1)
-    pieces = np.full((len(groups), width), "", dtype=object)
-    for i, cells in enumerate(groups):
-        at[i, : len(cells.names)] = cells.names
-        pieces[i, : len(cells.names)] = [cells.tokens.pieces[p] for p in cells.names]
-    where = ("pair", "position")
+    sides = [[(cells, len(cells.names)) for cells in both] for both in groups]
+    if len(groups[0]) > 1:
+        sides = [[*own, (both[0], in_common(*both))] for own, both in zip(sides, groups, strict=True)]
+    shape = (len(groups), len(sides[0]), width)
+    at, pieces = np.full(shape, -1), np.full(shape, "", dtype=object)
+    for i, side in np.ndindex(shape[:2]):
+        cells, n = sides[i][side]
+        at[i, side, :n] = cells.names[:n]
+        pieces[i, side, :n] = [cells.tokens.pieces[p] for p in cells.names[:n]]
+    counts = np.array([[n for _, n in one] for one in sides])
+    dims, only = (("pair", "side"), ...) if shape[1] > 1 else (("pair",), 0)
     return {
         "position": np.arange(width),
-        "n_positions": ("pair", np.array([len(c.names) for c in groups])),
-        "token_position": (where, at),
-        "piece": (where, pieces),
-    }, dim, reason  # fmt: skip
+        "n_positions": (dims, counts[:, only]),
+        "token_position": ((*dims, "position"), at[:, only]),
+        "piece": ((*dims, "position"), pieces[:, only]),
+    }, dim, None  # fmt: skip
 
 
 def contiguous(positions: Sequence[int]) -> Sequence[int]:

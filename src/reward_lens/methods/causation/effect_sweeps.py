@@ -12,7 +12,15 @@ from reward_lens.engine.patching import patch_rows
 from reward_lens.engine.places import gate_inside, require_site
 from reward_lens.engine.runs import common_start, keys_before, run_text
 from reward_lens.methods.causation.ablations import Ablation, ablated_cells, prepare_ablation
-from reward_lens.methods.causation.effect_cells import Cells, Spans, cells_of, exchange_rows, sites_of, span_coords
+from reward_lens.methods.causation.effect_cells import (
+    Cells,
+    Spans,
+    cells_of,
+    exchange_rows,
+    in_common,
+    sites_of,
+    span_coords,
+)
 from reward_lens.methods.causation.effect_readings import Reading
 from reward_lens.methods.shared.paired import paired_result
 from reward_lens.model.reward_model import RewardModel
@@ -31,7 +39,8 @@ class Found:
         self.reading = reading
         self.values: list[np.ndarray] = []
         """A pair: [site, group], with the reading's columns before and then the sides, where there are any."""
-        self.groups: list[Cells] = []
+        self.groups: list[tuple[Cells, ...]] = []
+        """A pair: of the run that is changed, or of both."""
         self.draw_sd: list[np.ndarray] = []
         self.grad_drop: list[np.ndarray] = []
         self.margins: list[np.ndarray | float] = []
@@ -112,7 +121,7 @@ def exchanged(
                 gap = np.abs(values[..., sites.index(last), 0] - margin)
                 found.closing.append(float(gap[reading.whole].max()) / size)
         found.values.append(values)
-        found.groups.append(cells)
+        found.groups.append((cells,))
         found.margins.append(margin)
         if progress is not None:
             progress(i + 1, len(pairs))
@@ -131,16 +140,18 @@ def ablated(
     if ablation.mode == "resample":
         settings["n_draws"] = ablation.n_draws
     for i, (pair, tokens) in enumerate(zip(pairs, rm.tokenize_pairs(pairs), strict=True)):
-        sides, spreads = [], []
+        sides, spreads, both = [], [], []
         for side, text in enumerate(tokens):
-            cells = cells_of(text, _itself(where(text)), spans, i, pair.id)
+            cells = cells_of(text, _itself(where(text)), spans, i, pair.id, exchanged=False)
+            both.append(cells)
             values, spread, gap = ablated_cells(rm, ablation, pair, 2 * i + side, cells, sites, reading, max_rows)
             sides.append(values)
             spreads.append(spread)
             found.gaps.append(gap)
-        found.values.append(np.stack([*sides, sides[0] - sides[1]]))
-        found.draw_sd.append(np.stack([*spreads, np.sqrt(spreads[0] ** 2 + spreads[1] ** 2)]))
-        found.groups.append(cells)
+        shared = in_common(*both)
+        found.values.append(_sides(sides, sides[0][..., :shared] - sides[1][..., :shared]))
+        found.draw_sd.append(_sides(spreads, np.hypot(spreads[0][..., :shared], spreads[1][..., :shared])))
+        found.groups.append(tuple(both))
         if progress is not None:
             progress(i + 1, len(pairs))
     return found
@@ -212,6 +223,12 @@ def site_coords(sites: Sequence[Site]) -> dict[str, Any]:
 def _padded(values: np.ndarray, width: int) -> np.ndarray:
     short = [(0, 0)] * (values.ndim - 1) + [(0, width - values.shape[-1])]
     return np.pad(values, short, constant_values=np.nan)
+
+
+def _sides(runs: list[np.ndarray], margin: np.ndarray) -> np.ndarray:
+    """Chosen, rejected and their margin, each padded to the most positions."""
+    widest = max(part.shape[-1] for part in runs)
+    return np.stack([_padded(part, widest) for part in (*runs, margin)])
 
 
 def _itself(positions: range) -> Alignment:

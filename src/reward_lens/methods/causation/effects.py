@@ -75,7 +75,8 @@ def effects(
         also gate and interaction, the route through what the gate reads.
     align: "tail", "diff" or "legacy_prefix" (a known artefact), for responses of different length.
     spans: patch parts of the aligned positions one by one: "position" (each by itself: a dim `position`), or {name:
-        range of positions in the changed run} for all pairs or one such mapping a pair (a dim `span`).
+        range of positions in the changed run} for all pairs or one such mapping a pair (a dim `span`). Ablations change
+        both runs at these; by position their margin has those that the two runs begin with in common.
     reference: pairs of other prompts whose responses mean and resample take values from; None: the other prompts among
         `pairs`. Both ablations respect a token's role (prompt, response, template tail).
     n_draws: of resample, at least 20; `value` is their mean, the coordinate `draw_sd` their spread.

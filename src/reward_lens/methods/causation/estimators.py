@@ -76,7 +76,7 @@ def estimated_effects(
         found.values.append(-change if mode == "noise" else change)
         if grad_drop:
             found.grad_drop.append(drop)
-        found.groups.append(cells)
+        found.groups.append((cells,))
         found.margins.append(runs[0].reward - runs[1].reward)
         if progress is not None:
             progress(i + 1, len(pairs))

@@ -65,7 +65,7 @@ def _integrated(task: Task, carriers: dict[Site, Site]) -> Estimate:
     for (g, carrier, moved), slope in zip(index, slopes, strict=True):
         product = slope.double() * moved.double()
         whole = carrier.kind in UNITS.values() and carrier.index is None
-        share = product.flatten(2).sum((0, 2)) if whole else product.sum()
+        share = product.reshape(*product.shape[:2], -1).sum((0, 2)) if whole else product.sum()
         shares[g, carrier] = shares.get((g, carrier), 0) + share.cpu()
     for g, _ in task.groups():
         for s, site in enumerate(task.sites):
