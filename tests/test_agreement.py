@@ -195,9 +195,11 @@ def test_bad_input():
     with pytest.raises(rl.DataError, match=r"needs sites that write.*L0.resid_pre.*sites='components'"):
         rl.agreement(rm, PAIRS, "residual")
     with pytest.raises(rl.DataError, match="modes that exchange"):
-        _require(module.sites_of(rm, "components"), ["zero"], 0)
+        _require(module.asked_sites(rm, "components", None), ["zero"], 0)
     with pytest.raises(rl.DataError, match="modes that exchange"):
         rl.agreement(rm, PAIRS, modes=("noise", "noise"))
+    with pytest.raises(rl.StructureError, match="L9.attn"):
+        rl.agreement(rm, PAIRS, ["L9.attn"])
     with pytest.raises(rl.AlignmentError, match="align='tail'"):
         rl.agreement(rm, PAIRS, at="all")
     with pytest.raises(rl.DataError, match="Only an agreement can be split"):

@@ -435,3 +435,23 @@ def test_counterfactual_patch_refuses_what_has_no_answer(planted):
             rl.counterfactual_patch(planted, PAIRS, ["L1.attn"], NATURAL, **settings)
     with pytest.raises(rl.DataError, match="share prompts"):
         rl.counterfactual_patch(planted, PAIRS, ["L1.attn"], PAIRS, n_natural=3)
+
+
+@pytest.mark.parametrize("family", ["llama", "falcon", "mixtral"])  # falcon: one key and value head for all
+def test_values_neurons_and_experts_are_patched_as_effects_patches_them(family):
+    rm = tiny(family)
+    sites = ["L1.V0", "L1.H1", "L0.R1" if family == "mixtral" else "L0.N3"]
+    for mode in ("noise", "denoise"):
+        plain = rl.counterfactual_patch(rm, PAIRS, sites, NATURAL, mode=mode, weight=0.0).value.sel(patch="plain")
+        effects = rl.effects(rm, PAIRS, sites, mode).value
+        np.testing.assert_allclose(plain.values, effects.values, atol=1e-5 * max(1, np.abs(effects).max()))
+        whole = divergence(rm, PAIRS, sites, NATURAL, mode=mode, by="pair", **FEW).value
+        found = whole.sel(component=sites, measure="effect").values
+        np.testing.assert_allclose(found, effects.values, atol=1e-5 * max(1, np.abs(effects).max()))
+
+
+def test_what_holds_positions_is_not_exchanged_between_texts():
+    rm = tiny("llama")
+    for call in (rl.divergence, rl.counterfactual_patch):
+        with pytest.raises(rl.DataError, match=r"L1.Q1 belongs to its position.*'L1.V0'"):
+            call(rm, PAIRS, ["L1.Q1"], NATURAL)

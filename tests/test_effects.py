@@ -284,6 +284,9 @@ def test_bad_input():
         for mode in ("mean", "resample"):
             with pytest.raises(rl.DataError, match=rf"holds positions.*{mode}.*{site}.*'L1.V0'"):
                 rl.effects(rm, MANY, [site], mode=mode)
+    for source in (rl.constant(torch.ones(3)), rl.add(torch.ones(3, rm.d_model))):
+        with pytest.raises(rl.DataError, match=r"does not fit L1.attn.*shape \(3.*shape \(32,\)"):
+            rl.intervene(rm, [EQUAL], {"L1.attn": source})
     with pytest.raises(rl.DataError, match="no reference response"):
         rl.effects(rm, MANY[:1], mode="resample")
     with pytest.raises(rl.DataError, match="Too few draws"):

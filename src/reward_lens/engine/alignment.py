@@ -47,9 +47,7 @@ class Alignment:
 def align(base: Tokens, source: Tokens, at: str, how: str | None, pair_id: str) -> Alignment:
     """Aligned positions from the first token that differs to the reward position; empty for equal texts."""
     if at not in WHERE or how not in HOW:
-        raise DataError("The positions to patch were not understood", found=f"at={at!r}, align={how!r}",
-                        expected="at 'final', 'response' or 'all'; align None, 'tail', 'diff' or 'legacy_prefix'",
-                        do="pass one of these")  # fmt: skip
+        raise not_understood(at, how)
     prefix = common_prefix(base, source)
     if at == "final":
         same = base.ids == source.ids
@@ -67,6 +65,12 @@ def align(base: Tokens, source: Tokens, at: str, how: str | None, pair_id: str) 
     start = prefix + max(0, shift)
     positions = range(start, base.reward_pos + 1)
     return Alignment(tuple(positions), tuple(p - shift for p in positions))
+
+
+def not_understood(at: object, how: object) -> DataError:
+    return DataError("The positions to patch were not understood", found=f"at={at!r}, align={how!r}",
+                     expected="at 'final', 'response' or 'all'; align None, 'tail', 'diff' or 'legacy_prefix'",
+                     do="pass one of these")  # fmt: skip
 
 
 def _matched(base: Tokens, source: Tokens, prefix: int) -> Alignment:

@@ -90,7 +90,7 @@ def _read(
     gates = [head.readout_inputs(texts) for head in heads]
     while left:
         longest = len(texts[left[0]])
-        count = max_rows or row_budget(rm, longest - start, longest)
+        count = row_budget(rm, longest - start, longest, max_rows)
         rows, left = left[:count], left[count:]
         pooled = rm.trunk.pooled(_from(rm, [texts[i] for i in rows], start), past=past)
         read = [

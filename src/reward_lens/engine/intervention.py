@@ -27,12 +27,24 @@ def zeros() -> Source:
 
 def constant(vector: Tensor) -> Source:
     """Returns a `Source`: the same vector at every position."""
-    return Source("constant", lambda x, site, run, positions: vector.to(x).expand_as(x))
+    return Source("constant", lambda x, site, run, positions: _fitted(vector, x, site))
 
 
 def add(vector: Tensor, strength: float = 1.0) -> Source:
     """Steering. Returns a `Source`: the current value plus `strength` times a vector."""
-    return Source("add", lambda x, site, run, positions: x + strength * vector.to(x))
+    return Source("add", lambda x, site, run, positions: x + strength * _fitted(vector, x, site))
+
+
+def _fitted(vector: Tensor, x: Tensor, site: Site) -> Tensor:
+    try:
+        return vector.to(x).expand_as(x)
+    except RuntimeError:
+        raise DataError(
+            f"A vector does not fit {site}",
+            found=f"shape {tuple(vector.shape)}",
+            expected=f"shape {tuple(x.shape[1:])}, or one for each of the {x.shape[0]} positions",
+            do="pass a vector of that site (`capture` shows the shape of what stands there)",
+        ) from None
 
 
 def values(tensor: Tensor) -> Source:

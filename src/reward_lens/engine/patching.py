@@ -133,7 +133,7 @@ def patch_rows(
     walk = _Walk(rm, recording, at, gate_inside(rm, base, start), -start, sorted(set(depths)))
     moves_gate = [reaches_gate(rm, base, [p for edit in row for p in edit.positions]) for row in rows]
     out = _Collected(rm, base, walk, moves_gate)
-    budget = max_rows or row_budget(rm, stop - start, stop)
+    budget = row_budget(rm, stop - start, stop, max_rows)
     order = sorted(range(len(rows)), key=lambda i: _block(rows[i]))  # late rows together: early blocks are skipped
     for begin in range(0, len(order), budget):
         some = order[begin : begin + budget]
@@ -166,7 +166,8 @@ def patch_gradients(
     walk = _Walk(rm, recording, base.reward_pos - start, gate_inside(rm, base, start), -start, [])
     moves_gate = [reaches_gate(rm, base, edit.positions) for edit, _ in rows]
     fixed = rm.readout_inputs([base]) if walk.gate_at is None else None
-    budget = max_rows or max(1, min(GRADIENT_TOKENS // (stop - start), SEEN_PER_BATCH // (4 * stop)))
+    kept = max(1, min(GRADIENT_TOKENS // (stop - start), SEEN_PER_BATCH // (4 * stop)))
+    budget = kept if max_rows is None else row_budget(rm, stop - start, stop, max_rows)
     order = sorted(range(len(rows)), key=lambda i: _layer_of(rows[i][0]))
     out: list[Tensor] = [rows[0][1]] * len(rows)
     clean: list[float] = []
@@ -183,9 +184,14 @@ def patch_gradients(
     return out, clean
 
 
-def row_budget(rm: RewardModel, length: int, seen: int) -> int:
-    """Rows of `length` positions, each attending to `seen`, that walk at once: bounded by tokens, as plain scoring is,
-    and by a share of the free memory."""
+def row_budget(rm: RewardModel, length: int, seen: int, asked: int | None = None) -> int:
+    """Rows of `length` positions, each attending to `seen`, that walk at once: those asked for, or as many as a bound
+    on tokens, as in plain scoring, and a share of the free memory allow."""
+    if asked is not None:
+        if asked < 1:
+            raise DataError("No rows were to walk at once", found=f"max_rows={asked}", expected="1 or more, or None",
+                            do="leave max_rows away: what fits is measured")  # fmt: skip
+        return asked
     config = rm.config.get_text_config()
     wide = getattr(config, "intermediate_size", None) or 4 * rm.d_model
     floats = length * (6 * rm.d_model + 3 * wide) + 4 * seen * rm.d_model + length * seen * rm.n_heads

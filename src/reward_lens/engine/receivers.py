@@ -66,7 +66,7 @@ def mixed(
     """
     clean = recording.resid(layer)
     length = clean.shape[1]
-    budget = max_rows or row_budget(rm, length, start + length)
+    budget = row_budget(rm, length, start + length, max_rows)
     out = []
     for begin in range(0, len(edits), budget):
         some = edits[begin : begin + budget]

@@ -33,8 +33,7 @@ from jaxtyping import Float
 
 from reward_lens import data, stats
 from reward_lens.errors import DataError
-from reward_lens.methods.causation.effect_cells import sites_of
-from reward_lens.methods.causation.effect_sweeps import EXCHANGES
+from reward_lens.methods.causation.effect_sweeps import EXCHANGES, asked_sites
 from reward_lens.methods.causation.effects import effects
 from reward_lens.methods.observation.contributions import By, contributions
 from reward_lens.methods.observation.lens import random_weight_copy
@@ -88,7 +87,7 @@ def agreement(
     Raises `DataError` for sites that are no writes, and what `effects` raises.
     """
     pairs = data.as_pairs(pairs)
-    wanted = sites_of(rm, sites)
+    wanted = asked_sites(rm, sites, None)
     _require(wanted, modes, controls)
     halves = _halves(rm, wanted)
     rhos, checks = [], []

@@ -31,11 +31,9 @@ from reward_lens.engine.activations import positions_of
 from reward_lens.engine.editing import Edit, Source
 from reward_lens.engine.intervention import intervene
 from reward_lens.engine.patching import patch_rows
-from reward_lens.engine.places import require_site
 from reward_lens.errors import DataError
 from reward_lens.methods.causation.ablations import Ablation, prepare_ablation, source_of
-from reward_lens.methods.causation.effect_cells import sites_of
-from reward_lens.methods.causation.effect_sweeps import site_coords
+from reward_lens.methods.causation.effect_sweeps import asked_sites, site_coords
 from reward_lens.methods.causation.effects import effects
 from reward_lens.methods.shared.paired import paired_result
 from reward_lens.model.reward_model import RewardModel
@@ -76,7 +74,7 @@ def ablation_curve(
     Raises `DataError` for sites that are no writes, a ranking of other sites, or a single prompt without `ranking`.
     """
     pairs = data.as_pairs(pairs)
-    wanted = _writes(rm, sites)
+    wanted = _writes(rm, sites, mode)
     counts = _counts(ks, len(wanted))
     order, half, by = _ranked(rm, pairs, wanted, ranking, mode, at, reference, seed, max_rows)
     ablation = prepare_ablation(rm, pairs, wanted, mode, at, reference, 0, seed)
@@ -145,7 +143,7 @@ def minimal_circuit(
         raise DataError("A minimal circuit is of one pair, to a share of its margin",
                         found=f"{len(pairs)} pairs, threshold={threshold}", expected="one pair, 0 < threshold <= 1",
                         do="pass one pair; ablation_curve takes many")  # fmt: skip
-    wanted = _writes(rm, sites)
+    wanted = _writes(rm, sites, mode)
     ablation = prepare_ablation(rm, pairs, wanted, mode, at, reference, 0, seed)
     margins = Margins(rm, ablation, pairs[0], wanted, at, max_rows)
     everything = list(range(len(wanted)))
@@ -265,10 +263,11 @@ def _ranked(rm, pairs, sites, ranking, mode, at, reference, seed, max_rows) -> t
     return order, half, "|mean effect| over the other half of the prompts"
 
 
-def _writes(rm: RewardModel, sites) -> list[Site]:
-    wanted = sites_of(rm, sites)
-    for site in wanted:
-        require_site(rm, site)
+def _writes(rm: RewardModel, sites, mode: str) -> list[Site]:
+    if mode not in ("zero", "mean"):
+        raise DataError("A circuit was asked for an ablation it does not have", found=f"mode={mode!r}",
+                        expected="'zero' or 'mean'", do="pass one of these as mode=")  # fmt: skip
+    wanted = asked_sites(rm, sites, None)
     parts = {(s.kind, s.layer) for s in wanted}
     bad = [str(s) for s in wanted if s.kind not in ("embed", "attn", "mlp", "head", "neuron")
            or (s.kind in ("head", "neuron") and s.index is None)]  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from reward_lens.engine.activations import positions_of
-from reward_lens.engine.alignment import Alignment
+from reward_lens.engine.alignment import HOW, Alignment, not_understood
 from reward_lens.engine.alignment import align as aligned
 from reward_lens.engine.patching import patch_rows
 from reward_lens.engine.places import gate_inside, require_site
@@ -63,6 +63,8 @@ def sweep_settings(
     layers: Sequence[int] | None, spans: Spans, **more: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """What every sweep's result says of how it was asked."""
+    if align not in HOW:
+        raise not_understood(at, align)
     named = isinstance(spans, str)
     return {
         "sites": sites if isinstance(sites, str) else [str(s) for s in wanted], "mode": mode, "at": at, "align": align,

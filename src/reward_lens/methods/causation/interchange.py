@@ -21,6 +21,7 @@ from reward_lens.engine.intervention import Source, constant, zeros
 from reward_lens.engine.patching import Edit
 from reward_lens.engine.places import require_site
 from reward_lens.errors import DataError
+from reward_lens.methods.causation.effect_cells import POSITIONAL
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
 from reward_lens.model.tokens import Tokens, require_equal_length
@@ -38,7 +39,7 @@ def sites_named(rm: RewardModel, named: Any, depth: int) -> list[Site]:
     if named == "components":
         return [Site("embed"), *(Site(kind, layer) for layer in before for kind in ("attn", "mlp"))]
     if named == "heads":
-        return [Site("head", layer, i) for layer in before for i in range(rm.n_heads)]
+        return [Site("head", layer, i) for layer in before if rm.structure.attends(layer) for i in range(rm.n_heads)]
     if named == "residual":
         return [Site("resid_pre", layer) if layer else Site("embed") for layer in before]
     sites = [Site.parse(named)] if isinstance(named, str | Site) else [Site.parse(site) for site in named]
@@ -47,6 +48,13 @@ def sites_named(rm: RewardModel, named: Any, depth: int) -> list[Site]:
                         do="pass 'components', 'heads', 'residual' or sites such as 'L1.attn'")  # fmt: skip
     for site in sites:
         require_site(rm, site)
+        if site.kind in POSITIONAL:
+            raise DataError(
+                f"What stands at {site} belongs to its position",
+                found="queries, keys or attention patterns among the sites",
+                expected="sites whose values mean the same in another text",
+                do="use values ('L1.V0'), heads or writes; `effects` patches these between responses of one length",
+            )
         if lands_at(site) + (site.kind in RESIDUALS) > depth:
             raise DataError(
                 f"What happens at {site} cannot be seen at depth {depth}",
@@ -143,8 +151,9 @@ def value_of(held: Activations, site: Site, run: int) -> Tensor:
     value = held[Site(site.kind, site.layer)][run]
     if site.index is None:
         return value
-    inner = value.dim() - (2 if site.kind == "head" else 1)  # the axis of heads or neurons
-    return value.select(inner, site.index) if site.kind == "head" else value.narrow(inner, site.index, 1)
+    if site.kind == "neuron":  # keeps its axis, as an edit of one does
+        return value.narrow(-1, site.index, 1)
+    return value.select(-1 if site.kind == "router" else -2, site.index)
 
 
 def given(value: Tensor) -> Source:

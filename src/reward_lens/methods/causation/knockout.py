@@ -13,7 +13,7 @@ Reference: Geva et al. 2023, arXiv 2304.14767.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -60,12 +60,14 @@ def attention_knockout(
     """
     pairs = data.as_pairs(pairs)
     blocks = [b for b in range(rm.n_layers) if rm.structure.attends(b)] if layers is None else list(layers)
-    if queries not in ("reward", "later") or not blocks or not set(blocks) <= set(range(rm.n_layers)):
-        raise DataError("The knock-out was not understood", found=f"queries={queries!r}, layers={layers!r}",
-                        expected=f"queries 'reward' or 'later', layers among 0 to {rm.n_layers - 1}",
-                        do="pass one of these")  # fmt: skip
-    tokens = [t for both in rm.tokenize_pairs(pairs) for t in both]
     named = not isinstance(spans, str)
+    known = queries in ("reward", "later") and (named or spans in get_args(By))
+    if not known or not blocks or not set(blocks) <= set(range(rm.n_layers)):
+        raise DataError("The knock-out was not understood",
+                        found=f"queries={queries!r}, layers={layers!r}" + ("" if named else f", spans={spans!r}"),
+                        expected=f"queries 'reward' or 'later', layers among 0 to {rm.n_layers - 1}, spans 'token', "
+                        "'word', 'sentence' or ranges by pair id", do="pass one of these")  # fmt: skip
+    tokens = [t for both in rm.tokenize_pairs(pairs) for t in both]
     units = [_units(rm, pairs[i // 2], i % 2, text, spans) for i, text in enumerate(tokens)]
     found, gaps = [], []
     for text, own in zip(tokens, units, strict=True):

@@ -19,13 +19,14 @@ scale answers to all of them (see `effects`).
 Reference: direct logit attribution (Elhage et al. 2021), with the reward head in the place of the unembedding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from reward_lens.engine.activations import Activations, captured, pairs_of
+from reward_lens.errors import DataError
 from reward_lens.methods.observation.expert_split import ExpertSplit
 from reward_lens.methods.observation.splits import ComponentSplit, HeadSplit, NeuronSplit, Split
 from reward_lens.methods.shared.paired import paired_result
@@ -67,6 +68,10 @@ def contributions(
     split" (E3), "margin split" (E4), and in 16 bits "residual rounding", whose row closes the sum.
     Raises `StructureError` if a write cannot be split (fused experts), `CheckFailed` if the sums do not close.
     """
+    _require(by, (*SPLITS, "token"), scale)
+    if top is not None and top < 1:
+        raise DataError("There are no components to keep", found=f"top={top}", expected="1 or more, or None for all",
+                        do="pass top=10, say")  # fmt: skip
     if by == "token":
         from reward_lens.methods.observation.source_tokens import source_token_contributions
 
@@ -115,6 +120,7 @@ def objective_contributions(
     and what `contributions` raises.
     What it cannot show: how objectives compare, each having its own scale; nor what `contributions` cannot.
     """
+    _require(by, ("component", "head", "neuron"), scale)
     rm, readouts = with_every_objective(rm)
     split = SPLITS[by](rm)
     values, gaps = [], []
@@ -133,6 +139,13 @@ def objective_contributions(
         cannot_show="How objectives compare, each having its own scale; nor whether removing a part would change one "
         "by that much." + (" " + LOCAL if local and rm.readout.exactness == "exact" else ""),
     )  # fmt: skip
+
+
+def _require(by: str, splits: Sequence[str], scale: str) -> None:
+    for name, value, allowed in (("by", by, splits), ("scale", scale, ("shared", "own"))):
+        if value not in allowed:
+            raise DataError(f"Contributions were asked for a {name} that they do not have", found=repr(value),
+                            expected=", ".join(map(repr, allowed)), do=f"pass one of these as {name}=")  # fmt: skip
 
 
 def _checks(rm: RewardModel, by: str, gaps: np.ndarray) -> list[Check]:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from reward_lens.engine import hooks
 from reward_lens.engine.places import out_map
-from reward_lens.errors import StructureError
+from reward_lens.errors import DataError, StructureError
 from reward_lens.methods.observation.splits import HeadSplit
 from reward_lens.model.forward import Batch
 from reward_lens.model.linear_maps import is_linear, linear_bias, linear_weight
@@ -59,6 +59,9 @@ def vocab_alignment(rm: RewardModel, top: int | None = 25) -> Result:
     (rows share a common part). Raises `StructureError` if the embedding is not as wide as the residual
     stream.
     """
+    if top is not None and top < 1:
+        raise DataError("There are no tokens to keep", found=f"top={top}", expected="1 or more, or None for all",
+                        do="pass top=25, say")  # fmt: skip
     table = _embedding(rm)
     if table.shape[1] != rm.d_model:
         raise StructureError(

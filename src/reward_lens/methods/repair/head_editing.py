@@ -18,6 +18,7 @@ Reference: for a linear head, the null-space projection of arXiv 2603.03291 and 
 """
 
 import hashlib
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -130,6 +131,8 @@ def unit_directions(rm: RewardModel, directions) -> Float[Tensor, "k d_model"]:
     """The directions as rows of length one in float64, checked; Results have to be of this trunk's last residual."""
     if isinstance(directions, Result) or getattr(directions, "ndim", None) == 1:
         directions = [directions]
+    if isinstance(directions, Mapping):
+        raise _no_direction(rm, f"a mapping of {', '.join(map(repr, list(directions)[:3]))}")
     given = list(directions)
     rows = []
     for number, item in enumerate(given, 1):
