@@ -15,6 +15,7 @@ import numpy as np
 from reward_lens.errors import DataError
 
 FEWEST = 6  # clusters for an interval or a test; a sign-flip test of 5 cannot reach p < .05
+FEWEST_RESAMPLES = 100
 FEWEST_BOOTSTRAP = 21  # clusters from which resampling takes over from the t interval
 _AT_ONCE = 4_000_000  # floats of the largest temporary array (32 MB)
 
@@ -74,10 +75,13 @@ def mean_interval(values, clusters, level: float = 0.95, n_boot: int = 2000, see
 
     Cannot show: anything about prompts unlike these; and where values are strongly skewed it covers less than
     it claims (a lognormal, at level .95: .85 at G = 6, .88 at 20, .93 at 150). Raises `DataError` for
-    infinite values or labels of another length.
+    infinite values, labels of another length, or under 100 resamples.
     """
     values = np.asarray(values)
     codes, n_clusters = _codes(clusters, len(values))
+    if n_boot < FEWEST_RESAMPLES and n_clusters >= FEWEST_BOOTSTRAP:
+        raise DataError("Too few resamples for an interval", found=f"n_boot={n_boot}",
+                        expected=f"at least {FEWEST_RESAMPLES}", do="leave n_boot at its default")  # fmt: skip
     cells = values.reshape(len(values), -1)
     chance = np.full(n_clusters, 1 / n_clusters)
     weights = np.random.default_rng(seed).multinomial(n_clusters, chance, n_boot).astype(float)

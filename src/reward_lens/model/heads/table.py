@@ -1,11 +1,13 @@
 """Which checkpoint has which published head: a row each, read off the config, and the loader that follows it."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from reward_lens.errors import LoadError
@@ -155,9 +157,10 @@ def load_known(path: str, settings: dict[str, Any]) -> Any:
         source = {"pretrained_model_name_or_path": None}
         settings = {name: value for name, value in settings.items() if name != "revision"}
         settings["state_dict"] = row.layout.state(tensors_in(path, revision), config)
-    module, info = model_class.from_pretrained(
-        **source, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **settings
-    )
+    with _without_report() if row.files else contextlib.nullcontext():
+        module, info = model_class.from_pretrained(
+            **source, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+        )
     if info["mismatched_keys"]:
         key, found, expected = min(map(tuple, info["mismatched_keys"]))
         raise LoadError(
@@ -188,6 +191,18 @@ def load_known(path: str, settings: dict[str, Any]) -> Any:
             do="look for a newer config.json, or pass structure= and readout= for this head",
         )
     return module
+
+
+@contextlib.contextmanager
+def _without_report():
+    """transformers' loading report would call parts that have their own files newly initialised; what stays missing
+    raises here."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _load_part(module: Any, part: str, path: str, revision: str | None) -> None:
