@@ -1,6 +1,8 @@
 """The command line on a tiny saved model: what it prints, what it writes, and how it refuses."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -86,6 +88,7 @@ def test_score_is_the_models(model):
         ("patch",),
         ("patch", "--sites", "L0.H1,L1.mlp", "--mode", "denoise", "--at", "all", "--align", "tail"),
         ("patch", "--path", "direct"),
+        ("patch", "--mode", "mean", "--reference", "demo", "--at", "response", "--by-position", "--sites", "L0.mlp"),
         ("agree", "--controls", "0", "--estimators", "gradient"),
     ],
 )
@@ -128,8 +131,14 @@ def test_the_device_is_an_option_and_a_variable(model, monkeypatch):
     assert "could not be moved to nowhere" in run("check", model, code=1).stderr
 
 
+def test_the_module_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "reward_lens", "lens", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "reward-lens lens [OPTIONS]" in done.stdout
+
+
 def test_a_wrong_command_line_is_exit_code_2(model):
     run("accuracy", model, "--limit", "0", code=2)
+    assert "'sideways'" in run("patch", model, "--mode", "sideways", code=2).output
     run("no-such-command", code=2)
 
 

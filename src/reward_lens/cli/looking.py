@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import typer
 from rich.progress import Progress
@@ -116,19 +116,33 @@ def attribute(
     show(rl.contributions(rm, rl.load_pairs(pairs, split=split, limit=limit), by=cast(Any, by)), as_json, save, top)
 
 
+At = Annotated[Literal["final", "response", "all"], typer.Option(help="Positions that are changed.")]
+Align = Annotated[Literal["tail", "diff"] | None, typer.Option(help="For responses of different length.")]
+Estimator = Literal["exact", "gradient", "integrated", "integrated_block", "integrated_joint", "relevance"]
+
+
 @app.command(epilog="Example: reward-lens patch demo demo --sites heads --mode denoise --top 10")
 @refusals
 def patch(
-    model: Model = "demo", pairs: PairsFile = "demo", sites: str = "components", mode: str = "noise",
-    at: str = "final", path: str = "total", estimator: str = "exact",
-    align: Annotated[str | None, typer.Option(help="'tail' or 'diff', for responses of different length.")] = None,
+    model: Model = "demo", pairs: PairsFile = "demo", sites: str = "components",
+    mode: Annotated[Literal["noise", "denoise", "zero", "mean", "resample"], typer.Option(
+        help="The other response's value (into chosen, into rejected), or an ablation of both.")] = "noise",
+    at: At = "final", align: Align = None,
+    path: Annotated[Literal["total", "direct"], typer.Option(help="'direct': direct and mediated apart.")] = "total",
+    estimator: Annotated[Estimator, typer.Option(help="Run every change, or estimate from gradients.")] = "exact",
+    calibrate: Annotated[int | None, typer.Option(help="Cells on which an estimate is held against exact.")] = None,
+    reference: Annotated[str | None, typer.Option(help="Pairs of other prompts, for 'mean' and 'resample'.")] = None,
+    by_position: Annotated[bool, typer.Option("--by-position", help="Each position by itself.")] = False,
     top: int = 10, split: Split = None, limit: Limit = None, objective: Objective = None,
     truncation: Truncation = None, as_json: AsJson = False, save: Save = None,
 ):  # fmt: skip
-    """The causal effect of sites on the reward. SITES: components, heads, residual, or names such as L3.H5,L4.mlp."""
+    """The causal effect of sites on the reward. SITES: components, heads, residual, experts, or names such as
+    L3.H5,L4.mlp."""
     rm, data = load(model, objective, truncation), rl.load_pairs(pairs, split=split, limit=limit)
-    named: Any = sites if sites in ("components", "heads", "residual") else sites.split(",")
+    named: Any = sites if sites in ("components", "heads", "residual", "experts") else sites.split(",")
     options: Any = {"mode": mode, "at": at, "path": path, "estimator": estimator, "align": align}
+    options |= {"spans": "position" if by_position else None} | ({} if calibrate is None else {"calibrate": calibrate})
+    options |= {} if reference is None else {"reference": rl.load_pairs(reference)}
     with Progress(*COLUMNS, console=err) as bar:
         task = bar.add_task("Patching", total=len(data))
         show(
@@ -142,8 +156,7 @@ def patch(
 @app.command(epilog="Example: reward-lens agree demo demo --limit 12 --estimators gradient")
 @refusals
 def agree(
-    model: Model = "demo", pairs: PairsFile = "demo", sites: str = "components", at: str = "final",
-    align: Annotated[str | None, typer.Option(help="'tail' or 'diff', for responses of different length.")] = None,
+    model: Model = "demo", pairs: PairsFile = "demo", sites: str = "components", at: At = "final", align: Align = None,
     estimators: Annotated[str, typer.Option(help="Estimators to hold against exact effects, by commas.")] = "",
     controls: int = 1, split: Split = None, limit: Limit = None, objective: Objective = None,
     truncation: Truncation = None, as_json: AsJson = False, save: Save = None,
