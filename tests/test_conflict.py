@@ -98,7 +98,7 @@ def test_shared_noise_is_no_agreement():
         sets = [moves_of([f"{i}" for i in range(60)], 1.5 * np.eye(40)[k] - shared) for k in (0, 1)]
         a, b = (m.rows.mean(0) for m in sets)
         plain.append(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
-        freed.append(cosines.cosine(*sets, n_boot=10).value)
+        freed.append(cosines.cosine(*sets, n_boot=100).value)
     assert np.mean(plain) > 0.15
     assert abs(np.mean(freed)) < 0.06
 

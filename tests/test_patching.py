@@ -1,14 +1,17 @@
 """The wavefront sweep against one whole forward a row, on every family; and what it must leave exactly alone."""
 
 import functools
+import os
 
 import numpy as np
 import pytest
 import torch
+from transformers.integrations import sdpa_attention
 
 import reward_lens as rl
 from families import STRUCTURES, by_family, tiny_model
 from reference.sweeps import patched_reward, values_at
+from reward_lens.engine import patching
 from reward_lens.engine.editing import Edit
 from reward_lens.engine.intervention import values
 from reward_lens.engine.patching import patch_rows
@@ -119,3 +122,28 @@ def test_bad_rows_are_refused():
     bad = rl.constant(torch.full((rm.d_model,), torch.nan))
     with pytest.raises(rl.CheckFailed, match="not finite"):
         patch_rows(rm, base, [(Edit(rl.Site.parse("L1.attn"), [base.reward_pos], bad),)])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_keys_that_heads_share_are_read_in_place_to_the_same_bits(family, monkeypatch):
+    """What transformers copies for every query head, and the sweep has it not copy, where there is a mask."""
+    rm = model(family)
+    assert rm.n_kv_heads < rm.n_heads
+    base, source = runs(rm)
+    where = range(common_prefix(base, source), base.reward_pos + 1)
+    sites = [rl.Site.parse(name) for name in ("L0.mlp", "L1.attn", "L1.K0", "L2.V1")]
+    held = rl.capture(rm, [source], sites, at=where)
+    rows = [(Edit(site, where, values(held[site][0])),) for site in sites]
+    used = []
+    monkeypatch.setattr(patching, "GROUPED", "REWARD_LENS_TESTS_NOTHING")
+    copied = patch_rows(rm, base, rows).rewards
+    monkeypatch.undo()
+    copy = sdpa_attention.repeat_kv
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", lambda x, n: used.append(x.shape[0]) or copy(x, n))
+    monkeypatch.delenv(patching.GROUPED, raising=False)
+    assert torch.equal(patch_rows(rm, base, rows).rewards, copied)
+    assert max(used, default=1) == 1 and patching.GROUPED not in os.environ  # the recorded pass alone copies
+    monkeypatch.setenv(patching.GROUPED, "0")
+    with pytest.raises(rl.CheckFailed):
+        patch_rows(rm, base, [(edit(rm, "L1.attn", where, torch.full((len(where), rm.d_model), torch.nan)),)])
+    assert os.environ[patching.GROUPED] == "0"

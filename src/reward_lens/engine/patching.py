@@ -17,9 +17,11 @@ arguments they were called with in a recorded pass over the same positions (`for
 `tests/reference/sweeps.py` has the slow loop, one whole forward a row, that this is held against.
 """
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,6 +51,7 @@ CACHED_TOKENS, CACHED_ROWS = 1024, 16
 """Positions of a walk on a CPU, whose caches hold no more, and the rows that one clean row is spread over at least."""
 GRADIENT_TOKENS = 1024
 """Positions of a walk with gradients: every block's activations are kept."""
+GROUPED = "TRANSFORMERS_SDPA_FORCE_GQA"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +205,26 @@ def row_budget(rm: RewardModel, length: int, seen: int, asked: int | None = None
     return max(1, min(by_tokens, SEEN_PER_BATCH // seen, by_memory))
 
 
+@contextlib.contextmanager
+def shared_keys(x: Tensor) -> Iterator[None]:
+    """On a CPU the query heads of a group read their common keys and values where they lie, to the same bits.
+
+    transformers copies them for every head where there is a mask, since CUDA kernels ask for that; this is its switch.
+    """
+    if x.device.type != "cpu" or x.shape[1] == 1 or torch.is_grad_enabled():  # one query token is not copied for
+        yield
+        return
+    before = os.environ.get(GROUPED)
+    os.environ[GROUPED] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[GROUPED]
+        else:
+            os.environ[GROUPED] = before
+
+
 class _Reached(NamedTuple):
     """What a walk came to."""
 
@@ -252,7 +275,7 @@ class _Walk:
         args, kwargs = grown(self.rm, args, kwargs, x.shape[0])
         tap = AttentionTap(self.rm, [p for p in placed if p.edit.site.kind in IN_ATTENTION])
         made = [*tap.hooks(), *block_hooks(self.rm, (x.shape[0], x.shape[1]), placed)]
-        with hooks.attached(made), tap.active():
+        with hooks.attached(made), tap.active(), shared_keys(x):
             return hooks.first_output(self.rm.trunk.blocks[layer](*args, **kwargs))
 
 
