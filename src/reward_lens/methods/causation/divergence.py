@@ -277,13 +277,13 @@ def _nearest_class(
 def _settings_of(effects: Result) -> tuple[Any, str, str]:
     """Sites, mode and positions of a Result of `effects`."""
     settings = effects.meta.get("settings", {})
-    unlike = {key: settings[key] for key, plain in (("path", "total"), ("align", None))
-              if settings.get(key, plain) not in (plain, None)}  # fmt: skip
+    plain = {"path": "total", "norm": "live", "align": None, "spans": None, "layers": None}
+    unlike = {key: settings[key] for key, usual in plain.items() if settings.get(key, usual) not in (usual, None)}
     if not {"sites", "mode", "at"} <= set(settings) or unlike:
         raise DataError(
             "These interventions cannot be run again",
             found=f"a result '{effects.name}' with " + (str(unlike) if unlike else f"settings {sorted(settings)}"),
-            expected="a Result of `effects` (total effects, no alignment) whose settings name sites, mode and at",
+            expected="a Result of `effects` (total effects, live norm, no alignment, spans or layers)",
             do="pass the sites themselves, with mode= and at=",
         )
     return settings["sites"], settings["mode"], settings["at"]
