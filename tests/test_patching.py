@@ -11,7 +11,7 @@ from transformers.integrations import sdpa_attention
 import reward_lens as rl
 from families import STRUCTURES, by_family, tiny_model
 from reference.sweeps import patched_reward, values_at
-from reward_lens.engine import patching
+from reward_lens.engine import shared_keys
 from reward_lens.engine.editing import Edit
 from reward_lens.engine.intervention import values
 from reward_lens.engine.patching import patch_rows
@@ -135,15 +135,15 @@ def test_keys_that_heads_share_are_read_in_place_to_the_same_bits(family, monkey
     held = rl.capture(rm, [source], sites, at=where)
     rows = [(Edit(site, where, values(held[site][0])),) for site in sites]
     used = []
-    monkeypatch.setattr(patching, "GROUPED", "REWARD_LENS_TESTS_NOTHING")
+    monkeypatch.setattr(shared_keys, "GROUPED", "REWARD_LENS_TESTS_NOTHING")
     copied = patch_rows(rm, base, rows).rewards
     monkeypatch.undo()
     copy = sdpa_attention.repeat_kv
     monkeypatch.setattr(sdpa_attention, "repeat_kv", lambda x, n: used.append(x.shape[0]) or copy(x, n))
-    monkeypatch.delenv(patching.GROUPED, raising=False)
+    monkeypatch.delenv(shared_keys.GROUPED, raising=False)
     assert torch.equal(patch_rows(rm, base, rows).rewards, copied)
-    assert max(used, default=1) == 1 and patching.GROUPED not in os.environ  # the recorded pass alone copies
-    monkeypatch.setenv(patching.GROUPED, "0")
+    assert max(used, default=1) == 1 and shared_keys.GROUPED not in os.environ  # the recorded pass alone copies
+    monkeypatch.setenv(shared_keys.GROUPED, "0")
     with pytest.raises(rl.CheckFailed):
         patch_rows(rm, base, [(edit(rm, "L1.attn", where, torch.full((len(where), rm.d_model), torch.nan)),)])
-    assert os.environ[patching.GROUPED] == "0"
+    assert os.environ[shared_keys.GROUPED] == "0"

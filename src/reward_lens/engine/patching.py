@@ -17,11 +17,9 @@ arguments they were called with in a recorded pass over the same positions (`for
 `tests/reference/sweeps.py` has the slow loop, one whole forward a row, that this is held against.
 """
 
-import contextlib
 import dataclasses
 import inspect
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,6 +31,7 @@ from reward_lens.engine.attention_tap import AttentionTap
 from reward_lens.engine.editing import IN_ATTENTION, RESIDUALS, Edit, Placed, Source, block_hooks, depth_of, edited
 from reward_lens.engine.gradients import reward_at
 from reward_lens.engine.places import gate_inside, reaches_gate, require_site
+from reward_lens.engine.shared_keys import shared_keys
 from reward_lens.errors import CheckFailed, DataError
 from reward_lens.model.forward import TOKENS_PER_BATCH, Recording, record, suffix_batch
 from reward_lens.model.prefix import NO_PREFIX, KeyValues, PrefixCache, keys_and_values
@@ -51,7 +50,6 @@ CACHED_TOKENS, CACHED_ROWS = 1024, 16
 """Positions of a walk on a CPU, whose caches hold no more, and the rows that one clean row is spread over at least."""
 GRADIENT_TOKENS = 1024
 """Positions of a walk with gradients: every block's activations are kept."""
-GROUPED = "TRANSFORMERS_SDPA_FORCE_GQA"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,26 +201,6 @@ def row_budget(rm: RewardModel, length: int, seen: int, asked: int | None = None
     if rm.device.type == "cpu":
         by_tokens = min(by_tokens, max(CACHED_TOKENS // length, CACHED_ROWS))
     return max(1, min(by_tokens, SEEN_PER_BATCH // seen, by_memory))
-
-
-@contextlib.contextmanager
-def shared_keys(x: Tensor) -> Iterator[None]:
-    """On a CPU the query heads of a group read their common keys and values where they lie, to the same bits.
-
-    transformers copies them for every head where there is a mask, since CUDA kernels ask for that; this is its switch.
-    """
-    if x.device.type != "cpu" or x.shape[1] == 1 or torch.is_grad_enabled():  # one query token is not copied for
-        yield
-        return
-    before = os.environ.get(GROUPED)
-    os.environ[GROUPED] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[GROUPED]
-        else:
-            os.environ[GROUPED] = before
 
 
 class _Reached(NamedTuple):
