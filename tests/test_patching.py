@@ -1,6 +1,7 @@
 """The wavefront sweep against one whole forward a row, on every family; and what it must leave exactly alone."""
 
 import functools
+import inspect
 import os
 
 import numpy as np
@@ -15,6 +16,8 @@ from reward_lens.engine import shared_keys
 from reward_lens.engine.editing import Edit
 from reward_lens.engine.intervention import values
 from reward_lens.engine.patching import patch_rows
+from reward_lens.model.forward import Trunk, suffix_batch
+from reward_lens.model.prefix import NO_PREFIX, PrefixCache
 from reward_lens.model.tokens import common_prefix
 
 PROMPT = "What is the capital of France, and why there?"
@@ -147,3 +150,21 @@ def test_keys_that_heads_share_are_read_in_place_to_the_same_bits(family, monkey
     with pytest.raises(rl.CheckFailed):
         patch_rows(rm, base, [(edit(rm, "L1.attn", where, torch.full((len(where), rm.d_model), torch.nan)),)])
     assert os.environ[shared_keys.GROUPED] == "0"
+
+
+@pytest.mark.parametrize("argument", ["cache", "past_key_values"])
+def test_keys_and_values_are_handed_over_under_the_name_that_the_class_declares(argument):
+    """transformers 5.24 renamed the argument; code of a published model's own keeps the former name."""
+    handed = {}
+
+    class Renamed(torch.nn.Module):
+        def forward(self, input_ids, attention_mask, use_cache, **others):
+            handed.update(others)
+
+    parameters = [*inspect.signature(Renamed.forward).parameters.values()][:-1]
+    parameters.append(inspect.Parameter(argument, inspect.Parameter.KEYWORD_ONLY))
+    Renamed.forward.__signature__ = inspect.Signature(parameters)
+    rm = model("llama")
+    past = PrefixCache(NO_PREFIX, 0)
+    Trunk(Renamed(), [], None, {}).run(suffix_batch(runs(rm)[0], 0, torch.device("cpu")), past=past)
+    assert handed == {argument: past}

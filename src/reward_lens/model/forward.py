@@ -115,13 +115,15 @@ class Trunk:
 
     def __post_init__(self):
         self._accepts = inspect.signature(self.module.forward).parameters
+        # transformers 5.24 renamed the argument; a published model's own code may keep the former name.
+        self._cache_argument = "cache" if "cache" in self._accepts else "past_key_values"
 
     def run(self, batch: Batch, *wanted: hooks.Hook, past: Cache | None = None) -> None:
         """One forward pass with the given hooks; whoever wants a tensor reads it through a hook.
 
         `past` holds the keys and values of the positions before the batch's (`model.prefix`).
         """
-        extra: dict[str, object] = {} if past is None else {"past_key_values": past}
+        extra: dict[str, object] = {} if past is None else {self._cache_argument: past}
         if "position_ids" in self._accepts:
             extra["position_ids"] = batch.positions + self.first_position
         extra |= self.segments(batch.ids)
