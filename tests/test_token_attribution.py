@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from families import TEXT_PAIRS, tiny_model
+from families import TEXT_PAIRS, by_family, tiny_model
 from planted import KEYWORD, planted_model, planted_pairs
 from reward_lens.data import Pair
 from reward_lens.engine.hooks import attached
@@ -119,6 +119,21 @@ def test_truncation_and_removal_match_plain_hugging_face_calls(family):
     np.testing.assert_allclose(row(result, 0, "chosen"), masked, atol=2e-5)
     if family == "bloom":  # its positions are counted off the mask, so hiding a token closes the gap
         np.testing.assert_allclose(masked, gone, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", by_family())
+def test_variants_that_go_on_from_the_texts_own_keys_are_those_run_whole(family, monkeypatch):
+    """Each row goes on from another position; with windows, distances and position ids as in the text itself."""
+    rm, pairs = model(family), [Pair(*texts) for texts in TEXT_PAIRS[:2]]
+    assert rm.reuses_prefix(*rm.tokenize_pairs(pairs)[0])
+    settings = [{"method": "truncate"}, *({"method": "leave_one_out", "removal": r} for r in ("delete", "mask"))]
+    fast = [token_attribution(rm, pairs, **some) for some in settings]
+    monkeypatch.setattr(RewardModel, "reuses_prefix", lambda self, *texts: False)
+    for some, one in zip(settings, fast, strict=True):
+        whole = token_attribution(rm, pairs, **some)
+        scale = float(np.abs(whole.dataset["reward"]).max() + np.nanstd(whole.value))
+        np.testing.assert_allclose(one.value.values, whole.value.values, atol=2e-5 * scale)
+        assert float(whole.value.std()) > 1e-3
 
 
 def test_words_are_removed_whole_and_summed_otherwise():
@@ -276,9 +291,9 @@ def test_sixteen_bits():
 def test_rows_are_counted():
     rm, pair = model("llama"), Pair("Say b.", "bb", "c")
     meta = token_attribution(rm, [pair], method="truncate").meta
-    assert meta["forward_rows"] == 4  # the empty response once, "b", "bb" and "c"
+    assert meta["forward_rows"] == 4 + 2  # the empty response once, "b", "bb" and "c"; the keys of each response
     meta = token_attribution(rm, [pair], method="leave_one_out").meta
-    assert meta["forward_rows"] == 4  # deleting either "b" leaves the same text
+    assert meta["forward_rows"] == 4 + 2  # deleting either "b" leaves the same text
 
 
 UNITS = {

@@ -4,7 +4,8 @@ In a causal network a change at position p reaches only positions >= p, so a run
 needs the blocks for positions >= p alone, with the keys and values of the positions before. They are handed to the
 unmodified Hugging Face classes as a cache that never changes: `update` gives back prefix and new keys joined, for as
 many rows as it is asked, and keeps neither. (Hugging Face's own sliding-window caches drop keys; this one does not:
-the window is in the attention mask.)
+the window is in the attention mask.) Rows may go on from different positions of one text: what each reuses then stands
+at the end of the room, as left padding would put it, so that every distance is the text's own.
 
 Whether a model takes such a cache and gives its own reward with it is measured when it is loaded (row "prefix reuse" of
 the load report). Where it does not, whole texts are run.
@@ -13,7 +14,7 @@ the load report). Where it does not, whole texts are run.
 import dataclasses
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
@@ -42,10 +43,18 @@ NO_PREFIX = KeyValues(())
 
 
 class PrefixCache(Cache):
-    """A Hugging Face cache that holds a prefix and is never changed by a run; see the top of the file."""
+    """A Hugging Face cache that holds a prefix and is never changed by a run; see the top of the file.
 
-    def __init__(self, prefix: KeyValues, n_layers: int):
-        self.held = [_PrefixLayer(pair) for pair in prefix.layers or (None,) * n_layers]
+    `reused`: how many of the prefix's positions each row reads, if not all of them; the caller's attention mask hides
+    what stands before.
+    """
+
+    def __init__(self, prefix: KeyValues, n_layers: int, reused: Int[Tensor, " row"] | None = None):
+        picked = None
+        if reused is not None and prefix.layers and not (reused == len(prefix)).all():
+            room = int(reused.max())
+            picked = (torch.arange(room, device=reused.device) - room + reused[:, None]).clamp_min(0)
+        self.held = [_PrefixLayer(pair, picked) for pair in prefix.layers or (None,) * n_layers]
         super().__init__(layers=list(self.held))
 
     def seen(self) -> KeyValues:
@@ -56,27 +65,34 @@ class PrefixCache(Cache):
 class _PrefixLayer(CacheLayerMixin):
     is_sliding = False
 
-    def __init__(self, prefix: tuple[Tensor, Tensor] | None):
+    def __init__(self, prefix: tuple[Tensor, Tensor] | None, picked: Int[Tensor, "row room"] | None):
         super().__init__()
-        self.prefix = prefix
+        self.prefix, self.picked = prefix, picked
         self.last: tuple[Tensor, Tensor]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         rows = key_states.shape[0]
         if self.prefix is not None:
-            keys, values = self.prefix
-            key_states = torch.cat([keys.expand(rows, -1, -1, -1), key_states], -2)
-            value_states = torch.cat([values.expand(rows, -1, -1, -1), value_states], -2)
+            keys, values = (self._of_rows(x, rows) for x in self.prefix)
+            key_states = torch.cat([keys, key_states], -2)
+            value_states = torch.cat([values, value_states], -2)
         if rows == 1:
             self.last = (key_states, value_states)
         return key_states, value_states
+
+    def _of_rows(self, x: Float[Tensor, "1 kv_heads pos d"], rows: int) -> Float[Tensor, "row kv_heads room d"]:
+        if self.picked is None:
+            return x.expand(rows, -1, -1, -1)
+        return x[0][:, self.picked.to(x.device)].transpose(0, 1)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to prepare."""
 
     def get_seq_length(self) -> int:
-        return 0 if self.prefix is None else self.prefix[0].shape[-2]
+        if self.prefix is None:
+            return 0
+        return self.prefix[0].shape[-2] if self.picked is None else self.picked.shape[1]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0

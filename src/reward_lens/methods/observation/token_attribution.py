@@ -74,7 +74,8 @@ def token_attribution(
     ----------
     method: "prefix" (one pass; off-distribution), "truncate" (a row a unit), "gradient" (one pass and one
         backward), "integrated" (`steps` of each, and up to 512 for a text whose sum does not close) or
-        "leave_one_out" (a row a unit). `meta` states the rows that ran.
+        "leave_one_out" (a row a unit). `meta` states the rows that ran; a row of truncate or leave_one_out is run
+        from where it differs from the whole text, with the whole text's keys and values before.
     by: leave_one_out removes a unit whole; for the other methods a unit's value is the sum over its tokens.
         Byte tokens of one character are separate tokens and never separate words.
     steps: Gauss-Legendre nodes of the integrated gradient; more are put where the reward turns fast.
@@ -158,10 +159,9 @@ def _in_pairs(rm: RewardModel, tokens: Sequence[Tokens], units: Sequence[list[Un
     once."""
     values, start, reward, rows = [], [], [], 0
     for i in range(0, len(tokens), 2):
-        made = [variants(rm, tokens[j], units[j]) for j in (i, i + 1)]
-        read, n_rows = rewards(rm, [*made[0], *made[1]])
+        read, n_rows = rewards(rm, [variants(rm, tokens[j], units[j]) for j in (i, i + 1)])
         rows += n_rows
-        for some in (read[: len(made[0])], read[len(made[0]) :]):
+        for some in read:
             values.append(np.diff(some) if variants is truncated else some[-1] - some[1:-1])
             start.append(some[0])
             reward.append(some[-1])

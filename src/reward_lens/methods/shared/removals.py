@@ -1,7 +1,9 @@
 """Responses with parts cut off, deleted or hidden from attention, scored again.
 
 The tokens are cut, not the text, so that what stays is the same tokens at the model's input. Prompt and
-template tail are kept. Every list of variants opens with the reference and ends with the whole text.
+template tail are kept. Every list of variants opens with the reference and ends with the whole text. Where the model
+reuses a prefix, a variant is run from the first position on that differs from the whole text's run; where it does not,
+or the change reaches the position at which a prompt-gated head reads, from its beginning.
 """
 
 import dataclasses
@@ -9,13 +11,16 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from reward_lens.engine.continuations import rewards_of_variants
 from reward_lens.engine.gate_states import pooled_and_gate
 from reward_lens.engine.places import reaches_gate
 from reward_lens.errors import DataError
 from reward_lens.methods.shared.units import Unit
+from reward_lens.model.prefix import NO_PREFIX
 from reward_lens.model.reward_model import RewardModel
-from reward_lens.model.tokens import Tokens
+from reward_lens.model.tokens import Tokens, common_prefix
 
 Variant = tuple[Tokens, range]
 """A text, and positions of it that no one may attend to."""
@@ -60,27 +65,53 @@ def _keep(rm: RewardModel, text: Tokens, kept: Sequence[int]) -> Tokens:
 
 
 @torch.no_grad()
-def rewards(rm: RewardModel, variants: Sequence[Variant]) -> tuple[np.ndarray, int]:
-    """Rewards of the variants and how many rows they took (equal ones are scored once).
+def rewards(rm: RewardModel, groups: Sequence[Sequence[Variant]]) -> tuple[list[np.ndarray], int]:
+    """Rewards of each text's variants and how many rows they took (equal ones are scored once).
 
     NaN where the position at which the reward is read is hidden: its own token would still be seen there.
     """
-    index = {(text.ids, hidden): i for i, (text, hidden) in enumerate(variants)}
-    distinct = [variants[i] for i in index.values()]
-    read = np.full(len(distinct), np.nan)
-    texts = [text for text, _ in distinct]
-    moves_gate = [len(hidden) > 0 and reaches_gate(rm, text, hidden) for text, hidden in distinct]
+    read: dict[tuple, float] = {}
+    known, n_rows, before = NO_PREFIX, 0, groups[0][-1][0]
+    for group in groups:
+        whole = group[-1][0]
+        distinct = list({_key(one): one for one in group if _key(one) not in read}.values())
+        if not distinct:
+            continue
+        texts, hidden = [text for text, _ in distinct], [positions for _, positions in distinct]
+        if rm.reuses_prefix(whole, *texts) and not any(_moves_gate(rm, one) for one in distinct):
+            known = known.first(min(len(known), common_prefix(before, whole)))
+            values, known = rewards_of_variants(rm, whole, texts, hidden, known)
+            before = whole
+            n_rows += 1  # for the keys and values
+        else:
+            values = _whole(rm, distinct)
+        n_rows += len(distinct)
+        for one, value in zip(distinct, values.double().tolist(), strict=True):
+            read[_key(one)] = np.nan if one[0].reward_pos in one[1] else value
+    return [np.array([read[_key(one)] for one in group]) for group in groups], n_rows
+
+
+def _key(variant: Variant) -> tuple:
+    return variant[0].ids, variant[1]
+
+
+def _moves_gate(rm: RewardModel, variant: Variant) -> bool:
+    text, hidden = variant
+    return len(hidden) > 0 and reaches_gate(rm, text, hidden)
+
+
+def _whole(rm: RewardModel, variants: Sequence[Variant]) -> Tensor:
+    """Rewards of variants, each run from its beginning."""
+    texts = [text for text, _ in variants]
+    out = torch.empty(len(texts), dtype=rm.like.dtype)
+    moves_gate = [_moves_gate(rm, one) for one in variants]
     gates = rm.readout_inputs(texts)
     for batch in rm.batches(texts):
         mask = batch.mask.clone()
         for row, (run, first) in enumerate(zip(batch.rows, batch.offset.tolist(), strict=True)):
-            hidden = distinct[run][1]
+            hidden = variants[run][1]
             mask[row, first + hidden.start : first + hidden.stop] = 0
         # The position ids are those of the whole text: only attention is blocked.
         pooled, inputs = pooled_and_gate(rm, dataclasses.replace(batch, mask=mask), texts, gates, moves_gate)
-        read[list(batch.rows)] = rm.readout.reward(pooled, inputs).double().cpu().numpy()
-    for i, (text, hidden) in enumerate(distinct):
-        if text.reward_pos in hidden:
-            read[i] = np.nan
-    order = {key: i for i, key in enumerate(index)}
-    return read[[order[text.ids, hidden] for text, hidden in variants]], len(distinct)
+        out[list(batch.rows)] = rm.readout.reward(pooled, inputs).cpu()
+    return out
