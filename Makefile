@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -c constraints.txt
 
-.PHONY: setup report test test-full conformance bench bench-effects bench-gpu bench-stats bench-repair bench-extensions bench-dictionary docs lint
+.PHONY: setup report test test-full conformance bench bench-removals bench-effects bench-gpu bench-stats bench-repair bench-extensions bench-dictionary docs lint
 
 setup: .venv/.setup
 
@@ -44,6 +44,9 @@ conformance: .venv/.setup
 
 bench: .venv/.setup
 	$(BIN)/python benchmarks/spine.py
+
+bench-removals: .venv/.setup
+	$(BIN)/python benchmarks/removals.py
 
 # PEERS: --peer reward-lens=PYTHON --peer nnsight=PYTHON ..., each the interpreter of its own environment.
 PEERS ?=

@@ -100,6 +100,8 @@ class _PrefixLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    get_max_cache_shape = get_max_length  # its name in earlier versions of transformers 5
+
 
 def keys_and_values(trunk: Trunk, tokens: Tokens, stop: int, known: KeyValues = NO_PREFIX) -> KeyValues:
     """Keys and values of the first `stop` positions; `known` are those of some of the first."""
