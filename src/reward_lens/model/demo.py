@@ -109,17 +109,15 @@ def _quiet() -> Iterator[None]:
 
 @_quiet()
 def _merge() -> tuple[Any, Any]:
+    import transformers
     from peft import PeftModel
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     gguf = _gguf()
-    base = AutoModelForSequenceClassification.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        num_labels=1,
-        dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),
-    )
+    settings: dict[str, Any] = {"num_labels": 1, "dtype": torch.float32}
+    if hasattr(transformers, "GgufConfig"):  # earlier versions of transformers 5 dequantise without being told to
+        settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    base = AutoModelForSequenceClassification.from_pretrained(gguf.parent, gguf_file=gguf.name, **settings)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     base.config.pad_token_id = tokenizer.pad_token_id
     merged = PeftModel.from_pretrained(base, str(_adapter())).merge_and_unload()
