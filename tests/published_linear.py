@@ -102,16 +102,17 @@ def llama_states(state: State, trunk: str, names: dict[str, str], ids: tuple[int
 
 def neox_state(vocabulary: int, seed: int) -> State:
     """Random tensors of a GPT-NeoX, with the buffers that its first releases saved."""
-    module = _neox(vocabulary)
+    module = _neox(vocabulary, seed)
     g = torch.Generator().manual_seed(seed)
     state = {f"gpt_neox.{k}": v + 0.3 * torch.randn(v.shape, generator=g) for k, v in module.state_dict().items()}
     return state | {"gpt_neox.layers.0.attention.rotary_emb.inv_freq": torch.ones(1)}
 
 
-def _neox(vocabulary: int):
+def _neox(vocabulary: int, seed: int = 0):
     from transformers import GPTNeoXConfig, GPTNeoXModel
 
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         return GPTNeoXModel(GPTNeoXConfig(**NEOX, vocab_size=vocabulary)).eval()
 
 

@@ -1,7 +1,8 @@
 """A tiny random reward model of every kind of readout: what stands between the pre-norm residual and the reward."""
 
+import contextlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -29,19 +30,28 @@ def _vocabulary(family: str, *tokens: str | int, **options) -> Build:
     return build
 
 
+@contextlib.contextmanager
+def _folder(name: str) -> Iterator[Path]:
+    """A folder of this name, after which a model that is loaded from it is called."""
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / name
+        folder.mkdir()
+        yield folder
+
+
 def _head(name: str) -> Build:
     def build(dtype: torch.dtype) -> rl.RewardModel:
-        with tempfile.TemporaryDirectory() as folder:
-            return rl.load(published_heads.save(Path(folder), name), dtype=dtype)
+        with _folder(name) as folder:
+            return rl.load(published_heads.save(folder, name), dtype=dtype)
 
     return build
 
 
 def _linear_head(name: str) -> Build:
     def build(dtype: torch.dtype) -> rl.RewardModel:
-        with tempfile.TemporaryDirectory() as folder, published_linear.own_reading_token():
-            state = published_linear.make(Path(folder), name, seed=1)
-            return rl.load(published_linear.write(Path(folder), state), dtype=dtype)
+        with _folder(name) as folder, published_linear.own_reading_token():
+            state = published_linear.make(folder, name, seed=1)
+            return rl.load(published_linear.write(folder, state), dtype=dtype)
 
     return build
 
