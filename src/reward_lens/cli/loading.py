@@ -34,6 +34,10 @@ class Loading:
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"] | None, _option("Precision of the trunk; default: the checkpoint's.")
     ] = None
+    attn_implementation: Annotated[
+        str | None,
+        _option("Code of the attention: 'eager', 'sdpa', 'flash_attention_2', ...; default: what transformers picks."),
+    ] = None
     model_revision: Annotated[str | None, _option("Branch, tag or commit of a hub id.")] = None
     readout: Annotated[
         str | None,
@@ -50,8 +54,10 @@ class Loading:
         if device is None and self.device_map is None:
             device = "cuda" if torch.cuda.is_available() else None
         dtype = None if self.dtype is None else getattr(torch, self.dtype)
-        return {"device": device, "device_map": self.device_map, "dtype": dtype, "revision": self.model_revision,
-                "trust_remote_code": self.trust_remote_code}  # fmt: skip
+        return {
+            "device": device, "device_map": self.device_map, "dtype": dtype, "revision": self.model_revision,
+            "attn_implementation": self.attn_implementation, "trust_remote_code": self.trust_remote_code,
+        }  # fmt: skip
 
 
 given: ContextVar[Loading] = ContextVar("given")

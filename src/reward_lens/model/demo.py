@@ -37,14 +37,24 @@ def load_demo(
     folder = _cached()
     settings = {"dtype": dtype or torch.float32, "attn_implementation": attn_implementation}
     settings = {k: v for k, v in settings.items() if v is not None}
-    if folder is not None:
-        module = AutoModelForSequenceClassification.from_pretrained(folder, **settings)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    else:
-        module, tokenizer = _merge()
-        module = module.to(settings["dtype"])
-        if attn_implementation is not None:
-            module.set_attn_implementation(attn_implementation)
+    try:
+        if folder is not None:
+            module = AutoModelForSequenceClassification.from_pretrained(folder, **settings)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        else:
+            module, tokenizer = _merge()
+            module = module.to(settings["dtype"])
+            if attn_implementation is not None:
+                module.set_attn_implementation(attn_implementation)
+    except (ImportError, ValueError) as error:
+        if attn_implementation is None:
+            raise
+        raise LoadError(
+            f"The demo model could not be loaded with attn_implementation={attn_implementation!r}",
+            found=f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            expected="attention code that transformers knows and that is installed",
+            do="leave attn_implementation= out, or pass 'eager' or 'sdpa'",
+        ) from error
     if device is not None:
         module = placed(module, device)
     report = None if folder is None else folder / f"load_report-{str(settings['dtype']).removeprefix('torch.')}.nc"

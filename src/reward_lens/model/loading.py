@@ -99,7 +99,8 @@ def load(
             found=f"{type(error).__name__}: {_first_lines(error)}",
             expected="'demo', a hub id such as 'org/name', a folder with config.json and weights, or a PEFT adapter",
             do="check the name and the connection; for a model with code of its own read that code, then pass "
-            "trust_remote_code=True",
+            "trust_remote_code=True"
+            + ("" if attn_implementation is None else "; without attn_implementation= the class's own is used"),
         ) from error
     return RewardModel(
         module if device is None else placed(module, device),
