@@ -57,7 +57,7 @@ def rewards_of_variants(
     behind the position where a prompt-gated head reads.
     """
     starts = [_goes_on_from(text, t, none) for t, none in zip(variants, hidden, strict=True)]
-    known = keys_and_values(rm.trunk, text, max(starts), known) if max(starts) > len(known) else known
+    known = keys_and_values(rm.trunk, text, max(starts), known)
     return _read(rm, [rm], known, variants, starts, hidden)[:, 0], known
 
 
@@ -119,6 +119,7 @@ def _read(
 ) -> Float[Tensor, "n head"]:  # fmt: skip
     """What every head reads at the end of every text, run from its start on after that many of the known positions."""
     out = torch.empty(len(texts), len(heads), dtype=rm.like.dtype)
+    hidden = [range(0)] * len(texts) if hidden is None else hidden
     lengths = [len(t) - start for t, start in zip(texts, starts, strict=True)]
     left = sorted(range(len(texts)), key=lengths.__getitem__, reverse=True)
     gates = [head.readout_inputs(texts) for head in heads]
@@ -129,8 +130,7 @@ def _read(
             alike = sum(lengths[i] >= PADDED * longest for i in left[:count])
             count = min(count, max(alike, ENOUGH // longest))
         rows, left = left[:count], left[count:]
-        batch, reused = _from(rm, [texts[i] for i in rows], [starts[i] for i in rows],
-                              None if hidden is None else [hidden[i] for i in rows])  # fmt: skip
+        batch, reused = _from(rm, [texts[i] for i in rows], [starts[i] for i in rows], [hidden[i] for i in rows])
         pooled = rm.trunk.pooled(batch, past=PrefixCache(known, rm.n_layers, reused))
         read = [
             head.readout.reward(pooled, None if gate is None else gate[rows])
@@ -141,7 +141,7 @@ def _read(
 
 
 def _from(
-    rm: RewardModel, texts: Sequence[Tokens], starts: Sequence[int], hidden: Sequence[range] | None
+    rm: RewardModel, texts: Sequence[Tokens], starts: Sequence[int], hidden: Sequence[range]
 ) -> tuple[Batch, Tensor]:
     """Texts from their starts on, padded on the right, behind room for the longest beginning, in which each row's own
     stands at the end; and the lengths of the beginnings."""
@@ -149,12 +149,11 @@ def _from(
     longest = max(len(t) - start for t, start in zip(texts, starts, strict=True))
     ids = torch.full((len(texts), longest), rm.pad_id)
     seen = torch.zeros(len(texts), room + longest, dtype=torch.long)
-    for row, (text, start) in enumerate(zip(texts, starts, strict=True)):
+    for row, (text, start, gone) in enumerate(zip(texts, starts, hidden, strict=True)):
         ids[row, : len(text) - start] = torch.tensor(text.ids[start:])
         first = room - start  # where the text begins
         seen[row, first : first + len(text)] = 1
-        if hidden is not None and hidden[row]:
-            seen[row, first + hidden[row].start : first + hidden[row].stop] = 0
+        seen[row, first + gone.start : first + gone.stop] = 0
     reused = torch.tensor(starts)
     ends = torch.tensor([len(t) for t in texts])
     positions = torch.minimum(torch.arange(longest) + reused[:, None], ends[:, None] - 1)

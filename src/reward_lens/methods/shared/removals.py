@@ -79,7 +79,7 @@ def rewards(rm: RewardModel, groups: Sequence[Sequence[Variant]]) -> tuple[list[
             continue
         texts, hidden = [text for text, _ in distinct], [positions for _, positions in distinct]
         if rm.reuses_prefix(whole, *texts) and not any(_moves_gate(rm, one) for one in distinct):
-            known = known.first(min(len(known), common_prefix(before, whole)))
+            known = known.first(common_prefix(before, whole))
             values, known = rewards_of_variants(rm, whole, texts, hidden, known)
             before = whole
             n_rows += 1  # for the keys and values
