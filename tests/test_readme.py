@@ -59,6 +59,16 @@ def test_make_targets_exist():
     assert named <= targets
 
 
+def test_the_reading_guide_names_files_that_are_there_and_every_question_of_the_report():
+    text = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py)`", text)
+    missing = [n for n in named if not (ROOT / n).exists() and not (ROOT / "src" / "reward_lens" / n).exists()]
+    assert missing == []
+    asked = re.findall(r'yield "(\w+)"', (ROOT / "src" / "reward_lens" / "analysis.py").read_text(encoding="utf-8"))
+    rows = re.findall(r"^\| (`\w+`.*?) \|", text, re.MULTILINE)
+    assert sorted(asked) == sorted(step for row in rows for step in re.findall(r"`(\w+)`", row))
+
+
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_links_between_files_lead_somewhere(document):
     text = (ROOT / document).read_text(encoding="utf-8")
