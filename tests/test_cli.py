@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 import reward_lens as rl
 from families import TEXT_PAIRS, tiny_model
-from reward_lens.cli import app
+from reward_lens.analysis import questions
+from reward_lens.cli import app, reporting
 
 COMMANDS = (
     "check",
@@ -112,6 +113,62 @@ def test_report_writes_one_page_and_every_result(model, pairs, tmp_path):
     assert {"load_report", "accuracy", "scores", "contributions", "heads", "lens_own_norm", "tokens_truncate"} <= names
     for name in names:
         rl.load_result(tmp_path / "out" / f"{name}.nc")
+
+
+def test_a_report_that_ended_early_has_a_page_and_is_gone_on_with(model, pairs, tmp_path, monkeypatch):
+    folder, whole = tmp_path / "out", tmp_path / "whole"
+    asked: list[str] = []
+
+    def ask_of(ending: str | None):
+        """Questions that note that they were asked; one of them ends the run as Ctrl-C does."""
+
+        def noted(name, ask):
+            def answer():
+                asked.append(name)
+                if name == ending:
+                    raise KeyboardInterrupt
+                return ask()
+
+            return answer
+
+        return lambda *given: {name: noted(name, ask) for name, ask in questions(*given).items()}
+
+    monkeypatch.setattr(reporting, "questions", ask_of("heads"))
+    stopped = CliRunner().invoke(app, ["report", model, pairs, "-o", str(folder)])
+    assert stopped.exit_code != 0 and "Report: " in stopped.output
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "Contributions by component" in page and "The run ended at heads; with --resume" in page
+    before = list(asked)
+    assert before[-1] == "heads" and "agreement" not in before
+
+    asked.clear()
+    monkeypatch.setattr(reporting, "questions", ask_of(None))
+    run("report", model, pairs, "-o", str(folder), "--resume")
+    assert asked[0] == "heads" and not set(asked) & set(before[:-1])
+    run("report", model, pairs, "-o", str(whole), "--resume")  # nothing there to go on with: it is a run like any other
+    assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
+    for path in whole.glob("*.nc"):
+        assert rl.load_result(path).dataset.equals(rl.load_result(folder / path.name).dataset), path.name
+
+    # Answers that another run left under the same names are not taken for this one's.
+    stranger = rl.load_result(whole / "heads.nc")
+    stranger.save(folder / "heads.nc")
+    asked.clear()
+    run("report", model, pairs, "-o", str(folder), "--resume")
+    assert asked == ["heads"]
+
+
+def test_a_report_of_other_pairs_or_another_model_is_not_gone_on_with(model, pairs, tmp_path):
+    folder = tmp_path / "out"
+    run("report", model, pairs, "-o", str(folder), "--limit", "2")
+    said = " ".join(run("report", model, pairs, "-o", str(folder), "--resume", code=1).stderr.split())
+    assert "Found: another inputs_hash." in said and "What to do: name another folder with -o" in said
+
+    scores = rl.load_result(folder / "scores.nc")
+    scores.dataset["value"] += 1e-2  # the same names, other weights
+    scores.save(folder / "scores.nc")
+    said = run("report", model, pairs, "-o", str(folder), "--limit", "2", "--resume", code=1).stderr
+    assert "Found: another rewards." in " ".join(said.split())
 
 
 def test_refusals_are_sentences_with_exit_code_1(model, tmp_path):

@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+import reward_lens as rl
+from families import tiny_model
+from reward_lens.analysis import questions
+
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -64,7 +68,8 @@ def test_the_reading_guide_names_files_that_are_there_and_every_question_of_the_
     named = re.findall(r"`([\w/]+\.py)`", text)
     missing = [n for n in named if not (ROOT / n).exists() and not (ROOT / "src" / "reward_lens" / n).exists()]
     assert missing == []
-    asked = re.findall(r'yield "(\w+)"', (ROOT / "src" / "reward_lens" / "analysis.py").read_text(encoding="utf-8"))
+    rm, pairs = rl.RewardModel(*tiny_model("llama")), rl.load_pairs("demo")
+    asked = questions(rm, pairs, rm.score_pairs(pairs))
     rows = re.findall(r"^\| (`\w+`.*?) \|", text, re.MULTILINE)
     assert sorted(asked) == sorted(step for row in rows for step in re.findall(r"`(\w+)`", row))
 

@@ -3,60 +3,61 @@
 Costly questions are asked of a few named pairs only; each result says how many pairs it is of.
 """
 
-from collections.abc import Callable, Iterator
-from functools import partial
+import functools
+from collections.abc import Callable
 
 import reward_lens as rl
 
+Question = Callable[[], "rl.Result"]
 FEW = 6  # pairs whose tokens are attributed one by one
 PROBES = ("pad", "hedge", "assert", "prepend_praise", "bulletise", "add_bold", "append_disclaimer")
+SHARED_BYTES = 4 * 2**30  # of writes that several questions share; past it, each runs the pairs itself
 ENOUGH = 40  # prompts from which half of them can say what natural states are
 
 
-def steps(
-    rm: "rl.RewardModel", pairs: "rl.Pairs", few: int = FEW
-) -> Iterator[tuple[str, "rl.Result | rl.RewardLensError"]]:
-    """Name and result of each step, computed as the iterator is drawn; one pass over the pairs serves several. A
-    question that this kind of model has no answer to comes with the refusal in the result's place; a check that is out
-    of tolerance raises, as everywhere."""
-    yield "load_report", rm.load_report
-    scores = rm.score_pairs(pairs)
-    yield "accuracy", rl.accuracy(rm, pairs, scores=scores)
-    yield "scores", scores
-    for name, ask in _questions(rm, pairs, few, scores):
-        try:
-            answer: rl.Result | rl.RewardLensError = ask()
-        except (rl.StructureError, rl.DataError) as refusal:
-            answer = refusal
-        yield name, answer
-
-
-def _questions(rm, pairs: "rl.Pairs", few: int, scores: "rl.Result") -> Iterator[tuple[str, Callable]]:
+def questions(rm: "rl.RewardModel", pairs: "rl.Pairs", scores: "rl.Result", few: int = FEW) -> dict[str, Question]:
+    """The questions of the page in its order, by name; nothing is computed before one is asked. `scores` are those of
+    the pairs. A question that this kind of model has no answer to raises the refusal when it is asked."""
+    ask: dict[str, Question] = {
+        "load_report": lambda: rm.load_report,
+        "accuracy": lambda: rl.accuracy(rm, pairs, scores=scores),
+        "scores": lambda: scores,
+    }
     if len(pairs) >= 20:
-        yield "calibration", lambda: rl.calibration(rm, pairs, scores=scores)
-    acts = rl.capture(rm, pairs, "components")
-    yield "lens_own_norm", partial(rl.reward_lens, rm, acts, norm="own")
-    yield "lens_frozen_norm", partial(rl.reward_lens, rm, acts, norm="frozen")
-    yield "contributions", partial(rl.contributions, rm, acts)
-    del acts
-    yield "tokens_prefix", lambda: rl.token_attribution(rm, pairs, method="prefix")
-    some = spread_over_subsets(pairs, few)
-    yield "crystallization", lambda: rl.crystallization_depth(rm, some, control_seeds=1)
-    yield "heads", lambda: rl.contributions(rm, some, by="head")
-    yield "effects", lambda: rl.effects(rm, spread_over_subsets(pairs, 4 * few), path="direct")
-    yield "head_effects", lambda: rl.effects(rm, some, "heads")
-    yield "agreement", lambda: rl.agreement(rm, spread_over_subsets(pairs, few + 2), controls=1)
+        ask["calibration"] = lambda: rl.calibration(rm, pairs, scores=scores)
+    held = len(pairs) * 2 * 4 * rm.d_model * (3 * rm.n_layers + 1)
+    writes = functools.cache(lambda: rl.capture(rm, pairs, "components") if held <= SHARED_BYTES else pairs)
+
+    def contributions() -> "rl.Result":
+        answer = rl.contributions(rm, writes())
+        writes.cache_clear()  # the last of the three that one pass over the pairs serves
+        return answer
+
+    some, more = spread_over_subsets(pairs, few), spread_over_subsets(pairs, 4 * few)
+    ask |= {
+        "lens_own_norm": lambda: rl.reward_lens(rm, writes(), norm="own"),
+        "lens_frozen_norm": lambda: rl.reward_lens(rm, writes(), norm="frozen"),
+        "contributions": contributions,
+        "tokens_prefix": lambda: rl.token_attribution(rm, pairs, method="prefix"),
+        "crystallization": lambda: rl.crystallization_depth(rm, some, control_seeds=1),
+        "heads": lambda: rl.contributions(rm, some, by="head"),
+        "effects": lambda: rl.effects(rm, more, path="direct"),
+        "head_effects": lambda: rl.effects(rm, some, "heads"),
+        "agreement": lambda: rl.agreement(rm, spread_over_subsets(pairs, few + 2), controls=1),
+    }
     if pairs.n_prompts >= ENOUGH:
         half = len(pairs) // 2  # one part is intervened on, the other says what is natural
         changed, natural = spread_over_subsets(pairs[:half], 2 * few), pairs[half:]
         depths = range(0, rm.n_layers, max(1, rm.n_layers // 6))
         sites = [f"L{layer}.{kind}" for layer in depths for kind in ("attn", "mlp")]
-        yield "divergence", lambda: rl.divergence(rm, changed, sites, natural, n_neighbours=20, min_evaluation=30)
-    yield "probes", lambda: rl.probe_hacking(rm, spread_over_subsets(pairs, few + 4), PROBES)
-    yield "knockout", lambda: rl.attention_knockout(rm, some, "sentence")
-    yield "vocabulary", lambda: rl.vocab_alignment(rm, top=15)
-    yield "tokens_truncate", lambda: rl.token_attribution(rm, some, method="truncate")
-    yield "words_leave_one_out", lambda: rl.token_attribution(rm, some, method="leave_one_out", by="word")
+        ask["divergence"] = lambda: rl.divergence(rm, changed, sites, natural, n_neighbours=20, min_evaluation=30)
+    return ask | {
+        "probes": lambda: rl.probe_hacking(rm, spread_over_subsets(pairs, few + 4), PROBES),
+        "knockout": lambda: rl.attention_knockout(rm, some, "sentence"),
+        "vocabulary": lambda: rl.vocab_alignment(rm, top=15),
+        "tokens_truncate": lambda: rl.token_attribution(rm, some, method="truncate"),
+        "words_leave_one_out": lambda: rl.token_attribution(rm, some, method="leave_one_out", by="word"),
+    }
 
 
 def spread_over_subsets(pairs: "rl.Pairs", n: int) -> "rl.Pairs":

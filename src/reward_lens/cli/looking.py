@@ -1,4 +1,4 @@
-"""Commands that look at one model: its load report, scores, lens, attribution, patching, the report."""
+"""Commands that look at one model: its load report, scores, lens, attribution, patching."""
 
 import json
 from pathlib import Path
@@ -170,33 +170,3 @@ def agree(
     show(result, as_json, save)
     if not as_json:
         typer.echo(f"\nBy length:\n{rl.agreement_by_length(result)}")
-
-
-@app.command(epilog="Example: reward-lens report demo demo -o out/")
-@refusals
-def report(
-    model: Model = "demo", pairs: PairsFile = "demo", split: Split = None, limit: Limit = None,
-    objective: Objective = None, truncation: Truncation = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the page and the results.")] = Path("out"),
-):  # fmt: skip
-    """Run the whole analysis and write one offline HTML file, every Result beside it."""
-    from reward_lens.analysis import steps
-
-    rm, data = load(model, objective, truncation), rl.load_pairs(pairs, split=split, limit=limit)
-    results: dict[str, rl.Result] = {}
-    refused: dict[str, rl.RewardLensError] = {}
-    with Progress(*COLUMNS, console=err) as progress:
-        task = progress.add_task(f"{len(data)} pairs", total=None)
-        for name, answer in steps(rm, data):
-            if isinstance(answer, rl.RewardLensError):
-                refused[name] = answer
-                continue
-            results[name] = answer
-            answer.save(output / f"{name}.nc")
-            progress.update(task, description=f"{answer.meta['title']} done")
-    for note in data.notes:
-        err.print(f"Note: {note}", markup=False)
-    for name, refusal in refused.items():
-        err.print(f"Not answered: {name}: {refusal}", markup=False, highlight=False)
-    page = rl.write_report(results, output / "report.html", f"{rm.name}: reward model report", refused)
-    typer.echo(f"Report: {page}")
