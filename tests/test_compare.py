@@ -230,7 +230,7 @@ def test_prompts_with_several_pairs_of_shared_responses(llama):
     cell = result.value.sel(measure="reward pearson")
     assert float(cell[0]) == pytest.approx(np.sum(away[0] * away[1]) / np.sqrt(np.prod((away**2).sum(1))), abs=1e-5)
     assert (int(cell["n"][0]), int(cell["n_prompts"][0])) == (21, 7)
-    kept = summaries({"a": llama, "b": other}, rl.data.as_pairs(pairs), ("states",), None, 0)[0].states
+    kept = summaries({"a": llama, "b": other}, rl.data.as_pairs(pairs), ("states",), None)[0].states
     h = rl.capture(llama, [(q, t) for q, r in texts.items() for t in r], ["L2.resid_post"])["L2.resid_post"]
     h = h.reshape(7, 3, -1)
     np.testing.assert_allclose(kept.prompts[-1], h.mean(1), atol=1e-5)
@@ -255,6 +255,15 @@ def test_probes_side_by_side(pairs):
     alone = rl.probe_hacking(models["a"], pairs, ["pad_4", "exclaim"])
     np.testing.assert_allclose(curves.sel(curve="a"), alone.value["shift_sd"], rtol=1e-6)
     np.testing.assert_allclose(curves.sel(curve="a minus b"), curves.sel(curve="a") - curves.sel(curve="b"), atol=1e-9)
+
+
+def test_probes_of_as_many_prompts_as_are_resampled():
+    pairs = [rl.Pair(*texts) for texts in planted_pairs("length", 24)]
+    models = {"a": Ruled(lambda t: 0.25 * len(t.response)), "b": Ruled(noise(1))}
+    curves = compared_curves(compare(models, pairs, (), ["pad_4"]), "probes")
+    alone = rl.probe_hacking(models["a"], pairs, ["pad_4"])
+    np.testing.assert_allclose(curves.value.sel(curve="a"), alone.value["shift_sd"], rtol=1e-6)
+    assert (curves.low < curves.value).sel(curve="b").all()
 
 
 def trained(llama, size, seed=0):

@@ -81,7 +81,7 @@ def compare(
     Cannot show which model is right where they differ, nor that states which are alike are used alike.
     """
     pairs, repeated = _distinct(data.as_pairs(pairs))
-    read = _read(models, pairs, profiles, probes, n_permutations, seed)
+    read = _read(models, pairs, profiles, probes, n_permutations)
     n_bins = compared.bins_of(read)
     two = compared.two_of(read)
     cells = [compared.between(read[i], read[j], pairs, n_bins, n_permutations, seed) for i, j in two]
@@ -138,7 +138,7 @@ def compare_checkpoints(
                         expected="'first' or 'last'", do="pass one of these")  # fmt: skip
     models = named_models(models)
     at = _steps(steps, len(models))
-    read = _read(models, pairs, profiles, None, n_permutations, seed)
+    read = _read(models, pairs, profiles, None, n_permutations)
     reference = read[0] if against == "first" else read[-1]
     n_bins = compared.bins_of(read)
     cells = []
@@ -183,7 +183,7 @@ def disagreements(result: Result, first: str | None = None, second: str | None =
     return opposed.sort_values("gap", ascending=False, kind="stable").head(n).reset_index(drop=True)
 
 
-def _read(models, pairs: data.Pairs, profiles, probes, n_permutations: int, seed: int) -> list[Summary]:
+def _read(models, pairs: data.Pairs, profiles, probes, n_permutations: int) -> list[Summary]:
     unknown = [p for p in profiles if p not in PROFILES] if not isinstance(profiles, str) else [profiles]
     if unknown or n_permutations < 0:
         raise DataError(
@@ -192,7 +192,7 @@ def _read(models, pairs: data.Pairs, profiles, probes, n_permutations: int, seed
             expected=f"a sequence of {', '.join(PROFILES)}, and 0 permutations or more",
             do="correct these; the defaults are a good start",
         )
-    return summaries(named_models(models), pairs, profiles, probes, seed)
+    return summaries(named_models(models), pairs, profiles, probes)
 
 
 def _result(

@@ -64,7 +64,7 @@ def ensemble_rewards(models, pairs, scale: Scale = "sd", k: int | float = 1.0, s
     pairs = data.as_pairs(pairs)
     models = named_models(models)
     _require(models, scale, k)
-    read = summaries(models, pairs, (), None, seed)
+    read = summaries(models, pairs, (), None)
     unit = np.array([_unit(one, scale) for one in read])
     margins = np.stack([one.margins for one in read], 1) / unit
     n = len(read)

@@ -21,10 +21,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reward_lens import data
+from reward_lens.edits import edits_of
 from reward_lens.engine.activations import captured, component_sites
 from reward_lens.errors import DataError
-from reward_lens.methods.behaviour.edited_texts import within_prompt_sd
-from reward_lens.methods.behaviour.probes import probe_hacking
+from reward_lens.methods.behaviour.edited_texts import scored_edits, within_prompt_sd
 from reward_lens.methods.causation.effects import effects
 from reward_lens.methods.observation.contributions import contributions
 from reward_lens.methods.observation.lens import reward_lens
@@ -97,11 +97,9 @@ class Texts:
         self.n_prompts = len(order)
 
 
-def summaries(
-    models: Mapping[str, Source], pairs: data.Pairs, profiles: Sequence[str], probes, seed: int
-) -> list[Summary]:
+def summaries(models: Mapping[str, Source], pairs: data.Pairs, profiles: Sequence[str], probes) -> list[Summary]:
     """Summaries of the models in order. What is loaded here is gone before the next one is."""
-    return each_model(models, lambda name, rm: _summary(name, rm, pairs, profiles, probes, seed))
+    return each_model(models, lambda name, rm: _summary(name, rm, pairs, profiles, probes))
 
 
 def each_model(models: Mapping[str, Source], read: Callable[[str, RewardModel], T]) -> list[T]:
@@ -158,7 +156,7 @@ def _loaded(name: str, source: Source) -> RewardModel:
 
 
 @torch.no_grad()
-def _summary(name: str, rm: RewardModel, pairs: data.Pairs, profiles: Sequence[str], probes, seed: int) -> Summary:
+def _summary(name: str, rm: RewardModel, pairs: data.Pairs, profiles: Sequence[str], probes) -> Summary:
     scores = rm.score_pairs(pairs)
     rewards = scores.value.values[:, :2]
     texts = [list(p.responses) for p in pairs]
@@ -176,9 +174,10 @@ def _summary(name: str, rm: RewardModel, pairs: data.Pairs, profiles: Sequence[s
         modes = [effects(rm, pairs, "components", mode).value for mode in ("noise", "denoise")]
         out.effects = np.mean([_by_block(rm, value) for value in modes], 0)
     if probes is not None:
-        shifts = probe_hacking(rm, pairs, probes, n_boot=1, seed=seed).value
-        about["probes"] = shifts["probe"].values.tolist()
-        out.shifts = shifts.values / (sd if sd > 0 else np.nan)
+        edits = edits_of(probes)
+        (edited,) = scored_edits([rm], pairs, edits)
+        about["probes"] = [edit.name for edit in edits]
+        out.shifts = edited.shifts() / (sd if sd > 0 else np.nan)
     return out
 
 
