@@ -263,6 +263,13 @@ def test_ranking_by_hand(rm):
     assert np.isnan(result.low.sel(metric="kendall tau-b"))  # three prompts
 
 
+def test_scores_from_before_do_not_bring_their_labels(rm):
+    groups, scores = groups_and_scores(rm, [[3, 2, 1]], [[3, 2, 1]])
+    turned = [rl.Group(g.prompt, g.responses, labels=[1, 2, 3]) for g in groups]
+    assert ranking(rm, turned, scores).value.values.tolist() == [0.0, 0.0, -1.0]
+    assert ranking(rm, groups, scores).value.values.tolist() == [1.0, 1.0, 1.0]
+
+
 def test_pairwise_accuracy_is_accuracy_of_the_pairs():
     """On real rewards: the expansion of lists into pairs, scored as pairs, gives the same number."""
     rm = rl.RewardModel(*tiny_model("llama"))

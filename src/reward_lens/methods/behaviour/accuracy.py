@@ -199,7 +199,8 @@ def ranking(rm: RewardModel, groups, scores: Result | None = None) -> Result:
     top, pairwise, tau = [], [], []
     for i, group in enumerate(groups):
         k = len(group.responses)
-        reward, label = scores.value.values[i, :k], scores.value["label"].values[i, :k]
+        # The groups' own labels: rewards that were scored before may carry others.
+        reward, label = scores.value.values[i, :k], np.array(group.labels or [1.0] + [0.0] * (k - 1))
         if np.ptp(label) == 0:
             continue
         first = reward == reward.max()
