@@ -48,6 +48,13 @@ def test_few_prompts_and_flat_rewards():
     assert not np.isinf(flat.value.values).any() and np.nanmax(np.abs(flat.value.values)) < 1e-9
 
 
+def test_a_feature_that_differs_in_few_prompts_has_no_interval():
+    pairs = [rl.Pair(f"q {i}", "## A\n\nyes" if i < 5 else f"yes {i}", "no and no", id=str(i)) for i in range(40)]
+    row = rl.margin_features(Ruled(noise(1)), pairs).sel(feature="headings")
+    assert np.isfinite(row.value) and int(row.value["n_differ"]) == 5
+    assert np.isnan(row.low) and np.isnan(row.value["p"]) and np.isnan(row.value["p_holm"])
+
+
 def test_margin_debug_splits_the_margin_out_of_sample():
     pairs = drawn(80)
     rm = Ruled(lambda t: 0.8 * bold(t) + 0.02 * noise(3)(t))

@@ -291,10 +291,16 @@ def test_partial_slope_removes_the_control(rng):
     reward = 0.5 * quality + 0.02 * length + rng.normal(size=40)[clusters] + 0.1 * rng.normal(size=200)
     slope = partial_slope(reward, quality, length, clusters)
     assert slope.low < 0.5 < slope.high and slope.p < 0.001 and slope.n_clusters == 40
-    plain = sm.OLS(reward, sm.add_constant(np.column_stack([quality, length]))).fit(
-        cov_type="cluster", cov_kwds={"groups": clusters}, use_t=True
-    )
-    assert (slope.value, slope.p) == pytest.approx((plain.params[1], plain.pvalues[1]))
+    design = sm.add_constant(np.column_stack([quality, length]))
+
+    def without(g):
+        return sm.OLS(reward[clusters != g], design[clusters != g]).fit().params[1]
+
+    value = sm.OLS(reward, design).fit().params[1]
+    se = math.sqrt(39 / 40 * sum((without(g) - value) ** 2 for g in range(40)))
+    p = 2 * scipy.stats.t.sf(abs(value) / se, 39)
+    assert (slope.value, slope.p) == pytest.approx((value, p))
+    assert slope.high - slope.value == pytest.approx(scipy.stats.t.ppf(0.975, 39) * se)
     gaps = partial_slope(np.append(reward, np.nan), np.append(quality, 1), np.append(length, 1), [*clusters, 99])
     assert gaps == slope
 
@@ -324,3 +330,16 @@ def test_size_of_the_partial_slope():
         y = control + rng.normal(size=40)[clusters] + rng.normal(size=120)
         rejected += partial_slope(y, x, control, clusters).p <= 0.05
     assert 0.02 <= rejected / 600 <= 0.09
+
+
+def test_size_of_the_partial_slope_of_few_prompts():
+    rng = np.random.default_rng(12)
+    p = [partial_slope(*rng.normal(size=(2, 8)), np.zeros((8, 0)), np.arange(8)).p for _ in range(600)]
+    assert 0.02 <= np.mean(np.array(p) <= 0.05) <= 0.09
+
+
+def test_a_slope_that_one_prompt_decides_has_no_interval(rng):
+    alone = partial_slope(rng.normal(size=48), np.arange(48) == 3, np.zeros((48, 0)), np.arange(48))
+    assert math.isfinite(alone.value) and math.isnan(alone.p) and "one prompt alone" in alone.reason
+    flat = partial_slope(np.ones(48), rng.normal(size=48), np.zeros((48, 0)), np.arange(48))
+    assert flat.value == pytest.approx(0, abs=1e-12) and math.isnan(flat.p) and flat.reason == "y is constant"

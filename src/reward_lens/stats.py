@@ -238,16 +238,17 @@ def paired_n_needed(d: int | float, power: float = 0.8, alpha: float = 0.05) -> 
 def partial_slope(y, x, control, clusters, model: str = "ols", level: float = 0.95) -> Estimate:
     """Coefficient of `x` [n] in `y` [n] ~ 1 + x + control ([n] or [n, k]), errors clustered by prompt.
 
-    ``"ols"`` is least squares, in units of y per unit of x; ``"logit"`` a logistic regression of y in {0, 1},
-    in log-odds per unit of x. Interval and p from the cluster-robust (CR1) error and t(G - 1); none under 6
-    clusters. Rows with a NaN are left out. The value is NaN, with a reason, where x is a linear function of
-    the control or the logistic fit has no maximum (separable data). CR1 is somewhat narrow below about 20
-    clusters.
+    ``"ols"`` is least squares, in units of y per unit of x, its error the jackknife's (CR3, as in
+    `mean_interval`); ``"logit"`` a logistic regression of y in {0, 1}, in log-odds per unit of x, its error
+    the sandwich (CR1). Interval and p from t(G - 1); none under 6 clusters, none where y is constant or where
+    without one cluster x would be a linear function of the control. Rows with a NaN are left out. The value
+    is NaN, with a reason, where x is such a function or the logistic fit has no maximum (separable data).
+    CR1 would reject a slope of 0 in .15 of cases at 6 clusters where CR3 does in .05; where x differs in few
+    clusters both reject too often (of 48: .14 with 2, .08 with 5).
 
     Cannot show an effect net of what is not among the controls, nor one that is not linear in them.
     """
-    import statsmodels.api as sm
-    from statsmodels.tools.sm_exceptions import PerfectSeparationError
+    from scipy.stats import t
 
     if model not in ("ols", "logit"):
         raise DataError(f"No model '{model}'", found=repr(model), expected="'ols' or 'logit'", do="use either")
@@ -259,22 +260,15 @@ def partial_slope(y, x, control, clusters, model: str = "ols", level: float = 0.
     undefined = (np.nan, np.nan, np.nan, np.nan, len(y), groups)
     if len(y) <= design.shape[1] or _rank(design) == _rank(np.delete(design, 1, axis=1)):
         return Estimate(*undefined, "x is constant or a linear function of the control, or there are too few rows")
-    settings: dict[str, Any] = {"disp": 0, "maxiter": 100} if model == "logit" else {}
-    if groups >= FEWEST:
-        settings |= {"cov_type": "cluster", "cov_kwds": {"groups": codes}, "use_t": True}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a fit without a maximum warns at each step; its outcome tells
-        try:
-            fit = (sm.OLS if model == "ols" else sm.Logit)(y, design).fit(**settings)
-        except (PerfectSeparationError, np.linalg.LinAlgError):
-            fit = None
-    if fit is None or (model == "logit" and not fit.mle_retvals["converged"]):
+    slope, se = (_ols_slope if model == "ols" else _logit_slope)(y, design, codes, groups)
+    if np.isnan(slope):
         return Estimate(*undefined, "the logistic fit has no maximum: the data are separable")
-    slope = float(fit.params[1])
-    if groups < FEWEST:
-        return Estimate(slope, *undefined[1:], f"{groups} prompts; an interval needs {FEWEST}")
-    low, high = fit.conf_int(alpha=1 - level)[1]
-    return Estimate(slope, float(low), float(high), float(fit.pvalues[1]), len(y), groups)
+    if groups < FEWEST or not se > 0:
+        few = f"{groups} prompts; an interval needs {FEWEST}"
+        none = "y is constant" if np.ptp(y) == 0 else "one prompt alone tells x from the control: no interval"
+        return Estimate(slope, *undefined[1:], few if groups < FEWEST else none)
+    half = float(_t_quantile(level, groups)) * se
+    return Estimate(slope, slope - half, slope + half, float(2 * t.sf(abs(slope) / se, groups - 1)), len(y), groups)
 
 
 def within_group_rank_correlation(scores, labels, kind: str = "kendall") -> float:
@@ -293,6 +287,41 @@ def within_group_rank_correlation(scores, labels, kind: str = "kendall") -> floa
     if len(scores) < 2 or np.ptp(scores) == 0 or np.ptp(labels) == 0:
         return float("nan")
     return np.array((kendalltau if kind == "kendall" else spearmanr)(scores, labels)).tolist()[0]
+
+
+def _ols_slope(y: np.ndarray, design: np.ndarray, codes: np.ndarray, groups: int) -> tuple[float, float]:
+    """Least squares coefficient of column 1 and its error by leaving one cluster out; NaN where that leaves none."""
+    scale = np.abs(design).max(0)
+    u, sizes, axes = np.linalg.svd(design / np.where(scale > 0, scale, 1.0), full_matrices=False)
+    rank = _rank(design)
+    basis, read = u[:, :rank], axes[:rank, 1] / sizes[:rank] / scale[1]
+    moments = basis.T @ y
+    # Without cluster g the normal equations in this orthonormal basis are (1 - U_g' U_g) b = U' y - U_g' y_g.
+    squares = (basis[:, :, None] * basis[:, None, :]).reshape(len(y), -1)
+    own, said = (_cluster_sums(v, codes, groups)[0] for v in (squares, basis * y[:, None]))
+    left = np.eye(rank) - own.reshape(groups, rank, rank)
+    inverse = np.linalg.pinv(left, rcond=1e-9, hermitian=True)
+    slope, without = float(moments @ read), np.einsum("i,gij,gj->g", read, inverse, moments - said)
+    if np.ptp(y) == 0 or not np.allclose(left @ inverse @ read, read, atol=1e-6 * np.abs(read).max()):
+        return slope, np.nan
+    return slope, float(np.sqrt((groups - 1) / groups * ((without - slope) ** 2).sum()))
+
+
+def _logit_slope(y: np.ndarray, design: np.ndarray, codes: np.ndarray, groups: int) -> tuple[float, float]:
+    """Coefficient of column 1 in a logistic regression and its clustered error; NaN where there is no maximum."""
+    import statsmodels.api as sm
+    from statsmodels.tools.sm_exceptions import PerfectSeparationError
+
+    settings: dict[str, Any] = {"disp": 0, "maxiter": 100}
+    if groups >= FEWEST:
+        settings |= {"cov_type": "cluster", "cov_kwds": {"groups": codes}, "use_t": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a fit without a maximum warns at each step; its outcome tells
+        try:
+            fit = sm.Logit(y, design).fit(**settings)
+        except (PerfectSeparationError, np.linalg.LinAlgError):
+            return np.nan, np.nan
+    return (float(fit.params[1]), float(fit.bse[1])) if fit.mle_retvals["converged"] else (np.nan, np.nan)
 
 
 def _codes(clusters, n: int) -> tuple[np.ndarray, int]:

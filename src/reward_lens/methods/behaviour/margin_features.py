@@ -9,6 +9,7 @@ What these cannot show: that a feature causes the margin. Features go with conte
 one and keeps the other.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,6 +25,7 @@ from reward_lens.result import Result
 LENGTH = "tokens"
 PROMPTS_PER_FEATURE = 10
 PARTS = ("margin", "explained", "rest")
+FEW = f"the feature differs in fewer than {stats.FEWEST} prompts: no interval"
 
 
 def margin_features(
@@ -35,13 +37,14 @@ def margin_features(
     where there is one already.
 
     Returns value (feature,) in reward per SD of the feature's difference, low and high from errors clustered by prompt
-    (none under 6 prompts); NaN for features that never differ or that go exactly with length. Coordinates `p`,
+    (none under 6 prompts in which the feature differs: a slope that hangs on fewer has no error to go by); NaN for
+    features that never differ or that go exactly with length. Coordinates `p`,
     `p_holm`, `alone` (without tokens held fixed), `sd` (of the difference, the feature's unit), `n_differ` (pairs).
     "tokens" itself is there without a control.
     """
     pairs = data.as_pairs(pairs)
     margin, difference, names = _differences(rm, pairs, features, scores)
-    prompts = [p.prompt_key for p in pairs]
+    prompts = np.array([p.prompt_key for p in pairs])
     tokens = difference[:, names.index(LENGTH)]
     none = np.zeros((len(pairs), 0))
     sd = difference.std(0, ddof=1) if len(pairs) > 1 else np.zeros(len(names))
@@ -49,7 +52,10 @@ def margin_features(
     for name, x, size in zip(names, difference.T, sd, strict=True):
         unit = x / size if size > 0 else x
         alone.append(stats.partial_slope(margin, unit, none, prompts))
-        rows.append(alone[-1] if name == LENGTH else stats.partial_slope(margin, unit, tokens[:, None], prompts))
+        row = alone[-1] if name == LENGTH else stats.partial_slope(margin, unit, tokens[:, None], prompts)
+        if len(set(prompts[x != 0])) < stats.FEWEST:
+            row = dataclasses.replace(row, low=np.nan, high=np.nan, p=np.nan, reason=row.reason or FEW)
+        rows.append(row)
     p = np.array([row.p for row in rows])
     coords = {
         "feature": np.array(names, dtype=object),
