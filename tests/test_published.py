@@ -1,5 +1,6 @@
 """Published preference sets in their own columns, by `load_pairs`, `load_groups` and `load_style_items`."""
 
+import csv
 import json
 
 import pytest
@@ -71,6 +72,16 @@ def test_pairs_of_every_form(rows, expected, tmp_path):
     assert any("without a preference" in note for note in pairs.notes) == bool(ties)
 
 
+@pytest.mark.parametrize("rows", [LLMBAR, PREFERENCE, RATINGS])
+def test_numbers_are_text_in_a_csv_file(rows, tmp_path):
+    path = tmp_path / "rows.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    assert list(rl.load_pairs(path)) == list(rl.load_pairs(written(tmp_path, rows)))
+
+
 def test_labels_and_earlier_turns_are_kept(tmp_path):
     pairs = rl.load_pairs(written(tmp_path, JUDGEBENCH))
     assert [(p.id, p.subset) for p in pairs] == [("a", "math"), ("b", "math")]
@@ -95,6 +106,10 @@ def test_lists_and_styles(tmp_path):
         ([LLMBAR[0] | {"label": 3}], "1 or 2, the better output"),
         ([JUDGEBENCH[0] | {"label": "tie"}], "'A>B' or 'B>A'"),
         ([PREFERENCE[0] | {"preference_strength": None}], "a number"),
+        ([PREFERENCE[0] | {"preference_strength": float("nan")}], "float nan.*a number"),
+        ([HELPSTEER3[0] | {"overall_preference": float("nan")}], "float nan.*a number"),
+        ([RATINGS[0], RATINGS[1] | {"helpfulness": None}], r"list \[4, None\]"),
+        ([JUDGEBENCH[0] | {"label": ["A>B"]}], "'A>B' or 'B>A'"),
         (RATINGS[:1], "two responses to the prompt"),
         (RATINGS[1:3], "two responses to the prompt"),
         ([PREFERENCE[2]], "1 rows without a preference"),

@@ -39,6 +39,14 @@ def checked_turns(value: Any, field: str, last: str = "user") -> tuple[tuple[str
     return tuple(turns)
 
 
+def as_float(value: Any) -> float:
+    """The number that a value is or that its text says (all cells of a CSV file are text); NaN for anything else."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return float("nan")
+
+
 def malformed(field: str, found: str, expected: str, do: str = "correct or leave out the row") -> DataError:
     return DataError(f"The field '{field}' cannot be used", found=found, expected=expected, do=do)
 

@@ -11,11 +11,12 @@ RewardBench 1 and UltraFeedback (binarised) have prompt, chosen and rejected alr
 `load_groups`, RM-Bench by `load_style_items`. A row without a preference is a tie: it is left out and noted.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from reward_lens.data.checks import malformed, shown
+from reward_lens.data.checks import as_float, malformed, shown
 from reward_lens.data.sources import Rows
 
 _TURN = re.compile(r"\n\n(Human|Assistant): ?")
@@ -58,9 +59,10 @@ def joined_ratings(rows: Rows) -> Rows:
 
 
 def _joined(a: Mapping, b: Mapping) -> dict[str, Any]:
-    strength = b["helpfulness"] - a["helpfulness"]
+    ratings = [a["helpfulness"], b["helpfulness"]]
+    strength = as_float(ratings[1]) - as_float(ratings[0])
     return {"prompt": a["prompt"], "response_1": a["response"], "response_2": b["response"],
-            "preference_strength": strength}  # fmt: skip
+            "preference_strength": strength if math.isfinite(strength) else ratings}  # fmt: skip
 
 
 def _alone(row: Mapping) -> dict[str, Any]:
@@ -72,9 +74,9 @@ def _numbered(first: str, second: str, preference: str, prompt: str) -> Callable
     """A form whose preference is a number: below 0 the first response, above 0 the second."""
 
     def convert(row: Mapping) -> Mapping | None:
-        strength = row[preference]
-        if not isinstance(strength, int | float):
-            raise malformed(preference, shown(strength), "a number, and two responses to the prompt")
+        strength = as_float(row[preference])
+        if not math.isfinite(strength):
+            raise malformed(preference, shown(row[preference]), "a number, and two responses to the prompt")
         if strength == 0:
             return None
         sides = (row[first], row[second]) if strength < 0 else (row[second], row[first])
@@ -84,19 +86,20 @@ def _numbered(first: str, second: str, preference: str, prompt: str) -> Callable
 
 
 def _llmbar(row: Mapping) -> Mapping:
-    if row["label"] not in (1, 2):
+    label = as_float(row["label"])
+    if label not in (1, 2):
         raise malformed("label", shown(row["label"]), "1 or 2, the better output")
     one, two = row["output_1"], row["output_2"]
-    return _standard(row, row["input"], *((one, two) if row["label"] == 1 else (two, one)))
+    return _standard(row, row["input"], *((one, two) if label == 1 else (two, one)))
 
 
 def _judgebench(row: Mapping) -> Mapping | None:
     sides = {"A>B": ("response_A", "response_B"), "B>A": ("response_B", "response_A")}
     if row["label"] == "A=B":
         return None
-    if row["label"] not in sides:
+    better, worse = sides.get(str(row["label"]), (None, None))
+    if better is None:
         raise malformed("label", shown(row["label"]), "'A>B' or 'B>A'")
-    better, worse = sides[row["label"]]
     row = {"subset": row.get("source"), "id": row.get("pair_id"), **row}
     return _standard(row, row["question"], row[better], row[worse])
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from reward_lens.data.checks import shown, unreadable
+from reward_lens.data.checks import as_float, shown, unreadable
 from reward_lens.data.items import Group, Pair
 from reward_lens.data.sources import open_rows
 from reward_lens.errors import DataError
@@ -98,7 +98,7 @@ def _typed(frame: pd.DataFrame) -> pd.DataFrame:
     out = {}
     for column in frame:
         blank = np.array([isinstance(cell, str) and not cell.strip() for cell in frame[column]], dtype=bool)
-        values = np.array([_number(cell) for cell in frame[column]])
+        values = np.array([as_float(cell) for cell in frame[column]])
         typed = column not in ("prompt", "response") and not (np.isnan(values) & ~blank).any() and not blank.all()
         out[column] = values if typed else frame[column]
     return pd.DataFrame(out)
@@ -116,7 +116,7 @@ def _sample(name: str, row: int, prompt, response) -> Pair:
 
 
 def _numbers(name: str, frame: pd.DataFrame, column: str) -> np.ndarray:
-    values = np.array([_number(cell) for cell in frame[column]])
+    values = np.array([as_float(cell) for cell in frame[column]])
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):
         raise DataError(
@@ -127,10 +127,3 @@ def _numbers(name: str, frame: pd.DataFrame, column: str) -> np.ndarray:
             do="repair or drop these rows; a column that is no feature can be left out by features=[...]",
         )
     return values
-
-
-def _number(cell) -> float:
-    try:
-        return float(cell)
-    except (TypeError, ValueError, OverflowError):
-        return float("nan")
