@@ -297,6 +297,7 @@ def test_csv_reads_long_cells_and_leaves_the_csv_module_as_it_was(tmp_path):
         ("prompt,chosen,rejected\na,b,c\na,b\n", "row 2.*2 cells.*3 cells, as in the header"),
         ('prompt,chosen,rejected\na,b,"c\n', "line 2.*unexpected end of data"),
         ("prompt,chosen\na,b\n", r"row 1: the field 'rejected'.*no such column \(columns: prompt, chosen\)"),
+        ("prompt,chosen,chosen,rejected\na,b,c,d\n", "header.*columns of one name: chosen"),
         ("prompt,chosen,rejected\n", "no rows"),
         ("", "no rows"),
     ],

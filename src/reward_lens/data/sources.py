@@ -79,6 +79,9 @@ def _csv_rows(name: str, data: bytes) -> Rows:
         raise unreadable(f"{name}, line {reader.line_num}", error, "comma-separated values") from error
     finally:
         csv.field_size_limit(usual)
+    repeated = sorted({column for column in header if column and header.count(column) > 1})
+    if repeated:
+        raise unreadable(f"{name}, header", f"columns of one name: {', '.join(repeated)}", "different names")
     for number, row in enumerate(rows, start=1):
         where = f"{name}, row {number}"
         if len(row) != len(header):
