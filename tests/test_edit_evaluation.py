@@ -53,6 +53,16 @@ def test_a_model_beside_itself_changes_nothing(pairs):
     assert (result.value["p"] == 1).all()
 
 
+def test_an_accuracy_that_does_not_change_may_still_have_changed(pairs):
+    """On 24 prompts no order changes; Wilson's interval of nothing lost reaches .14."""
+    before, after = Ruled(noise(2)), Ruled(lambda t: 2 * noise(2)(t))
+    change = rl.evaluate_edit(before, after, pairs, {"demo": pairs}, ["hedge"]).sel(measure="accuracy: demo")
+    assert change.value.sel(state="change") == 0
+    reach = rl.stats.wilson(0, len({p.prompt_key for p in pairs}))[1]
+    assert float(change.high.sel(state="change")) == pytest.approx(reach)
+    assert float(change.low.sel(state="change")) == pytest.approx(-reach)
+
+
 def test_edited_pairs(pairs):
     (edit,) = rl.edits_of(["hedge"])
     some = rl.edited_pairs(pairs, edit)

@@ -12,10 +12,11 @@ import reward_lens as rl
 from families import TEXT_PAIRS, tiny_model
 from planted import KEYWORD, planted_model
 from reward_lens import stats
-from reward_lens.methods.repair.alpha_selection import _needed, _paired_change, select_alpha
+from reward_lens.methods.repair.alpha_selection import _needed, select_alpha
 from reward_lens.methods.repair.bias_direction import bias_direction
 from reward_lens.methods.repair.erasure import erase_concept
 from reward_lens.methods.repair.head_editing import edit_head, edit_report
+from reward_lens.methods.shared.paired_shares import paired_change
 from reward_lens.methods.shared.split_half import halves, spearman_brown
 
 PAIRS = [rl.Pair(*texts, id=f"p{i}") for i, texts in enumerate(TEXT_PAIRS)]
@@ -483,16 +484,16 @@ def test_an_alpha_is_allowed_where_the_interval_of_its_change_ends_within_the_ma
 
 def test_the_interval_of_a_change_in_accuracy():
     prompts = np.arange(80)
-    nothing = _paired_change(np.zeros(80), prompts)
+    nothing = paired_change(np.zeros(80), prompts)
     assert nothing[2] == -stats.wilson(0, 80)[1] == -nothing[3]
     lost = np.where(prompts < 8, -1.0, 0.0)
-    assert _paired_change(lost, prompts)[:2] == (0.0, 0.1)
-    low, high = _paired_change(lost, prompts)[2:]
-    np.testing.assert_allclose(_paired_change(-lost, prompts)[2:], (-high, -low))
+    assert paired_change(lost, prompts)[:2] == (0.0, 0.1)
+    low, high = paired_change(lost, prompts)[2:]
+    np.testing.assert_allclose(paired_change(-lost, prompts)[2:], (-high, -low))
     assert low < -0.1 < high < 0
-    wide = _paired_change(np.repeat(lost, 3), np.repeat(prompts, 3))  # three pairs that say the same add nothing
+    wide = paired_change(np.repeat(lost, 3), np.repeat(prompts, 3))  # three pairs that say the same add nothing
     np.testing.assert_allclose(wide[2:], (low, high), atol=5e-3)
-    assert _paired_change(np.full(6, -1.0), np.arange(6))[2] == pytest.approx(-1, abs=1e-9)
+    assert paired_change(np.full(6, -1.0), np.arange(6))[2] == pytest.approx(-1, abs=1e-9)
     for margin in (0.02, 0.05, 0.1):
         n = _needed(margin)
         assert stats.wilson(0, n)[1] < margin <= stats.wilson(0, n - 1)[1]

@@ -35,13 +35,17 @@ from reward_lens.methods.comparison import compared_models as compared
 from reward_lens.methods.comparison import compared_scores as scores
 from reward_lens.methods.comparison.compared_models import Cell, plain
 from reward_lens.methods.comparison.model_summary import PROFILES, Summary, Texts, named_models, summaries
+from reward_lens.methods.shared.paired_shares import paired_change
 from reward_lens.result import Check, Result
 from reward_lens.stats import Estimate
 
 OF_CHECKPOINTS = {
     "accuracy": "fraction", "accuracy change": "fraction", "reward sd": "reward", "reward sd ratio": "ratio"
 }  # fmt: skip
-LEVEL = {"level": 0.95, "unit": "prompt", "method": "jackknife of prompts; wilson (agreement, accuracy); mean_interval"}
+LEVEL = {
+    "level": 0.95, "unit": "prompt",
+    "method": "jackknife of prompts; wilson (agreement, accuracy, accuracy change); mean_interval",
+}  # fmt: skip
 
 
 def compare(
@@ -143,7 +147,7 @@ def compare_checkpoints(
     n_bins = compared.bins_of(read)
     cells = []
     for one in read:
-        cells.append(_alone(one, reference, pairs, seed))
+        cells.append(_alone(one, reference, pairs))
         cells[-1] |= compared.between(reference, one, pairs, n_bins, n_permutations, seed)
     coords = {"step": at, "name": ("step", np.array([s.name for s in read], dtype=object))}
     coords["alignment"] = ("step", np.array([compared.alignment(reference, s) for s in read]))
@@ -237,11 +241,13 @@ def _about(summary: Summary, pairs: data.Pairs) -> dict[str, Any]:
     return summary.about | {"accuracy": {key: plain(getattr(right, key)) for key in ("value", "low", "high")}}
 
 
-def _alone(one: Summary, reference: Summary, pairs: data.Pairs, seed: int) -> dict[str, Cell]:
+def _alone(one: Summary, reference: Summary, pairs: data.Pairs) -> dict[str, Cell]:
     """What a checkpoint is by itself, and how that differs from the reference."""
     texts, prompts = Texts(pairs), [p.prompt_key for p in pairs]
     rewards, others = (s.rewards.reshape(-1)[texts.first] for s in (one, reference))
-    gain = stats.mean_interval((np.sign(one.margins) - np.sign(reference.margins)) / 2, prompts, seed=seed)
+    change = (np.sign(one.margins) - np.sign(reference.margins)) / 2
+    ends = (0.0, 0.0) if one is reference else paired_change(change, prompts)[2:]
+    gain = stats.Interval(float(change.mean()), *ends, len(pairs), pairs.n_prompts, "paired shares")
     return {
         "accuracy": Cell(_accuracy(one, pairs)),
         "accuracy change": Cell(scores.from_interval(gain)),

@@ -7,14 +7,12 @@ An alpha is allowed where the lower end of the interval of its change lies over 
 or noisy guard set cannot show, and not the absence of a difference, which it can. The states that the head reads do not
 depend on its row, so every text runs once and every alpha is a dot product, rounded as the edited head would hold it.
 
-The change is gains minus losses, g - l (shares of pairs that became right, and wrong), and its interval is that of Zou
-and Donner (2008) from the two shares' own Wilson intervals and their correlation -sqrt(g l / ((1 - g) (1 - l))). An
-interval from the spread of the changes would have no width where no pair changes, however few they are; this one has.
+The interval of the change is that of `shared.paired_shares`, which has a width where no pair changes.
 
 What this cannot show: the shift on other edits or prompts. The chosen alpha was chosen on `dev`: report its value on
 pairs of a third set. Fixing one bias can move the reward to another.
 
-Reference: arXiv 2606.03131 (a grid of alphas under a bound on the loss); Zou and Donner 2008, Stat. Med. 27.
+Reference: arXiv 2606.03131 (a grid of alphas under a bound on the loss).
 """
 
 from collections.abc import Sequence
@@ -28,6 +26,7 @@ from reward_lens import data, stats
 from reward_lens.errors import DataError
 from reward_lens.methods.repair.head_editing import edited_row, margins_read, unit_directions
 from reward_lens.methods.shared.paired import paired_result
+from reward_lens.methods.shared.paired_shares import paired_change
 from reward_lens.model.head import editable_readout, stored
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.result import Check, Result
@@ -72,7 +71,7 @@ def select_alpha(
     credit = (np.sign(_margins(rm, guard, torch.cat([now, rows.to(now)]))) + 1) / 2
     change = credit[:, 1:] - credit[:, :1]
     prompts = np.array([p.prompt_key for p in guard])
-    cells = np.array([_paired_change(change[:, i], prompts) for i in range(len(grid))])
+    cells = np.array([paired_change(change[:, i], prompts) for i in range(len(grid))])
     cells[grid == 0, 2:] = 0.0  # the same model: there is nothing to estimate
     allowed = cells[:, 2] > -margin
     mean = np.asarray(stats.mean_interval(shift, [p.prompt_key for p in dev], seed=seed).mean)
@@ -104,21 +103,6 @@ def _margins(rm: RewardModel, pairs: data.Pairs, rows: Float[torch.Tensor, "row 
     """[pair, row] margins under each row of a head."""
     norm = editable_readout(rm).norm
     return margins_read(rm, pairs, lambda h: norm(h) @ rows.T)
-
-
-def _paired_change(change: Float[np.ndarray, " pair"], prompts: np.ndarray) -> tuple[float, float, float, float]:
-    """Gains, losses, and the ends of the interval of their difference."""
-    gain, loss = (stats.proportion_interval(np.maximum(side, 0.0), prompts) for side in (change, -change))
-    g, l = float(gain.mean), float(loss.mean)  # noqa: E741
-    odds = g * l / ((1 - g) * (1 - l)) if max(g, l) < 1 else 0.0
-    r = -np.sqrt(min(odds, 1.0))
-
-    def reach(one, other):
-        return np.sqrt(one**2 - 2 * r * one * other + other**2)
-
-    low = g - l - reach(g - gain.low, loss.high - l)
-    high = g - l + reach(gain.high - g, l - loss.low)
-    return g, l, float(low), float(high)
 
 
 def _choice(grid, mean, low, allowed, margin: float) -> tuple[float | None, str]:

@@ -3,9 +3,9 @@
     shift of a probe    mean over prompts of r(edited text) - r(text), in units of that model's within-prompt SD
     accuracy            share of pairs in the right order, a tie half
 
-Differences are paired: the same prompts, both models. All probes are measured, not the one that was edited for: taking
-one bias away may move its pressure to another. Intervals are over prompts; p of the differences by sign-flip, adjusted
-by Holm over all rows.
+Differences are paired: the same prompts, both models; that of accuracies as in `shared.paired_shares`. All probes are
+measured, not the one that was edited for: taking one bias away may move its pressure to another. Intervals are over
+prompts; p of the differences by sign-flip, adjusted by Holm over all rows.
 
 What this cannot show: effects on texts unlike these, or on what is trained against the edited model. The prompts should
 be ones that neither the directions nor alpha were chosen on.
@@ -23,6 +23,7 @@ from reward_lens import data, stats
 from reward_lens.edits import TextEdit, edits_of
 from reward_lens.errors import DataError
 from reward_lens.methods.behaviour.edited_texts import scored_edits, within_prompt_sd
+from reward_lens.methods.shared.paired_shares import paired_change
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.result import Result
 
@@ -95,6 +96,7 @@ def _accuracy_rows(
     """A row for all pairs of a set and, where it has several subsets, one for each."""
     prompts = np.array([pair.prompt_key for pair in pairs])
     scored = scored_edits([before, after], pairs, [])
+    same = np.array_equal(scored[0].plain, scored[1].plain)
     first, second = ((np.sign(one.plain[:, 0] - one.plain[:, 1]) + 1) / 2 for one in scored)
     subset = np.array([pair.subset or "" for pair in pairs])
     named = list(dict.fromkeys(subset.tolist()))
@@ -107,6 +109,8 @@ def _accuracy_rows(
         for i, credit in enumerate((first, second)):
             share = stats.proportion_interval(credit[keep], prompts[keep])
             rows[-1]["cells"][i] = [share.mean, share.low, share.high]
+        if rows[-1]["n_prompts"] >= stats.FEWEST and not same:  # of the same model there is nothing to estimate
+            rows[-1]["cells"][2][1:] = paired_change(second[keep] - first[keep], prompts[keep])[2:]
     return rows
 
 
