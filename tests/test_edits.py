@@ -308,6 +308,7 @@ def test_bold_falls_on_one_word_of_a_sentence_and_never_on_code_or_links():
     assert edited("add_bold", "See https://example.com/verylongpath now, please.").endswith(
         "verylongpath now, **please**."
     )
+    assert edited("add_bold", "The cafe\u0301 is ope\u0301ning soon.") == "The cafe\u0301 is ope\u0301ning **soon**."
     assert edited("add_bold", "It has **bold** already. Plain.") == "It has **bold** already. Plain."
     for _, response, after in changed("add_bold"):
         assert 1 <= after.count("**") / 2 <= sum(p.kind == "sentence" for p in pieces(response))
@@ -373,6 +374,7 @@ def test_marks_letters_and_spaces_change_alone():
 
 
 def test_form_edits_on_text_with_code():
+    assert edited("title_case", "the cafe\u0301s ope\u0301nings") == "The Cafe\u0301s Ope\u0301nings"  # accents apart
     assert edited("title_case", "one `two three` it's https://a.b/c four") == "One `two three` It's https://a.b/c Four"
     assert edited("widen_spaces", "a b `c d` e\n  f  g") == "a  b `c d` e\n  f   g"
     assert edited("lowercase_starts", "The end. NASA is. I am.") == "the end. NASA is. i am."

@@ -9,6 +9,7 @@ a set of responses in which the two are apart has to be written, not edited.
 """
 
 import re
+import unicodedata
 
 from reward_lens.data.checks import checked_text
 from reward_lens.edits.edit import TextEdit, exact, pick, rough
@@ -107,7 +108,8 @@ def _add_bold(_prompt: str, response: str) -> str:
 
     def bold(_number: int, piece: Piece) -> str:
         hidden = spans(piece.body, CODE, LINK)
-        words = [m for m in _WORD.finditer(piece.body) if not any(a <= m.start() < b for a, b in hidden)]
+        found = (m for m in _WORD.finditer(piece.body) if not any(a <= m.start() < b for a, b in hidden))
+        words = [m for m in found if not any(_is_mark(piece.body, at) for at in (m.start() - 1, m.end()))]
         if not words:
             return piece.body
         word = max(words, key=lambda match: len(match[0]))
@@ -160,9 +162,15 @@ def _first_letters(response: str, up: bool) -> str:
 def _title_case(_prompt: str, response: str) -> str:
     def capital(match: re.Match[str]) -> str:
         upper = match[0].upper()
-        return upper if len(upper) == 1 else match[0]  # a German sharp s has no capital of one letter
+        # A German sharp s has no capital of one letter; a letter after an accent of its own is inside a word.
+        return match[0] if len(upper) > 1 or _is_mark(match.string, match.start() - 1) else upper
 
     return outside_code(response, lambda run: _FIRST_LETTER.sub(capital, run))
+
+
+def _is_mark(text: str, at: int) -> bool:
+    """Whether a combining mark stands there (an accent written by itself, a vowel sign): a word goes on around it."""
+    return 0 <= at < len(text) and unicodedata.category(text[at])[0] == "M"
 
 
 def _exclaim(response: str, old: str, new: str) -> str:
