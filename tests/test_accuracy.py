@@ -7,6 +7,7 @@ import pytest
 import torch
 import xarray as xr
 from scipy.optimize import minimize
+from scipy.stats import binom
 
 import reward_lens as rl
 from families import TEXT_PAIRS, tiny_model
@@ -147,6 +148,9 @@ def test_calibration_bins_and_summary(rm):
     assert result.value["n"].values.tolist() == [4, 0, 0, 0, 2]
     summary = result.meta["summary"]
     assert summary["ece"] == pytest.approx((4 * abs(0.75 - small) + 2 * abs(0.5 - large)) / 6)
+    apart = [np.abs(np.arange(k + 1) - k * p) @ binom.pmf(np.arange(k + 1), k, p)
+             for k, p in ((4, small), (2, large))]  # fmt: skip
+    assert summary["ece_if_calibrated"] == pytest.approx(sum(apart) / 6, abs=0.05)
     assert summary["brier"] == pytest.approx((3 * (1 - small) ** 2 + small**2 + (1 - large) ** 2 + large**2) / 6)
     right = [small] * 3 + [1 - small, large, 1 - large]
     assert summary["log_loss"] == pytest.approx(-np.mean(np.log(right)))
@@ -169,6 +173,8 @@ def test_calibration_recovers_a_scale(rm):
     result = calibration(rm, pairs, Result("score_pairs", value, unit="reward", meta=meta))
     assert result.meta["summary"]["slope"] == pytest.approx(0.5, abs=0.04)
     halved = Result("score_pairs", value / 2, unit="reward", meta=meta)
+    summary = calibration(rm, pairs, halved).meta["summary"]
+    assert summary["ece"] == pytest.approx(summary["ece_if_calibrated"], abs=0.01)
     assert calibration(rm, pairs, halved).meta["summary"]["ece"] < 0.02 < result.meta["summary"]["ece"]
 
 
