@@ -270,6 +270,8 @@ def test_steps_with_the_marker_inside_are_refused():
         rl.step_rewards(rm, [("Question?", [f"One{STEP_TAG} and", "Two"])])
     with pytest.raises(rl.DataError, match="holds the separator"):
         rl.step_pairs([rl.Solution("Q", [f"a{STEP_TAG}b"])], [rl.Solution("Q", ["c"])], 0, rm.module.steps.separator)
+    with pytest.raises(rl.DataError, match="1 chosen and 0 rejected"):
+        rl.step_pairs([rl.Solution("Q", ["a"])], [], 0, STEP_TAG)
     with pytest.raises(rl.DataError, match="no such step"):
         rl.step_pairs([rl.Solution("Q", ["a"])], [rl.Solution("Q", ["c"])], 1, STEP_TAG)
     with pytest.raises(rl.DataError, match="different prompts"):

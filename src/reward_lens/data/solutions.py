@@ -109,10 +109,14 @@ def step_pairs(chosen: Iterable[Solution], rejected: Iterable[Solution], step: i
     methods that take pairs: on a model built by `step_model` they read that step's reward, `separator` being
     `rm.steps.separator`.
 
-    Returns `Pairs`. Raises `DataError` where the prompts differ or a solution has no such step.
+    Returns `Pairs`. Raises `DataError` where the numbers of solutions or the prompts differ, or a solution has no such
+    step.
     """
-    pairs = []
-    for a, b in zip(chosen, rejected, strict=True):
+    pairs, firsts, seconds = [], list(chosen), list(rejected)
+    if len(firsts) != len(seconds):
+        raise DataError("The solutions do not pair up", found=f"{len(firsts)} chosen and {len(seconds)} rejected",
+                        expected="as many of either", do="pair solutions by their prompt")  # fmt: skip
+    for a, b in zip(firsts, seconds, strict=True):
         if a.prompt_key != b.prompt_key:
             raise DataError("Two solutions have different prompts", found=f"{shown(a.prompt)} and {shown(b.prompt)}",
                             expected="solutions of one prompt", do="pair solutions by their prompt")  # fmt: skip
