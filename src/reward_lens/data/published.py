@@ -13,7 +13,7 @@ RewardBench 1 and UltraFeedback (binarised) have prompt, chosen and rejected alr
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from reward_lens.data.checks import as_float, malformed, shown
@@ -41,15 +41,12 @@ def joined_ratings(rows: Rows) -> Rows:
     held: tuple[str, Any] | None = None
     for where, row in rows:
         rated = isinstance(row, Mapping) and row.keys() >= RATED and "chosen" not in row
+        if held is not None and not (rated and held[1]["prompt"] == row["prompt"]):
+            yield held[0], _alone(held[1])
+            held = None
         if not rated:
-            if held is not None:
-                yield held[0], _alone(held[1])
-                held = None
             yield where, row
         elif held is None:
-            held = where, row
-        elif held[1]["prompt"] != row["prompt"]:
-            yield held[0], _alone(held[1])
             held = where, row
         else:
             yield f"{held[0]} and {where}", _joined(held[1], row)
@@ -112,14 +109,11 @@ def _standard(row: Mapping, prompt: Any, chosen: Any, rejected: Any) -> dict[str
 def _transcript(text: str, field: str) -> list[dict[str, str]]:
     """The turns of "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
     _, *parts = _TURN.split(text)
-    turns = [{"role": _ROLES[who], "content": said.strip()} for who, said in _twos(parts)]
+    spoken = zip(parts[::2], parts[1::2], strict=True)
+    turns = [{"role": _ROLES[who], "content": said.strip()} for who, said in spoken]
     if not turns or turns[-1]["role"] != "assistant":
         raise malformed(field, shown(text), "a transcript that ends with an assistant's turn")
     return turns
-
-
-def _twos(parts: list[str]) -> Iterator[tuple[str, str]]:
-    return zip(parts[::2], parts[1::2], strict=True)
 
 
 _FORMS: tuple[tuple[frozenset[str], Callable[[Mapping], Mapping | None]], ...] = (
