@@ -23,6 +23,7 @@ import xarray as xr
 from reward_lens import data, stats
 from reward_lens.errors import DataError
 from reward_lens.methods.shared.paired import given_scores
+from reward_lens.methods.shared.paired_shares import won
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.result import Result
 
@@ -51,7 +52,7 @@ def accuracy(rm: RewardModel, pairs, scores: Result | None = None) -> Result:
     """
     pairs = data.as_pairs(pairs)
     margin, longer = _margins(rm, pairs, scores)
-    credit = np.stack([_credit(margin), _credit(longer), _credit(-longer)], 1)
+    credit = np.stack([won(margin), won(longer), won(-longer)], 1)
     prompts = np.array([p.prompt_key for p in pairs])
     rows = _subset_rows(pairs, longer)
     cells = [[_share(credit[inside, i], prompts[inside]) for i in range(len(RULES))] for _, _, inside in rows]
@@ -105,7 +106,7 @@ def calibration(rm: RewardModel, pairs, scores: Result | None = None, bins: int 
     pairs = data.as_pairs(pairs)
     margin, _ = _margins(rm, pairs, scores)
     prompts = np.array([p.prompt_key for p in pairs])
-    predicted, credit = _sigmoid(np.abs(margin)), _credit(margin)
+    predicted, credit = _sigmoid(np.abs(margin)), won(margin)
     edges = np.linspace(0.5, 1.0, bins + 1)
     member = np.clip(np.searchsorted(edges, predicted, side="right") - 1, 0, bins - 1)
     inside = [member == i for i in range(bins)]
@@ -211,7 +212,7 @@ def ranking(rm: RewardModel, groups, scores: Result | None = None) -> Result:
         first = reward == reward.max()
         top.append((prompts[i], (label[first] == label.max()).mean()))
         better, worse = np.nonzero(label[:, None] > label[None, :])
-        pairwise += [(prompts[i], credit) for credit in _credit(reward[better] - reward[worse])]
+        pairwise += [(prompts[i], credit) for credit in won(reward[better] - reward[worse])]
         tau.append((prompts[i], stats.within_group_rank_correlation(reward, label)))
     cells = [_over_prompts(rows, stats.proportion_interval) for rows in (top, pairwise)]
     cells.append(_over_prompts(tau, stats.mean_interval))
@@ -280,10 +281,6 @@ def _over_prompts(rows: list[tuple[str, float]], interval) -> tuple:
     prompts, values = zip(*rows, strict=True)
     over = interval(np.array(values), np.array(prompts))
     return over.mean, over.low, over.high, over.n, over.n_clusters
-
-
-def _credit(margin: np.ndarray) -> np.ndarray:
-    return (np.sign(margin) + 1) / 2
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ import xarray as xr
 from reward_lens import data, stats
 from reward_lens.edits import TextEdit, edits_of
 from reward_lens.methods.behaviour.edited_texts import SIDES, EditedRewards, scored_edits, within_prompt_sd
+from reward_lens.methods.shared.paired_shares import won
 from reward_lens.model.reward_model import RewardModel, pair_coords
 from reward_lens.result import Result
 
@@ -186,11 +187,10 @@ def _centred_slopes(y: np.ndarray, doses: np.ndarray) -> np.ndarray:
 def _flips(texts: EditedRewards, prompts: Sequence[str], probe: int) -> stats.Interval:
     """Of the pairs whose chosen response is ahead, the share in which the edited rejected one overtakes it."""
     right = (texts.plain[:, 0] > texts.plain[:, 1]) & texts.changed[:, 1, probe]
-    ahead = texts.edited[:, 1, probe] - texts.plain[:, 0]
-    won = np.where(ahead > 0, 1.0, np.where(ahead == 0, 0.5, 0.0))
+    overtakes = won(texts.edited[:, 1, probe] - texts.plain[:, 0])
     if not right.any():
         return stats.Interval(np.nan, np.nan, np.nan, 0, 0, "none (no pair is ahead and changed)")
-    return stats.proportion_interval(won[right], np.array(prompts)[right])
+    return stats.proportion_interval(overtakes[right], np.array(prompts)[right])
 
 
 def _needed(n_probes: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from reward_lens import stats
+from reward_lens.methods.shared.paired_shares import won
 
 Estimate = stats.Estimate
 CONSTANT = "one of the two does not vary"
@@ -56,14 +57,14 @@ def from_interval(over: stats.Interval, reason: str = "") -> Estimate:
 
 def expected_agreement(a, b) -> float:
     """Agreement of two that prefer independently of each other, each as often right as it is: e above."""
-    p, q = (float(_credit(v).mean()) for v in (a, b))
+    p, q = (float(won(v).mean()) for v in (a, b))
     return p * q + (1 - p) * (1 - q)
 
 
 def kappa(a, b, prompts) -> Estimate:
     """Cohen's kappa of the preferences of margins `a` and `b` [n]; undefined where e is 1."""
     a, b, codes, n = _rows(a, b, prompts)
-    parts = (np.ones(len(a)), _same(a, b), _credit(a), _credit(b))
+    parts = (np.ones(len(a)), _same(a, b), won(a), won(b))
     of_prompt = np.stack([_sums(v, codes, n) for v in parts])
     total = of_prompt.sum(1)
     left = total[:, None] - of_prompt
@@ -171,12 +172,8 @@ def _kappa(sums: Float[np.ndarray, "four some"]) -> Float[np.ndarray, " some"]:
         return np.where(by_chance < 1, (agree - by_chance) / (1 - by_chance), np.nan)
 
 
-def _credit(margin) -> np.ndarray:
-    return (np.sign(margin) + 1) / 2
-
-
 def _same(a, b) -> np.ndarray:
-    return (np.sign(a) * np.sign(b) + 1) / 2
+    return won(np.sign(a) * np.sign(b))
 
 
 def _codes(prompts) -> tuple[np.ndarray, int]:

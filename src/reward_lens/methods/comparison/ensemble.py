@@ -30,6 +30,7 @@ from reward_lens.errors import DataError
 from reward_lens.methods.comparison import compared_scores as scores
 from reward_lens.methods.comparison.model_summary import Summary, named_models, summaries
 from reward_lens.methods.shared.paired import labelled, over_prompts
+from reward_lens.methods.shared.paired_shares import won
 from reward_lens.result import Check, Result
 from reward_lens.stats import Estimate
 
@@ -129,13 +130,13 @@ def ensemble_summary(result: Result) -> Result:
     members = value.values[:, value["kind"].values == "member"]
     by_name = {name: value.sel(reading=name).values for name in OF_ALL}
     contested = np.abs(np.sign(members).sum(1)) < members.shape[1]
-    error = 1 - _credit(by_name["mean"])
+    error = 1 - won(by_name["mean"])
     cells: dict[str, tuple[Estimate, str]] = {}
     for name in [*value["reading"].values[: members.shape[1]], "mean", "least", "cautious"]:
-        cells[f"accuracy: {name}"] = _share(_credit(value.sel(reading=name).values), prompts), "fraction"
+        cells[f"accuracy: {name}"] = _share(won(value.sel(reading=name).values), prompts), "fraction"
     cells["contested"] = _share(contested.astype(float), prompts), "fraction"
     for name, kind in (("agreed", ~contested), ("contested", contested)):
-        cells[f"accuracy, {name}"] = _share(_credit(by_name["mean"][kind]), prompts[kind]), "fraction"
+        cells[f"accuracy, {name}"] = _share(won(by_name["mean"][kind]), prompts[kind]), "fraction"
     for name, of in (("spread", by_name["spread"]), ("size of mean", np.abs(by_name["mean"]))):
         cells[f"{name} ~ error"] = scores.correlation(of, error, prompts), "correlation"
     estimates = [estimate for estimate, _ in cells.values()]
@@ -190,10 +191,6 @@ def _unit(one: Summary, scale: str) -> float:
             do="leave it out, or pass pairs whose responses differ",
         )
     return sd
-
-
-def _credit(margin: np.ndarray) -> np.ndarray:
-    return (np.sign(margin) + 1) / 2
 
 
 def _share(values01: np.ndarray, prompts: np.ndarray) -> Estimate:

@@ -26,7 +26,7 @@ from reward_lens import data, stats
 from reward_lens.errors import DataError
 from reward_lens.methods.repair.head_editing import edited_row, margins_read, unit_directions
 from reward_lens.methods.shared.paired import paired_result
-from reward_lens.methods.shared.paired_shares import paired_change
+from reward_lens.methods.shared.paired_shares import paired_change, won
 from reward_lens.model.head import editable_readout, stored
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.result import Check, Result
@@ -68,7 +68,7 @@ def select_alpha(
     rows = torch.stack([stored(rm, edited_row(rm, vectors, float(alpha))) for alpha in grid])
     now = editable_readout(rm).weight[None]
     shift = _margins(rm, dev, rows)
-    credit = (np.sign(_margins(rm, guard, torch.cat([now, rows.to(now)]))) + 1) / 2
+    credit = won(_margins(rm, guard, torch.cat([now, rows.to(now)])))
     change = credit[:, 1:] - credit[:, :1]
     prompts = np.array([p.prompt_key for p in guard])
     cells = np.array([paired_change(change[:, i], prompts) for i in range(len(grid))])

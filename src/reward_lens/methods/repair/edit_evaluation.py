@@ -23,7 +23,7 @@ from reward_lens import data, stats
 from reward_lens.edits import TextEdit, edits_of
 from reward_lens.errors import DataError
 from reward_lens.methods.behaviour.edited_texts import scored_edits, within_prompt_sd
-from reward_lens.methods.shared.paired_shares import paired_change
+from reward_lens.methods.shared.paired_shares import paired_change, won
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.result import Result
 
@@ -97,7 +97,7 @@ def _accuracy_rows(
     prompts = np.array([pair.prompt_key for pair in pairs])
     scored = scored_edits([before, after], pairs, [])
     same = np.array_equal(scored[0].plain, scored[1].plain)
-    first, second = ((np.sign(one.plain[:, 0] - one.plain[:, 1]) + 1) / 2 for one in scored)
+    first, second = (won(one.plain[:, 0] - one.plain[:, 1]) for one in scored)
     subset = np.array([pair.subset or "" for pair in pairs])
     named = list(dict.fromkeys(subset.tolist()))
     parts = {f"accuracy: {name}": np.ones(len(pairs), bool)}

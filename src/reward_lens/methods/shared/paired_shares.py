@@ -1,4 +1,4 @@
-"""Change of a share from one model to another on the same pairs, as gains less losses.
+"""Pairs won, and the change of their share from one model to another on the same pairs, as gains less losses.
 
     change = g - l        g, l: shares of the pairs that became right, and wrong
 
@@ -14,6 +14,11 @@ import numpy as np
 from jaxtyping import Float
 
 from reward_lens import stats
+
+
+def won(margin):
+    """1 where the margin is above 0, half for a tie, 0 otherwise."""
+    return (np.sign(margin) + 1) / 2
 
 
 def paired_change(change: Float[np.ndarray, " pair"], prompts) -> tuple[float, float, float, float]:
