@@ -205,6 +205,17 @@ def test_two_sets_of_labels_with_intervals_are_a_list_in_colours():
     assert find(spec(panel), "yOffset")
 
 
+def test_an_undefined_cell_moves_no_row_or_column_of_a_heat_map():
+    numbers = xr.DataArray([[np.nan, 2.0, 3.0], [4.0, 5.0, 6.0]], dims=("k", "depth"), coords={"k": [1, 2]})
+    (panel,) = panels(Result("grid", numbers, unit="reward", undefined="not asked"))
+    assert find(spec(panel)["layer"][0]["encoding"]["x"], "domain") == [[0, 1, 2]]
+    names = ["a", "b", "c"]
+    matrix = xr.DataArray(1 - np.eye(3), dims=("term", "other"), coords={"term": names, "other": names})
+    (panel,) = panels(Result("square", matrix.where(matrix > 0), unit="cosine", undefined="a term beside itself"))
+    encoding = spec(panel)["layer"][0]["encoding"]
+    assert find(encoding["x"], "domain") == find(encoding["y"], "domain") == [names]
+
+
 def test_two_number_lines_are_a_heat_map_with_the_longer_one_across():
     value = xr.DataArray(shapes.numbers(9, 4), dims=("layer", "head"), coords={"layer": range(9), "head": range(4)})
     (panel,) = panels(Result("pull", value, unit="reward"))

@@ -13,6 +13,7 @@ import xarray as xr
 
 from reward_lens.charts.rows import (
     Drawing,
+    columns,
     frame,
     in_order,
     is_numeric,
@@ -106,8 +107,8 @@ def components(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Data
             out += listing(result, part, dims, whole.isel(component=members))
             continue
         part = part.assign_coords(row_=("component", row[members]))
-        table = frame(part, x="layer", y="row_", label="component")
-        out.append(Panel(title, _heat(table, unit_of(result, data), "layer", name, "component", limits)))
+        fields = {"x": "layer", "y": "row_", "label": "component"}
+        out.append(Panel(title, _heat(part, fields, unit_of(result, data), "layer", name, limits)))
     if not blocks.all() and (not out or data["value"].values[~blocks].any()):  # zeros are drawn only if all there is
         outside = listing(result, data.isel(component=~blocks), dims, whole.isel(component=~blocks))
         out += [dataclasses.replace(panel, title="Outside the blocks" if out else "") for panel in outside]
@@ -145,7 +146,7 @@ def grid(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Dataset) -
     counted = [d for d in dims if is_numeric(data["value"], d)]
     across = max(counted, key=lambda d: data.sizes[d]) if counted else min(dims, key=lambda d: data.sizes[d])
     down = next(d for d in dims if d != across)
-    return [Panel("", _heat(frame(data, x=across, y=down), unit_of(result, data), across, down, None, span(whole)))]
+    return [Panel("", _heat(data, {"x": across, "y": down}, unit_of(result, data), across, down, span(whole)))]
 
 
 def listing(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Dataset) -> list[Panel]:
@@ -259,14 +260,16 @@ def _count(data: xr.Dataset) -> str | None:
 
 
 def _heat(
-    table: pd.DataFrame,
+    data: xr.Dataset,
+    fields: dict[str, str],
     unit: str,
     across: str,
     down: str | None,
-    label: str | None,
     limits: tuple[float, float],
 ) -> Drawing:
-    xs, ys = list(dict.fromkeys(table["x"])), list(dict.fromkeys(table["y"]))
+    """Cells at the labels `fields["x"]` and `fields["y"]`; one without a value stays blank in its place."""
+    table, places = frame(data, **fields), columns(data, (fields["x"], fields["y"]))
+    xs, ys = (list(dict.fromkeys(places[fields[axis]].tolist())) for axis in ("x", "y"))
     counted = all(isinstance(x, int | float | np.number) for x in xs)
     step = 1 if len(xs) <= 12 else 5 if len(xs) <= 60 else 10
     flat = counted or (len(xs) <= 4 and max(len(str(x)) for x in xs) <= 14)
@@ -274,7 +277,7 @@ def _heat(
     base = alt.Chart(rows(table)).encode(
         x=alt.X("x:O", title=words(across), scale=in_order(xs), axis=axis),
         y=alt.Y("y:O", title=down and words(down), scale=in_order(ys)),
-        tooltip=tooltip(table, {"label": label, "y": down or "kind", "x": across, "value": unit}),
+        tooltip=tooltip(table, {"label": fields.get("label"), "y": down or "kind", "x": across, "value": unit}),
     )
     size, signed = max(map(abs, limits)) or 1.0, limits[0] < 0
     ends, colours = ([-size, size], "diverging") if signed else ([0, size], "heatmap")
