@@ -137,6 +137,15 @@ def test_undefined_cells_are_gaps():
     assert panels(nothing) == []
 
 
+def test_no_line_crosses_an_undefined_cell(tmp_path):
+    value = xr.DataArray([1.0, 2.0, np.nan, 3.0, 4.0, np.nan, 5.0], dims="depth", coords={"depth": range(7)})
+    result = Result("lens", value, unit="reward", undefined="no pairs")
+    marks = re.findall(r'roledescription="line mark" d="(.*?)"', save_chart(result, tmp_path / "c.svg").read_text())
+    assert [path.count("L") for path in marks] == [1, 1, 0]
+    (panel,) = panels(result)
+    assert [row["x"] for row in values(panel)] == [0, 1, 3, 4, 6, 6]  # the last of them by itself, as a dot
+
+
 def test_components_become_layer_by_kind_and_a_list():
     blocks_panel, outside = panels(shapes.contributions())
     cells = values(blocks_panel)

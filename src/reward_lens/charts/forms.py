@@ -47,7 +47,8 @@ class Panel:
 def lines(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Dataset) -> list[Panel]:
     """`dims`: the number line, and the labels told apart by colour (if any). Intervals are bands.
 
-    The margin has a chart of its own: rewards far from zero would flatten it.
+    The margin has a chart of its own: rewards far from zero would flatten it. No line crosses an undefined cell; a
+    value with none beside it is a dot.
     """
     axis, series = dims[0], dims[1] if len(dims) > 1 else None
     sides = list(data["side"].values) if series == "side" else []
@@ -59,7 +60,11 @@ def lines(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Dataset) 
             for title, part in parts
             for panel in lines(result, data.sel(side=part), dims, whole.sel(side=part))
         ]
-    table, unit, limits = frame(data, x=axis, series=series), unit_of(result, data), span(whole)
+    gaps = data["value"].isnull()
+    if broken := bool(gaps.any()):
+        data = data.assign_coords(run_=gaps.cumsum(axis))
+    table = frame(data, x=axis, series=series, run="run_" if broken else None)
+    unit, limits = unit_of(result, data), span(whole)
     titles = {"series": series, "x": axis, "value": unit}
     ticks = alt.Axis(grid=False)
     if (table["x"] == table["x"].round()).all():
@@ -77,11 +82,16 @@ def lines(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Dataset) 
         scale = alt.Scale(domain=names, range="category")
         base = base.encode(color=alt.Color("series:N", scale=scale, legend=legend))
         dash = alt.StrokeDash("series:N", scale=alt.Scale(domain=names, range=dashes), legend=legend)
+    if broken:
+        base = base.encode(detail="run:N")
     line = base.mark_line()
     layers = [
         line.encode(strokeDash=dash) if series else line,
         base.mark_point(size=260, opacity=0, filled=True),
     ]
+    if broken:
+        alone = table[~table.duplicated(["run", "series"] if series else "run", keep=False)]
+        layers.append(base.mark_point(style="dot", filled=True).properties(data=rows(alone)))
     if "low" in table:
         layers.insert(0, base.mark_area(style="band").encode(y=alt.Y("low:Q", title=unit), y2="high:Q"))
     if limits[0] <= 0 <= limits[1]:
