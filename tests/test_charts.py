@@ -237,7 +237,10 @@ def test_many_labels_are_a_table():
         dims=("word", "model"),
         coords={"word": [f"w{i}" for i in range(200)], "model": list("abc")},
     )
-    assert panels(Result("words", value, unit="reward")) == []
+    result = Result("words", value, unit="reward")
+    assert panels(result) == []
+    assert find(chart(result).to_dict(), "subtitle") == ["The 20 largest by absolute value, of 600."]
+    assert not find(chart(shapes.load_report()).to_dict(), "subtitle")
 
 
 # --- doses, and before and after

@@ -175,11 +175,12 @@ def _split(result: Result, data: xr.Dataset, main: list[str], build) -> list[Pan
 
 
 def _table(result: Result) -> alt.Chart:
-    """The largest cells as text, for a result that no chart fits."""
+    """The largest cells as text, for a result that no chart fits; and how many there are."""
     countable = result.value.dtype.kind in "fiu"
     data = result.dataset.assign(value=result.summary() if countable else result.value)
     flat = columns(data, [*dims_of(data["value"]), "value"])
-    order = largest(flat["value"], TABLE_ROWS) if countable else np.arange(flat["value"].size)[:TABLE_ROWS]
+    count = int(np.isfinite(flat["value"]).sum()) if countable else flat["value"].size
+    order = largest(flat["value"], TABLE_ROWS) if countable else np.arange(count)[:TABLE_ROWS]
     cells = []
     for name, column in flat.items():
         shown = (f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in column[order])
@@ -188,6 +189,9 @@ def _table(result: Result) -> alt.Chart:
     x = alt.X("column:N", scale=in_order(flat), title=None, axis=axis)
     base = alt.Chart(rows(cells)).mark_text(style="celltext")
     drawn = base.encode(x=x, y=alt.Y("row:O", axis=None), text="text:N")
+    if count > TABLE_ROWS:
+        which = "largest by absolute value" if countable else "first"
+        drawn = drawn.properties(title=alt.Title("", subtitle=f"The {TABLE_ROWS} {which}, of {count:,}."))
     return drawn.properties(width="container", height=max(24, 22 * len(order)))
 
 
