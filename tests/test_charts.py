@@ -301,6 +301,15 @@ def test_histogram_counts_every_pair_and_has_an_edge_at_zero():
     assert any(abs(row["from"]) < 1e-9 for row in bins)
 
 
+def test_pairs_without_a_value_and_intervals_without_ends_are_said():
+    value = xr.DataArray([1.0, np.nan, 3.0], dims="pair", coords={"pair": ["a", "b", "c"]})
+    (panel,) = panels(Result("margins", value, unit="reward", undefined="not scored"))
+    assert panel.note == "1 of 3 pairs have no value."
+    index = xr.DataArray([1.0, 2.0], dims="dimension", coords={"dimension": ["a", "b"]})
+    (panel,) = panels(Result("index", index, unit="ratio", low=index - [1, np.inf], high=index + [1, np.inf]))
+    assert panel.note == "An interval without an end is not drawn."
+
+
 def test_subsets_get_a_row_each():
     _, by_subset = panels(shapes.scores())
     assert {row["y"] for row in values(by_subset) if "pair" in row} == {"one", "two"}

@@ -115,6 +115,15 @@ def kind(result: Result) -> str:
 
 def panels(result: Result) -> list[Panel]:
     """The charts of a result, without a theme, as wide as their container; none where a table is better."""
+    drawn, data = _drawn(result), result.dataset
+    if drawn and any(np.isinf(data[end]).any() for end in ("low", "high") if end in data):
+        drawn[0] = dataclasses.replace(
+            drawn[0], note=f"{drawn[0].note} An interval without an end is not drawn.".strip()
+        )
+    return drawn
+
+
+def _drawn(result: Result) -> list[Panel]:
     form = kind(result)
     if form == "table":
         return []

@@ -200,6 +200,7 @@ def scores(result: Result) -> list[Panel]:
     numbers = value.values[np.isfinite(value.values)]
     if not len(numbers):
         return []
+    left = value.size - len(numbers)
     edges = _edges(numbers)
     line = [zero("x")] if edges[0] < 0 < edges[-1] else []
     x = {"title": name, "scale": alt.Scale(domain=[float(edges[0]), float(edges[-1])], nice=False)}
@@ -214,7 +215,8 @@ def scores(result: Result) -> list[Panel]:
             tooltip=tooltip(bins, {"from": "from", "to": "to", "pairs": "pairs"}),
         )
     )
-    out = [Panel("All pairs", layered([bars, *line], 200))]
+    note = f"{left} of {value.size} pairs have no value." if left else ""
+    out = [Panel("All pairs", layered([bars, *line], 200), note)]
     if "subset" in value.coords and 1 < len(set(value["subset"].values)) <= MAX_ROWS:
         out.append(_by_subset(value, x, line))
     return out
