@@ -141,6 +141,14 @@ def test_gap_by_hand():
     assert [x.tolist() for x in lost] == [[1.0], [0.0]]
 
 
+def test_responses_that_tie_share_what_is_lost():
+    """Of opposite terms every response is best for the sum: neither the order of responses nor rounding decides."""
+    a = np.array([[3.0, 1.0, -1.0], [0.5, -0.5, np.nan]])
+    for one in (a, a[:, [2, 1, 0]]):
+        lost = scored.losses(one, -one + 1e-7 * np.arange(3))
+        np.testing.assert_allclose(lost, [[2, 0.5], [2, 0.5]], atol=1e-5)
+
+
 def test_shuffles_come_with_their_inverses_and_leave_gaps_alone():
     there = np.array([[1.0, 2, 3, 4], [1, 2, np.nan, np.nan]])
     orders = scored.shuffles(there)

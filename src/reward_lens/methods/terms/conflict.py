@@ -78,10 +78,10 @@ def term_conflict(
     would settle it if the value stayed as it is (an extrapolation; NaN: none would, or no telling). By (term,
     other): `joint`, the label on which all the tests asked agree, else "undetermined"; `cosine_whitened` with its ends,
     the direction test in the metric of the natural covariance, shrunk and held fixed; `loss` with its ends, SDs of
-    `term` lost at the best response for the sum. By term: `reliability`; `own_effect` with its ends, SDs that its own
-    score moves by in the intervention: where they are not above 0 there is no positive control and no label (a low bar,
-    as the direction was taken from that score). `meta["n"]` has the numbers of prompts, `meta["joint_reason"]` says why
-    a joint label is missing.
+    `term` lost at the best response for the sum (mean over tied ones; a fitted direction is held fixed). By term:
+    `reliability`; `own_effect` with its ends, SDs that its own score moves by in the intervention: where they are not
+    above 0 there is no positive control and no label (a low bar, as the direction was taken from that score).
+    `meta["n"]` has the numbers of prompts, `meta["joint_reason"]` says why a joint label is missing.
     Raises `DataError` under 6 prompts, for unknown tests or edges, terms without what a test needs, and prompts in both
     pairs and responses.
     """

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 SHUFFLES = 50  # with as many inverse ones
+TIED = 1e-4  # SDs: the rounding of rewards in float32
 
 
 def centred_ranks(x: Float[np.ndarray, "group response"]) -> Float[np.ndarray, "group response"]:
@@ -62,10 +63,14 @@ def standardised(x: Float[np.ndarray, "group response"]) -> Float[np.ndarray, "g
 def losses(
     a: Float[np.ndarray, "group response"], b: Float[np.ndarray, "group response"]
 ) -> tuple[Float[np.ndarray, " group"], Float[np.ndarray, " group"]]:
-    """What each of two standardised terms loses at the best response for their sum; they add up to the gap."""
-    best = np.nanargmax(a + b, 1)
-    rows = np.arange(len(a))
-    return np.nanmax(a, 1) - a[rows, best], np.nanmax(b, 1) - b[rows, best]
+    """What each of two standardised terms loses at the best response for their sum; they add up to the gap.
+
+    Mean over the responses that are best: of opposite terms all are, and rounding or order should not choose.
+    """
+    both = a + b
+    best = both >= np.nanmax(both, 1, keepdims=True) - TIED
+    of_a, of_b = (np.nanmax(x, 1) - x.mean(1, where=best) for x in (a, b))
+    return of_a, of_b
 
 
 def shuffles(there: Float[np.ndarray, "group response"], seed: int = 0) -> Int[np.ndarray, "shuffle group response"]:
