@@ -215,6 +215,12 @@ def test_labels_of_unrelated_terms():
     assert max(wrong.values()) <= runs * 0.05 + 2 * math.sqrt(runs * 0.05 * 0.95), wrong
 
 
+def test_the_seed_is_that_of_every_interval():
+    a, b, pool = planted_terms(30, 0.0, seed=0, shift=0.6, n_pool=40)
+    ends = [related([a, b], ("intervention",), EDGES, pool, 300, seed)[0].effects["own_effect_low"] for seed in (0, 1)]
+    assert (ends[0] != ends[1]).all()
+
+
 def test_rows_of_a_head():
     result = relation()
     for name, label, sign in (("again", "aligned", 1), ("against", "in_conflict", -1)):

@@ -140,7 +140,9 @@ def related(
                 table.put(i, j, test, [_none(apart)] * 2, "undetermined", apart, math.nan, asked=False)
                 continue
             ways = measured(a, b, test, pool, scoring, n_boot, seed)
-            control = "" if test != "intervention" or pool is None else _control(table, (i, a), (j, b), pool)
+            control = (
+                "" if test != "intervention" or pool is None else _control(table, (i, a), (j, b), pool, n_boot, seed)
+            )
             told = verdict(ways, edges[test], held_back(a, b, test, relied, as_scores), control)
             table.put(i, j, test, ways, *told)
         if "direction" in tests and not apart:
@@ -189,9 +191,13 @@ def held_back(
     return f"reliability of a direction under {HELD_BACK:g}: {said}", float(np.max(needed))
 
 
-def _control(table: TermTable, one: tuple[int, Term], two: tuple[int, Term], pool: Pool) -> str:
+def _control(table: TermTable, one: tuple[int, Term], two: tuple[int, Term], pool: Pool, n_boot: int, seed: int) -> str:
     """Empty where each direction raises its own term's score; measured once a term."""
-    failed = [repr(t.name) for place, t in (one, two) if not table.own(place, lambda t=t: own_effect(t, pool)) > 0]
+    failed = [
+        repr(t.name)
+        for place, t in (one, two)
+        if not table.own(place, lambda t=t: own_effect(t, pool, n_boot, seed)) > 0
+    ]
     return f"no positive control: the direction of {' and '.join(failed)} raises no score of its own" if failed else ""
 
 

@@ -72,13 +72,13 @@ def _intervention(a: Term, b: Term, pool: Pool, n_boot: int, seed: int) -> Measu
     return _over_prompts(both, _ratio, pool, refit, n_boot, seed)
 
 
-def own_effect(a: Term, pool: Pool) -> Measured:
+def own_effect(a: Term, pool: Pool, n_boot: int, seed: int) -> Measured:
     effects, refit = _effects(a, a, pool)
 
     def both(without):
         return np.stack([effects(without), np.ones(len(pool.groups))], 1)
 
-    return _over_prompts(both, _ratio, pool, refit, 2000, 0)
+    return _over_prompts(both, _ratio, pool, refit, n_boot, seed)
 
 
 def _ratio(sums: np.ndarray, _without: frozenset[str]) -> float:
