@@ -9,7 +9,8 @@ the dot product of the means of two halves is A; so this is the disattenuated sp
 The plain cosine of the two means is nearer to 0 by sqrt(reliability_a reliability_b) where the sets share no noise.
 
 Intervals are over prompts by the jackknife: with t_k the statistic without prompt k of all that it appears in, the
-values t - (K - 1) (t_k - mean t_k) go to `stats.mean_interval`.
+values t - (K - 1) (t_k - mean t_k) go to `stats.mean_interval`. Where one of the two sets is small and has most of the
+spread, K says too much: under 20 degrees of freedom by Welch the t interval takes them.
 
 What a cosine cannot show: that two directions do the same to a reward (that also depends on how states spread along
 them: see the cosine in the covariance metric), nor that they are the same in another model.
@@ -22,7 +23,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from reward_lens import stats
 from reward_lens.errors import DataError
@@ -90,7 +91,8 @@ def cosine(a: Moves, b: Moves, n_boot: int = 2000, seed: int = 0, level: float =
     if min(aa_without.min(), bb_without.min()) <= 0:
         reason = "without one prompt a mean difference is no longer than its noise"
         return Measured(float(np.clip(value, -1, 1)), math.nan, math.nan, len(keys), reason)
-    over = jackknife(value, ab_without / np.sqrt(aa_without * bb_without), n_boot, seed, level)
+    of = np.array([key in a.keys for key in keys]) + 2 * np.array([key in b.keys for key in keys])
+    over = jackknife(value, ab_without / np.sqrt(aa_without * bb_without), n_boot, seed, level, of)
     return Measured(*np.clip([over.value, over.low, over.high], -1, 1).tolist(), n=over.n)
 
 
@@ -124,12 +126,22 @@ def jackknife(
     n_boot: int = 2000,
     seed: int = 0,
     level: float = 0.95,
+    of: Int[np.ndarray, " prompt"] | None = None,
 ) -> Measured:
-    """A statistic with the interval of its jackknife values, centred at the statistic."""
+    """A statistic with the interval of its jackknife values, centred at the statistic; `of`: each prompt's set."""
     n = len(left_out)
     if not math.isfinite(whole) or not np.isfinite(left_out).all():
         return Measured(float(whole), math.nan, math.nan, n, "undefined with all prompts or without one of them")
     values = whole - (n - 1) * (left_out - left_out.mean())
+    parts, counts = (
+        np.bincount(np.zeros(n, int) if of is None else of, x) for x in ((values - whole) ** 2, np.ones(n))
+    )
+    df = parts.sum() ** 2 / (parts**2 / np.maximum(counts - 1, 1)).sum() if parts.any() else n - 1
+    if df < stats.FEWEST_BOOTSTRAP - 1:
+        from scipy.stats import t
+
+        half = float(t.ppf((1 + level) / 2, df)) * math.sqrt(parts.sum() / n / (n - 1))
+        return Measured(float(whole), whole - half, whole + half, n)
     over = stats.mean_interval(values, np.arange(n), level=level, n_boot=n_boot, seed=seed)
     return Measured(float(whole), float(over.low), float(over.high), n)
 
