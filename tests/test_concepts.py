@@ -150,6 +150,10 @@ def test_neutral_components_are_the_fewest_that_hold_the_share():
         assert held[len(basis) - 1] >= share and (len(basis) == 1 or held[len(basis) - 2] < share)
         np.testing.assert_allclose(basis @ basis.T, np.eye(len(basis)), atol=1e-12)
     assert len(neutral_basis(states, 0.0)) == 0
+    same = (
+        states[:1] + 1e-8 * states
+    )  # one token in all texts, and rounding: no component says anything of neutral texts
+    assert len(neutral_basis(same, 0.5)) == len(neutral_basis(states[[0] * 6], 0.5)) == 0
 
 
 # --- vectors ------------------------------------------------------------------------------------------------
@@ -236,6 +240,7 @@ def test_saved_and_the_default_depth(tmp_path):
         (texts_of(words={"calm": "sea"}), {}, "1 concepts.*at least 2"),
         (texts_of(neutral=False), {}, "too few neutral.*0 topics.*denoise_var=0"),
         (texts_of(), {"depth": 9}, "depth=9.*0 to 3"),
+        (texts_of(), {"depth": 0}, "no direction.*calm .reward.*at depth 0"),
         (texts_of(), {"denoise_var": 1.0}, "denoise_var=1.0"),
         (texts_of(), {"n_splits": 3}, "n_splits=3"),
         ([dataclasses.replace(t, text="the same on this topic: " + t.topic) for t in texts_of()], {"denoise_var": 0},

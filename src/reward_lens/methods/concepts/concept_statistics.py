@@ -16,10 +16,14 @@ _SAME = 1e-6  # correlations closer than this are ties: what rounding in float32
 
 
 def neutral_basis(states: Float[np.ndarray, "topic d_model"], share: float) -> Float[np.ndarray, "k d_model"]:
-    """The fewest leading principal components of neutral states that hold this share of their variance."""
-    if share == 0:
+    """The fewest leading principal components of neutral states that hold this share of their variance.
+
+    None where the states are the same but for rounding, as at a position that holds the same token in all texts.
+    """
+    centred = states - states.mean(0)
+    if share == 0 or (centred**2).sum() <= 1e-12 * (states**2).sum():
         return states[:0]
-    _, size, components = np.linalg.svd(states - states.mean(0), full_matrices=False)
+    _, size, components = np.linalg.svd(centred, full_matrices=False)
     held = np.cumsum(size**2) / (size**2).sum()
     return components[: int(np.searchsorted(held, share - 1e-12)) + 1]
 
