@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.stats import rankdata, t
+from scipy.stats import norm, rankdata, t
 
 import reward_lens as rl
 from families import tiny_model
@@ -17,6 +17,7 @@ from reward_lens.methods.terms import direction_cosines as cosines
 from reward_lens.methods.terms import term_scores as scored
 from reward_lens.methods.terms.conflict import TESTS, related, term_conflict, verdict
 from reward_lens.methods.terms.direction_cosines import Measured, Moves, moves_of
+from reward_lens.methods.terms.reward_terms import Term, pool_of
 from term_states import planted_terms
 
 EDGES = dict.fromkeys(TESTS, 0.2)
@@ -226,6 +227,18 @@ def test_labels_of_unrelated_terms():
         for k, test in enumerate(TESTS):
             wrong[test] += table.text["label"][0, 1, k] in ("aligned", "in_conflict")
     assert max(wrong.values()) <= runs * 0.05 + 2 * math.sqrt(runs * 0.05 * 0.95), wrong
+
+
+def test_prompts_that_all_agree_leave_an_interval_of_some_width():
+    """Six prompts of two responses: six coins of .6 fall alike in .05 of all cases, and so may a label be wrong."""
+    responses = [rl.Group(f"Say {i}", ["a sea", "a red"]) for i in range(6)]
+    x = np.tile([1.0, 0.0], 6) * np.repeat([1, 2, 3, 4, 5, 6], 2)
+    a, same, against = (Term(str(k), "scores", None, None, None, k * x, None, None) for k in (1, 2, -1))
+    for b, sign, tests in ((same, 1, ("score", "optimisation")), (against, -1, ("score",))):
+        table, _ = related([a, b], tests, EDGES, pool_of(responses), 300, 0)
+        inner = table.cells["low" if sign > 0 else "high"][0, 1]
+        np.testing.assert_allclose(table.cells["value"][0, 1], sign)
+        np.testing.assert_allclose(inner, sign * (2 * 6 / (6 + norm.ppf(0.975) ** 2) - 1))
 
 
 def test_the_seed_is_that_of_every_interval():

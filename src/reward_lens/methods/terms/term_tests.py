@@ -38,14 +38,15 @@ def measured(
             noise = math.prod(max(cosines.share(moves, without), 0.0) for moves in fitted)
             return scored.partial_correlation(sums) / math.sqrt(noise) if noise > 0 else math.nan
 
-        return [_within_one(_over_prompts(ranks, correlation, pool, refit, n_boot, seed))] * 2
+        return [_within_one(_with_width(_over_prompts(ranks, correlation, pool, refit, n_boot, seed)))] * 2
     orders = scored.shuffles(pool.length, seed)
 
     def gaps(without):
         one, two = (scored.standardised(pool.padded(t.scores(without))) for t in (a, b))
         return scored.gaps(one, two, orders)
 
-    return [_over_prompts(gaps, lambda sums, _: scored.conflict_index(sums), pool, refit, n_boot, seed)] * 2
+    index = _over_prompts(gaps, lambda sums, _: scored.conflict_index(sums), pool, refit, n_boot, seed)
+    return [_with_width(index)] * 2
 
 
 def _effects(a: Term, b: Term, pool: Pool):
@@ -94,6 +95,15 @@ def _over_prompts(parts, total, pool: Pool, refit: frozenset[str], n_boot: int, 
         left_out.append(total(now[[key not in block for key in pool.keys.tolist()]].sum(0), block))
     over = cosines.jackknife(total(whole.sum(0), frozenset()), np.array(left_out), n_boot, seed)
     return dataclasses.replace(over, n=len(set(pool.keys.tolist())))
+
+
+def _with_width(m: Measured) -> Measured:
+    """Where no prompt left out changes anything, Wilson's interval of all n prompts, on the scale from -1 to 1."""
+    if not m.high - m.low < 1e-9:
+        return m
+    least = 2 * stats.wilson(m.n, m.n)[0] - 1
+    return dataclasses.replace(m, low=min(m.low, least) if m.value > 0 else m.low,
+                               high=max(m.high, -least) if m.value < 0 else m.high)  # fmt: skip
 
 
 def _within_one(m: Measured) -> Measured:
