@@ -293,6 +293,9 @@ def test_k_counts_the_slopes_that_holm_lets_through():
     assert wide.meta["coverage"]["K_estimated"] == 3
     unseen = distortion_index(estimates(np.ones((8, 3)), p_holm=p), W, covered=[0, 1, 1])
     assert unseen.meta["coverage"]["K_estimated"] == 0 and unseen.meta["coverage"]["paid_for"] == []
+    assert unseen.meta["coverage"]["reason"] == ""
+    some = distortion_index(estimates(np.ones((8, 3)), p_holm=np.array([0.001, np.nan, 0.2])), W)
+    assert some.meta["coverage"]["K_estimated"] == 1 and some.meta["coverage"]["reason"].endswith("6 prompts: a1")
 
 
 def test_weights_in_another_unit_are_put_into_that_of_the_slopes():

@@ -257,7 +257,9 @@ def _coverage(r, seen: np.ndarray, dimensions: list[str], alpha: float) -> dict[
     if np.isnan(p[seen]).all():
         return out | {"K_estimated": None, "reason": f"no p under {stats.FEWEST} prompts"}
     paid = [d for d, q in zip(dimensions, p, strict=True) if q < alpha]
-    return out | {"K_estimated": len(paid), "coverage_estimated": len(paid) / n, "paid_for": paid, "reason": ""}
+    unknown = [d for d, q, c in zip(dimensions, p, seen, strict=True) if c and np.isnan(q)]
+    reason = f"not counted, having no p under {stats.FEWEST} prompts: {', '.join(unknown)}" if unknown else ""
+    return out | {"K_estimated": len(paid), "coverage_estimated": len(paid) / n, "paid_for": paid, "reason": reason}
 
 
 def _congruity(pay: Vector, worth: Vector, n: np.ndarray, level: float) -> dict[str, Any]:
