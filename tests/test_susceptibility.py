@@ -152,6 +152,7 @@ def test_a_missing_cell_is_named():
         (pd.concat([table(draws(0, 40)), table(draws(0, 40))[:1]]), {}, "there twice"),
         (table(draws(0, 40)).drop(columns="margin"), {}, "no margin"),
         (table(draws(0, 40)), {"length": "tokens"}, "no tokens"),
+        (table(draws(0, 40)), {"length": "margin"}, "cannot be held fixed.*length='margin'"),
         (table(np.where(np.arange(120).reshape(40, 3) == 3, np.nan, 1.0)), {}, "i1 / a"),
         (table(draws(0, 40)), {"alpha": 1.5}, "out of range"),
         (table(draws(0, 40)), {"n_permutations": 5}, "out of range"),

@@ -103,6 +103,9 @@ def _frame(margins: pd.DataFrame | Result, length: str | None) -> pd.DataFrame:
     """The columns item, dimension, margin and length, if one is to be held fixed."""
     table = margins.to_frame().rename(columns={"value": "margin"}) if isinstance(margins, Result) else margins
     wanted = ["item", "dimension", "margin", *([length] if length else [])]
+    if len(set(wanted)) < len(wanted):
+        raise DataError("Length cannot be held fixed", found=f"length={length!r}", expected="a column of lengths",
+                        do="name another column, or pass length=None")  # fmt: skip
     missing = [name for name in wanted if name not in table.columns]
     if missing:
         raise DataError("The table of margins lacks columns", found=f"no {', '.join(missing)}; it has "
