@@ -58,8 +58,7 @@ def sign_test(
 
     place = {topic: i for i, topic in enumerate(made_of)}
     shared = [i for i in rng.permutation(len(tested)) if tested[i] in place]
-    shared_names = {tested[i] for i in shared}
-    known = [i for topic, i in place.items() if topic not in shared_names]
+    known = [i for topic, i in place.items() if topic not in tested]
     first = max(stats.FEWEST, -(-len(made_of) // 3))
     projections = [differences[i] @ x.mean(0) for i in range(len(tested)) if tested[i] not in place]
     running = x[known].sum(0)

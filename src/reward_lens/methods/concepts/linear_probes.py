@@ -34,9 +34,9 @@ from reward_lens.engine.run import passes
 from reward_lens.errors import DataError
 from reward_lens.features import TEXT_FEATURES, text_features
 from reward_lens.methods.concepts import probe_fits
+from reward_lens.methods.concepts.concept_states import site_at
 from reward_lens.methods.concepts.probe_fits import Task
 from reward_lens.model.reward_model import RewardModel
-from reward_lens.model.sites import Site
 from reward_lens.model.tokens import Tokens
 from reward_lens.result import Check, Result
 
@@ -189,10 +189,6 @@ def _groups(groups, items: data.Pairs) -> list[str]:
     return names
 
 
-def _site(rm: RewardModel, depth: int) -> Site:
-    return Site("resid_post", rm.n_layers - 1) if depth == rm.n_layers else Site("resid_pre", depth)
-
-
 def _spans(text: Tokens) -> dict[str, range]:
     return {"response": text.response, "reward": range(text.reward_pos, text.reward_pos + 1)}
 
@@ -202,12 +198,12 @@ def _states(
     rm: RewardModel, tokens: Sequence[Tokens], depths: list[int], at: tuple[str, ...]
 ) -> tuple[Float[np.ndarray, "text depth at d"], Float[Tensor, "text d"]]:
     """States by depth and position, and the pre-norm residual at the reward position."""
-    end = _site(rm, rm.n_layers)
-    sites = list(dict.fromkeys([*(_site(rm, depth) for depth in depths), end]))
+    end = site_at(rm, rm.n_layers)
+    sites = list(dict.fromkeys([*(site_at(rm, depth) for depth in depths), end]))
     states = np.empty((len(tokens), len(depths), len(at), rm.d_model), dtype=np.float32)
     last = torch.empty(len(tokens), rm.d_model, dtype=rm.like.dtype, device=rm.device)
     everywhere = "response" in at
-    cells = [(_site(rm, depth), d) for d, depth in enumerate(depths)]
+    cells = [(site_at(rm, depth), d) for d, depth in enumerate(depths)]
     for batch, tensors in passes(rm, tokens, sites, everywhere=everywhere):
         for row, (text, start) in enumerate(zip(batch.rows, batch.offset.tolist(), strict=True)):
             spans = _spans(tokens[text])
@@ -233,16 +229,16 @@ def _gradients(
     rm: RewardModel, tokens: Sequence[Tokens], last: Float[Tensor, "text d"], depths: list[int], at: tuple[str, ...]
 ) -> tuple[Float[np.ndarray, "depth at d"], float]:
     """Mean over texts of the reward's gradient, summed over a position's tokens; and its largest gap at the end."""
-    end = _site(rm, rm.n_layers)
+    end = site_at(rm, rm.n_layers)
     mean = np.zeros((len(depths), len(at), rm.d_model))
     gap = 0.0
     for text, h in zip(tokens, last, strict=True):
-        slopes = gradients(rm, text, list(dict.fromkeys([*(_site(rm, k) for k in depths), end])), frozen_at=h).slopes
+        slopes = gradients(rm, text, list(dict.fromkeys([*(site_at(rm, k) for k in depths), end])), frozen_at=h).slopes
         spans = _spans(text)
         for d, depth in enumerate(depths):
             for a, where in enumerate(at):
                 span = spans[where]
-                slope = slopes[_site(rm, depth)][span.start : span.stop]
+                slope = slopes[site_at(rm, depth)][span.start : span.stop]
                 mean[d, a] += slope.double().sum(0).cpu().numpy() / len(tokens)
         u = rm.readout.direction(h[None], rm.readout_inputs([text])).u[0].double()
         off = float((slopes[end][text.reward_pos].double() - u).norm())
