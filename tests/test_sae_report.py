@@ -72,6 +72,14 @@ def test_the_mean_as_reconstruction_recovers_nothing():
     assert float(got.sel(measure="fvu")) == pytest.approx(1, abs=1e-5)
 
 
+def test_where_the_mean_state_is_every_state_there_is_nothing_to_recover():
+    """All texts are one, so what is left to divide by is rounding."""
+    same = [rl.Pair("a prompt", "one text", "one text", id=f"p{i}") for i in range(3)]
+    got = sae_report(model(), random_sae(site="L1.resid_post"), same).value
+    for measure in ("fvu", "reward_recovered"):
+        assert np.isnan(got.sel(measure=measure, at="final")) and np.isfinite(got.sel(measure=measure, at="response"))
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_splicing_is_an_intervention_and_the_measures_are_of_it(family):
     rm, sae = model(family), random_sae(site="L1.resid_post", k=12)

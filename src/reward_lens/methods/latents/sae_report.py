@@ -103,7 +103,7 @@ def sae_report(
         mean = means.at(k)
         spread = square - 2 * (totals[:, k] @ mean).numpy() + count * float(mean @ mean)
         fvu = _ends(prompt_ratio(left, np.where(spread > 1e-12 * square, spread, 0.0), by_text))
-        pair_cells = _of_rewards(rewards[:, [0, 1 + 2 * k, 2 + 2 * k]], prompts, by_text, seed)
+        pair_cells = _of_rewards(rewards[:, [0, 1 + 2 * k, 2 + 2 * k]], rm.noise_floor, prompts, by_text, seed)
         dead = _Cell(float((~used[k]).mean()), np.nan, np.nan, int(count.sum()))
         own = [fvu._replace(n=len(tokens)), _mean(l0, by_text, seed), dead, _mean(norm, by_text, seed)]
         columns.append([*own, *pair_cells])
@@ -141,10 +141,13 @@ class _Cell(NamedTuple):
     n: int
 
 
-def _of_rewards(runs: Float[np.ndarray, "text 3"], prompts: list[str], by_text: list[str], seed: int) -> list[_Cell]:
+def _of_rewards(
+    runs: Float[np.ndarray, "text 3"], floor: float, prompts: list[str], by_text: list[str], seed: int
+) -> list[_Cell]:
     """Measures of the clean rewards, those with the reconstruction and those with the mean state."""
     clean, spliced, mean = runs.T
-    lost = prompt_ratio((spliced - clean) ** 2, (mean - clean) ** 2, by_text)
+    moved = np.abs(mean - clean).max() > floor  # else a sum of roundings would be divided by
+    lost = prompt_ratio((spliced - clean) ** 2, (mean - clean) ** 2 * moved, by_text)
     recovered = _Cell(1 - float(lost.value), 1 - float(lost.high), 1 - float(lost.low), len(runs))
     margins = [r[::2] - r[1::2] for r in (clean, spliced)]
     signs = np.sign(margins[0]) * np.sign(margins[1])
