@@ -238,7 +238,7 @@ def test_gemma_scope(tmp_path):
     save_file({**lower, "affine_skip_connection": numbers(D, D)}, later / "params.safetensors")
     found = SAE.load(later)
     assert isinstance(found, Transcoder)
-    torch.testing.assert_close(found(X), sae(X) + X @ numbers(D, D).T)
+    torch.testing.assert_close(found(X), sae(X) + X @ numbers(D, D))  # x A, not A x
 
 
 def test_llama_scope(tmp_path):

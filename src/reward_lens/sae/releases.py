@@ -1,7 +1,8 @@
-"""Published dictionaries in files of their own: Gemma Scope and Llama Scope, read as SAELens 6 reads them.
+"""Published dictionaries in files of their own: Gemma Scope and Llama Scope, read as their makers define them.
 
     Gemma Scope 1    params.npz: W_enc, b_enc, W_dec, b_dec, threshold
-    Gemma Scope 2    params.safetensors: w_enc, ..., threshold; a transcoder's affine_skip_connection
+    Gemma Scope 2    params.safetensors: w_enc, ..., threshold; a transcoder's affine_skip_connection A [d_in, d_out],
+                     whose part is x A as in the release's own code, so W_skip is its transpose
     Llama Scope      hyperparams.json, checkpoints/final.safetensors: one threshold for all latents, and inputs scaled
                      to a mean norm of sqrt(d), which is folded into the weights
 
@@ -47,7 +48,7 @@ def _from_gemma_scope(path: Path, where: str) -> dict[str, Any]:
     require(where, {"an embedding's scale": "embedding" in where}, weights, _WEIGHTS)
     parts: dict[str, Any] = {name: weights[name] for name in _WEIGHTS}
     skip = weights.get("affine_skip_connection")
-    parts |= {"W_skip": skip} if skip is not None else {}
+    parts |= {"W_skip": skip.T} if skip is not None else {}
     return {**parts, "activation": "jumprelu", "apply_b_dec_to_input": False, "meta": {"format": "gemma scope"},
             "transcoder": skip is not None or "transcoder" in where}  # fmt: skip
 
