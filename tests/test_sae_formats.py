@@ -290,4 +290,8 @@ def test_sites_and_hook_names_are_one_to_one():
         assert site_name(hook_name(site)) == site
     assert hook_name("L3.H2") is None and hook_name(None) is None
     assert site_name("blocks.3.attn.hook_z") is None and site_name(None) is None
+    scope = "google/gemma-scope-2"  # what is read there is the input of the output map
+    assert site_of_folder(f"{scope}-12b-pt/attn_out_all/layer_11_width_16k_l0_small") == "L11.head"
+    assert site_of_folder(f"{scope}b-pt-att/layer_3/width_16k/average_l0_52") == "L3.head"
+    assert site_of_folder(f"{scope}-4b-it/mlp_out/layer_17_width_16k_l0_big") == "L17.mlp"
     assert site_of_folder("org/sae/layers.4") == "L4.resid_post" and site_of_folder("org/sae/run4") is None

@@ -96,11 +96,14 @@ def site_name(hook: Any) -> str | None:
 
 
 def site_of_folder(where: str) -> str | None:
-    """The site that a folder of sparsify ("layers.20", "layers.20.mlp") or Gemma Scope is named after, or None."""
+    """The site that a folder of sparsify ("layers.20", "layers.20.mlp") or Gemma Scope is named after, or None.
+
+    Gemma Scope's attention dictionaries, "attn_out" too, read all heads side by side, before the output map.
+    """
     if match := re.search(r"(?:^|/)(?:h|layers)\.(\d+)(\.mlp)?$", where):
         return f"L{match[1]}.{'mlp' if match[2] else 'resid_post'}"
     match = re.search(r"gemma-scope.*/.*layer_(\d+)", where)
-    kinds = {"resid_post": "-res/|resid_post", "mlp": "-mlp/|mlp_out", "attn": "attn_out"}
+    kinds = {"resid_post": "-res/|resid_post", "mlp": "-mlp/|mlp_out", "head": "-att/|attn_out"}
     kind = next((kind for kind, pattern in kinds.items() if re.search(pattern, where)), None)
     return f"L{match[1]}.{kind}" if match and kind else None
 
