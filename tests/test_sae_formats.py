@@ -215,6 +215,10 @@ def test_a_sparsify_file_of_another_activation_is_refused(tmp_path):
     (tmp_path / "cfg.json").write_text(json.dumps({**config, "activation": "groupmax"}))
     with pytest.raises(LoadError, match="groupmax"):
         SAE.load(tmp_path)
+    # files of sae 0.1, which keep the k largest by size, whatever their sign
+    (tmp_path / "cfg.json").write_text(json.dumps({"d_in": D, "k": 2, "expansion_factor": 2, "signed": True}))
+    with pytest.raises(LoadError, match="signed"):
+        SAE.load(tmp_path)
     old = {"d_in": D, "k": 2, "expansion_factor": 2}
     folder = tmp_path / "repo" / "layers.6.mlp"
     folder.mkdir(parents=True)

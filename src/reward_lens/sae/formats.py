@@ -199,7 +199,7 @@ def _to_sparsify(sae: SAE) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
 def _from_sparsify(path: Path, where: str) -> dict[str, Any]:
     config, weights = read_json(path / CONFIG), read_tensors(path / SPARSIFY)
     refused = {f"activation {config.get('activation')!r}": config.get("activation", "topk") != "topk"}
-    refused |= {name: bool(config.get(name)) for name in ("embed_skip", "gram_lookup")}
+    refused |= {name: bool(config.get(name)) for name in ("signed", "embed_skip", "gram_lookup")}
     require(where, refused, weights, ("encoder.weight", "encoder.bias", "W_dec", "b_dec"))
     ours: Mapping[str, Any] = config.get("reward_lens") or {}
     parts = {
