@@ -336,6 +336,12 @@ def test_two_hundred_samples_are_trained_on_and_said_to_be_few():
     assert enough["enough"]["passed"] and "training samples" in enough["trust"]
 
 
+def test_a_loader_is_counted_in_samples_not_in_batches():
+    loader = torch.utils.data.DataLoader(DATA, batch_size=32)  # 157 batches of 5,000 samples
+    meta = train_sae(loader, 24, 3, n_train=100 * 64, batch_size=64).meta
+    assert meta["n_samples"] == 5000 and meta["passes"] == 1.28 and "5,000 different samples" in meta["trust"]
+
+
 @pytest.mark.parametrize("source", [SMALL[:150], list(SMALL[:150].split(50)), iter(SMALL[:150].split(50))])
 def test_fewer_say_how_many_more(source):
     with pytest.raises(DataError, match="150 samples.*at least 200.*take 50 more"):

@@ -24,7 +24,8 @@ Chunk = tuple[Tensor, Tensor | None]
 class Samples:
     """A source of samples x, or of pairs (x, y) for a transcoder, as batches.
 
-    `n`: how many different samples there are, None for an iterator. `d_in`, `d_out`: their widths.
+    `n`: how many different samples there are; None for an iterator, and for a container that says no more than how many
+    batches it has until a pass has ended. `d_in`, `d_out`: their widths.
     """
 
     expected = "a tensor [n, d_model], an activation store, or an iterator of tensors [b, d_model]"
@@ -43,7 +44,7 @@ class Samples:
                 do=self.do,
             )
         self.source = source
-        self.n = len(self.tensors[0]) if self.tensors else None if self.one_pass else _length(source)
+        self.n = len(self.tensors[0]) if self.tensors else len(source) if self.store is not None else _length(source)
         if self.n is not None and self.n < FEWEST_SAMPLES:
             raise too_few(self.n)
         self._head: list[Chunk] = []
@@ -91,7 +92,7 @@ class Samples:
             digest.update(json.dumps(self.store.meta, sort_keys=True, default=str).encode())
             return digest.hexdigest()[:16]
         if self.tensors is None:
-            return f"{type(self.source).__name__} of {self.n}"
+            return f"{type(self.source).__name__} of {_length(self.source)}"
         for tensor in self.tensors:
             digest.update(repr(tuple(tensor.shape)).encode())
             some = tensor[:: max(1, len(tensor) // 64)].detach().float().cpu().contiguous()
@@ -112,7 +113,11 @@ class Samples:
             yield from self._checked(self.store.batches(min(1024, len(self.store)), seed=self.seed))
             return
         if self.tensors is None:
-            yield from self._checked(self.source)
+            n = 0
+            for chunk in self._checked(self.source):
+                n += len(chunk[0])
+                yield chunk
+            self.n = n
             return
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         order = torch.randperm(len(self.tensors[0]), generator=generator)
@@ -186,10 +191,11 @@ def sample_tensors(value: Any, n: int) -> tuple[Tensor, ...] | None:
 
 
 def _length(source: Any) -> int | None:
-    if isinstance(source, list | tuple):
-        chunks = [one[0] if isinstance(one, list | tuple) else one for one in source]
-        return sum(map(len, chunks)) if all(isinstance(chunk, Tensor) for chunk in chunks) else None
-    return len(source) if hasattr(source, "__len__") else None
+    """Samples in a list of batches; None for anything else, whose length may be a number of batches (a DataLoader)."""
+    if not isinstance(source, list | tuple):
+        return None
+    chunks = [one[0] if isinstance(one, list | tuple) else one for one in source]
+    return sum(map(len, chunks)) if all(isinstance(chunk, Tensor) for chunk in chunks) else None
 
 
 def _after(chunks: Iterable[Chunk], skip: int) -> Iterator[Chunk]:
