@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import reward_lens as rl
 from families import TEXT_PAIRS, tiny_model
@@ -337,6 +339,13 @@ def test_a_crosscoder_is_saved_and_loaded(tmp_path):
         assert getattr(found, name) == getattr(crosscoder, name)
     with pytest.raises(LoadError, match="cannot be read"):
         Crosscoder.load(tmp_path)
+    file = tmp_path / "c" / "crosscoder.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        head, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    for changed in ({"b_enc": torch.zeros(3)}, {"b_dec.2": tensors.pop("b_dec.1")}):
+        save_file({**tensors, **changed}, file, metadata=head)
+        with pytest.raises(LoadError, match="lack or do not fit"):
+            Crosscoder.load(tmp_path / "c")
     rl.train_sae(SMALL[0], 24, 3, checkpoint=tmp_path, **SHORT)
     (tmp_path / "training.safetensors").rename(tmp_path / "crosscoder.safetensors")
     with pytest.raises(LoadError, match="format 'reward-lens sae training 1'"):
@@ -369,6 +378,7 @@ def test_the_formulas_of_the_module():
     [
         ({"threshold": -torch.ones(9)}, "negative"),
         ({"threshold": torch.ones(8)}, r"threshold \[8\]"),
+        ({"scale": torch.ones(2, 1)}, r"scale \[2, 1\]"),
         ({"scale": torch.zeros(2)}, "not positive"),
         ({"scale": torch.ones(3)}, "3 of scale for 2"),
         ({"names": ["a"]}, "1 of names for 2"),
@@ -377,6 +387,9 @@ def test_the_formulas_of_the_module():
 def test_weights_that_do_not_fit_are_refused(change, words):
     with pytest.raises(DataError, match=words):
         by_hand(**change)
+    parts = by_hand()
+    with pytest.raises(DataError, match=r"b_enc \[9, 1\]"):
+        Crosscoder(parts.W_enc, torch.ones(9, 1), parts.W_dec, parts.b_dec, threshold=parts.threshold)
     one = torch.ones(3, 4)
     with pytest.raises(DataError, match=r"1 model\(s\).*W_dec \[3, 4\]"):
         Crosscoder([one], torch.ones(4), [one], [torch.ones(3)], threshold=torch.ones(4))

@@ -60,7 +60,7 @@ class Crosscoder(torch.nn.Module):
         b_dec: Iterable[Tensor],
         *,
         threshold: Float[Tensor, "..."],
-        scale: Float[Tensor, " model"] | None = None,
+        scale: Float[Tensor, "..."] | None = None,
         names: Sequence[str | None] | None = None,
         sites: Sequence[str | None] | None = None,
         meta: Mapping[str, Any] | None = None,
@@ -171,8 +171,11 @@ class Crosscoder(torch.nn.Module):
             raise _unreadable(path, f"format {head.get('format')!r}")
         about = json.loads(head["about"])
         n = len(about["names"])
-        W_enc, W_dec, b_dec = ([held[f"{name}.{m}"] for m in range(n)] for name in _OF_MODEL)
-        return cls(W_enc, held["b_enc"], W_dec, b_dec, threshold=held["threshold"], scale=held["scale"], **about)
+        try:
+            W_enc, W_dec, b_dec = ([held[f"{name}.{m}"] for m in range(n)] for name in _OF_MODEL)
+            return cls(W_enc, held["b_enc"], W_dec, b_dec, threshold=held["threshold"], scale=held["scale"], **about)
+        except (KeyError, DataError) as error:
+            raise _unreadable(path, f"weights that lack or do not fit: {error}") from error
 
     def __repr__(self) -> str:
         of = ", ".join(f"{name or 'a model'} [{width}]" for name, width in zip(self.names, self.widths, strict=True))
@@ -197,6 +200,8 @@ def _require_fit(W_enc, b_enc, W_dec, b_dec, threshold, scale, names, sites) -> 
         width = enc.shape[0]
         shapes = {"W_enc": (enc, (width, d_sae)), "W_dec": (dec, (d_sae, width)), "b_dec": (bias, (width,))}
         wrong += [f"{name} {list(t.shape)} of model {m}" for name, (t, to) in shapes.items() if t.shape != to]
+    shared = {"b_enc": (b_enc, (d_sae,)), "scale": (scale, (len(scale),))}
+    wrong += [f"{name} {list(t.shape)}" for name, (t, to) in shared.items() if t.shape != to]
     every = [*W_enc, *W_dec, *b_dec, b_enc, threshold, scale]
     wrong += ["NaN or infinity"] if not all(bool(t.isfinite().all()) for t in every) else []
     if threshold.shape != (d_sae,) or bool((threshold < 0).any()):
