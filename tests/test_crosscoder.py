@@ -339,6 +339,8 @@ def test_a_crosscoder_is_saved_and_loaded(tmp_path):
         assert getattr(found, name) == getattr(crosscoder, name)
     with pytest.raises(LoadError, match="cannot be read"):
         Crosscoder.load(tmp_path)
+    shared = shrunk_and_true()[1]  # both models have one b_dec
+    assert same(Crosscoder.load(shared.save(tmp_path / "shared")), shared)
     file = tmp_path / "c" / "crosscoder.safetensors"
     with safe_open(file, framework="pt") as opened:
         head, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118

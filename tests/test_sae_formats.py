@@ -142,6 +142,12 @@ def test_what_a_format_cannot_say_is_not_written(sae, fmt, words, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_weights_of_one_memory_are_written(tmp_path):
+    eye, bias = torch.eye(D), numbers(D)
+    tied = SAE(eye, bias, eye, bias, activation="relu", meta=META)
+    assert_equal(SAE.load(tied.save(tmp_path)), tied)
+
+
 def test_one_folder_holds_one_dictionary(tmp_path):
     dictionary().save(tmp_path)
     with pytest.raises(DataError, match="already holds"):

@@ -153,7 +153,7 @@ class Crosscoder(torch.nn.Module):
         tensors = {name: getattr(self, name) for name in _SHARED}
         tensors |= {f"{name}.{m}": w for name in _OF_MODEL for m, w in enumerate(getattr(self, name))}
         about = {"names": self.names, "sites": self.sites, "meta": self.meta}
-        flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        flat = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}  # no two of one memory
         save_file(flat, folder / FILE, metadata={"format": _FORMAT, "about": json.dumps(about)})
         return folder
 

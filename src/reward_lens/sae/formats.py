@@ -52,7 +52,8 @@ def save_sae(sae: SAE, folder: str | Path, fmt: str = "saelens") -> Path:
                         do="choose another folder")  # fmt: skip
     config, weights = (_to_saelens if fmt == "saelens" else _to_sparsify)(sae)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}, folder / name)
+    own = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in weights.items()}
+    save_file(own, folder / name)  # which takes no two tensors of one memory, as tied weights are
     (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
     return folder
 
