@@ -121,6 +121,13 @@ def test_shares_sum_to_one_and_order_the_latents():
     assert np.isnan(some.value["p"].values[3:]).all()
 
 
+def test_models_of_equal_margins_share_no_difference_out():
+    """One model under two names: what is left of the difference of its margins is rounding."""
+    result = crosscoder_latents({"one": model(), "again": model()}, random_crosscoder(), PAIRS, top=3)
+    assert np.abs(result.value.sel(side="margin", model="difference").sum("latent")).max() < 1e-9
+    assert np.isnan(result.value["share"]).all() and np.isnan(result.value["share_low"]).all()
+
+
 def test_coordinates_are_those_of_the_crosscoder_and_the_texts():
     models, crosscoder = two(), random_crosscoder()
     result = crosscoder_latents(models, crosscoder, MANY)

@@ -79,9 +79,9 @@ def crosscoder_latents(
     mean and interval over prompts, which know nothing of the choice of latents. Rows: "F12" and so on, largest |share|
     first, then "other latents", "error", "b_dec", "rest" and, for shared margins, "norm"; they sum to the rewards and
     margins. Coordinates on `latent`: `index` (-1 for the last rows), `kind`, `share` with `_low`, `_high` (Fieller,
-    over prompts), `p` (sign flips over prompts, of the margin difference) and `p_adjusted` (Holm over all active
-    latents), `delta` (relative decoder norm: 0 first model only, 1 second only), `cosine` of the two decoder rows,
-    `stronger` (the model of the larger row), `frequency_chosen`, `frequency_rejected`, `nu_error` and
+    over prompts; NaN where no margin differs by more than the models' noise floor), `p` (sign flips over prompts, of
+    the margin difference) and `p_adjusted` (Holm over all active latents), `delta` (relative decoder norm: 0 first model only,
+    1 second only), `cosine` of the two decoder rows, `stronger` (the model of the larger row), `frequency_chosen`, `frequency_rejected`, `nu_error` and
     `nu_reconstruction` with `_low`, `_high` (latent scaling on the read positions); (pair, side, model): `error_share`
     = |error| / (|sum of latents| + |b_dec| + |error|). In `meta`: "models", `fvu` of either at the read positions.
     Checks: "completeness" (E3), "difference" of the two rewards, and direct "margin split" (E4).
@@ -104,7 +104,10 @@ def crosscoder_latents(
     prompts = [p.prompt_key for p in pairs]
     names, values, whole, kept = values_of(parts, crosscoder.d_sae, split, top)
     difference = values[:, 2, 2]
-    share = prompt_ratio(difference * difference.sum(-1, keepdims=True), difference.sum(-1) ** 2, prompts)
+    total = difference.sum(-1)
+    floor = max(one.noise_floor * unit for one, unit in zip(read, units, strict=True))
+    known = np.abs(total).max() > floor  # else models of equal margins are told apart by rounding
+    share = prompt_ratio(difference * total[:, None], total**2 * known, prompts)
     n_active = len(active_latents(parts[0]))
     tests = flip_tests(difference[:, : len(kept)], prompts, "holm", seed)
     coords = {

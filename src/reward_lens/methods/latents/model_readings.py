@@ -48,6 +48,8 @@ class Reading:
     """[text]"""
     spread: float
     """SD of the rewards within prompts."""
+    noise_floor: float
+    """Differences of its rewards under this are numerical."""
 
 
 def read_two(
@@ -109,7 +111,9 @@ def _read(name: str, rm: RewardModel, pairs: data.Pairs, site: Site, at: At, est
     del about["method"]
     rewards = np.array(reward)
     spread = within_prompt_sd(rewards.reshape(-1, 2), [p.prompt_key for p in pairs], [list(p.responses) for p in pairs])
-    return Reading(name, about, site, estimator, rm.sixteen_bit, tokens, x, g, np.array(constant), rewards, spread)
+    return Reading(
+        name, about, site, estimator, rm.sixteen_bit, tokens, x, g, np.array(constant), rewards, spread, rm.noise_floor
+    )
 
 
 def _site(rm: RewardModel, crosscoder: Crosscoder, m: int, site: str | None) -> Site:
