@@ -386,6 +386,9 @@ def test_bad_batches():
     other = store_activations(model(), PAIRS[:5], "L1.mlp", "reward")
     with pytest.raises(rl.DataError, match="cannot go on"):
         other.batches(4, start=state)
+    for settings in ({"shard_mb": shard_mb(4)}, {"dtype": "bfloat16"}):  # of the same texts, but not these batches
+        with pytest.raises(rl.DataError, match="cannot go on"):
+            store_activations(model(), PAIRS, "L1.mlp", "reward", **settings).batches(4, start=state)
     with pytest.raises(rl.DataError, match="cannot go on"):
         store.batches(4, start={})
 

@@ -1,7 +1,9 @@
 """An activation store as it is read: shuffled batches for training, samples in order, and where a sample is from."""
 
 import bisect
+import hashlib
 import itertools
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -161,8 +163,10 @@ class ActivationStore:
 
     @property
     def identity(self) -> str:
-        """Tells the store's samples from those of another."""
-        return f"{self.site} {len(self)} {self._index['inputs_hash']} {self._index['model']['fingerprint']}"
+        """Tells the store's samples, and the shards they are read from, from those of another."""
+        settings = hashlib.sha256(json.dumps(self._index["settings"], sort_keys=True).encode()).hexdigest()[:16]
+        model = self._index["model"]["fingerprint"]
+        return f"{self.site} {len(self)} {self._index['inputs_hash']} {model} {settings}"
 
     def at(self, sample: int) -> Place:
         """The text, the position and the token id of a sample (in the order of `chunks` and `tensor`)."""
