@@ -80,10 +80,11 @@ def crosscoder_latents(
     first, then "other latents", "error", "b_dec", "rest" and, for shared margins, "norm"; they sum to the rewards and
     margins. Coordinates on `latent`: `index` (-1 for the last rows), `kind`, `share` with `_low`, `_high` (Fieller,
     over prompts; NaN where no margin differs by more than the models' noise floor), `p` (sign flips over prompts, of
-    the margin difference) and `p_adjusted` (Holm over all active latents), `delta` (relative decoder norm: 0 first model only,
-    1 second only), `cosine` of the two decoder rows, `stronger` (the model of the larger row), `frequency_chosen`, `frequency_rejected`, `nu_error` and
-    `nu_reconstruction` with `_low`, `_high` (latent scaling on the read positions); (pair, side, model): `error_share`
-    = |error| / (|sum of latents| + |b_dec| + |error|). In `meta`: "models", `fvu` of either at the read positions.
+    the margin difference) and `p_adjusted` (Holm over all active latents), `delta` (relative decoder norm: 0 first
+    model only, 1 second only), `cosine` of the two decoder rows, `stronger` (the model of the larger row),
+    `frequency_chosen`, `frequency_rejected`, `nu_error` and `nu_reconstruction` with `_low`, `_high` (latent scaling on
+    the read positions); (pair, side, model): `error_share` = |error| / (|sum of latents| + |b_dec| + |error|). In
+    `meta`: "models", `fvu` of either at the read positions.
     Checks: "completeness" (E3), "difference" of the two rewards, and direct "margin split" (E4).
     Raises `DataError` for models that read other tokens, that the crosscoder is not of (by width and, where it was
     trained from stores, weights), for other than two, and for settings that do not go together.
