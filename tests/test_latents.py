@@ -17,6 +17,7 @@ from reward_lens.engine.intervention import values
 from reward_lens.methods.latents.latent_clamping import clamp_latent
 from reward_lens.methods.latents.latent_contexts import latent_contexts
 from reward_lens.methods.latents.latent_contributions import latent_contributions
+from reward_lens.methods.latents.latent_states import require_latents
 from reward_lens.methods.latents.latent_tokens import latent_tokens
 from reward_lens.methods.latents.reward_latents import probe_latents, reward_latents
 from reward_lens.methods.shared.prompt_ratios import prompt_ratio
@@ -183,7 +184,7 @@ def test_clamping_is_an_intervention_and_zero_is_the_ablation(family):
 
 def test_a_value_that_a_latent_has_changes_nothing():
     rm, sae = model(), constant_sae(torch.zeros(32))
-    assert not clamp_latent(rm, sae, PAIRS[:2], 1, 0.0).value.any()
+    assert not clamp_latent(rm, sae, PAIRS[:2], 1, torch.tensor(0.0)).value.any()
 
 
 # --- which latents ------------------------------------------------------------------------------------------
@@ -388,6 +389,8 @@ def test_saved_drawn_and_without_traces(tmp_path):
         (lambda rm: clamp_latent(rm, random_sae(), PAIRS, 48, 1.0), "48.*from 0 to 47"),
         (lambda rm: clamp_latent(rm, random_sae(), PAIRS, -1, 1.0), "from 0 to 47"),
         (lambda rm: clamp_latent(rm, random_sae(), PAIRS, 0, float("nan")), "nan.*finite"),
+        (lambda rm: clamp_latent(rm, random_sae(), PAIRS, 0, "1.5"), "'1.5'.*finite"),
+        (lambda rm: require_latents(random_sae(), [0, "F3", float("nan")]), "0, 'F3', nan.*from 0 to 47"),
         (lambda rm: reward_latents(rm, random_sae(), PAIRS[:1]), "1 prompts"),
         (lambda rm: reward_latents(rm, constant_sae(torch.zeros(32)), PAIRS), "zeros only"),
         (lambda rm: probe_latents(rm, random_sae(), PAIRS, at="response"), "replace='original', at='response'"),

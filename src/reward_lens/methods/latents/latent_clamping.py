@@ -53,7 +53,11 @@ def clamp_latent(
     """
     pairs, where = data.as_pairs(pairs), site_of(rm, sae, site, at)
     (wanted,) = require_latents(sae, [latent])
-    values = np.array(list(value) if isinstance(value, Iterable) else [value], dtype=float)
+    try:
+        several = isinstance(value, Iterable) and getattr(value, "ndim", 1)  # an array of no dim is one number
+        values = np.array(list(value) if several else [value], dtype=float)
+    except (TypeError, ValueError):
+        values = np.empty(0)
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all() or len(set(values.tolist())) < len(values):
         raise DataError(
             "The values to hold a latent at were not understood",

@@ -130,9 +130,9 @@ def is_last(rm: RewardModel, site: Site) -> bool:
     return site == Site("resid_post", rm.n_layers - 1)
 
 
-def require_latents(sae: SAE, latents: Sequence[int]) -> list[int]:
+def require_latents(sae: SAE, latents: Sequence[Any]) -> list[int]:
     """The latents as plain numbers, or a `DataError` for one that the dictionary does not have."""
-    wanted = [int(j) if not isinstance(j, bool) and int(j) == j else -1 for j in latents]
+    wanted = [_whole(j) for j in latents]
     if not wanted or not all(0 <= j < sae.d_sae for j in wanted) or len(set(wanted)) < len(wanted):
         raise DataError(
             "The latents were not understood",
@@ -141,6 +141,14 @@ def require_latents(sae: SAE, latents: Sequence[int]) -> list[int]:
             do="choose latents of this dictionary; `reward_latents` and `latent_contributions` name some",
         )
     return wanted
+
+
+def _whole(latent: Any) -> int:
+    """The latent's number, -1 for what is none ("F3", NaN)."""
+    try:
+        return -1 if isinstance(latent, bool) or int(latent) != latent else int(latent)
+    except (TypeError, ValueError, OverflowError):
+        return -1
 
 
 def described(sae: SAE, site: Site) -> dict[str, Any]:
