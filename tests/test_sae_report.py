@@ -8,6 +8,7 @@ import torch
 
 import reward_lens as rl
 from dictionaries import constant_sae, identity_sae, random_sae
+from encoders import loaded
 from families import STRUCTURES, TEXT_PAIRS, tiny_model
 from reward_lens import stats
 from reward_lens.engine.intervention import values
@@ -78,6 +79,21 @@ def test_where_the_mean_state_is_every_state_there_is_nothing_to_recover():
     got = sae_report(model(), random_sae(site="L1.resid_post"), same).value
     for measure in ("fvu", "reward_recovered"):
         assert np.isnan(got.sel(measure=measure, at="final")) and np.isfinite(got.sel(measure=measure, at="response"))
+
+
+def test_an_encoder_is_measured_at_its_first_token():
+    """Its reward position, which is not in the response."""
+    rm, site = loaded("bert"), "L1.resid_post"
+    sae, pairs = random_sae(site=site), [pair for pair in PAIRS if isinstance(pair.prompt, str)]
+    x = rl.capture(rm, pairs, [site])[site].double()
+    left = (x - sae(x.float())).square().sum() / (x - x.mean(0)).square().sum()
+    dead = (sae.encode(x.float()) == 0).all(0).double().mean()
+    got = sae_report(rm, sae, pairs).value.sel(at="final")
+    assert float(got.sel(measure="fvu")) == pytest.approx(float(left), rel=1e-4)
+    assert float(got.sel(measure="dead")) == pytest.approx(float(dead))
+    text, source = [(pairs[0].messages, pairs[0].chosen)], {site: rl.constant(x.mean(0).float())}
+    spliced = spliced_rewards(rm, sae, pairs).value.sel(side="chosen", run="mean, final")[0]
+    assert abs(float(spliced - rl.intervene(rm, text, source, "final").value.sel(state="intervened")[0])) < 5e-5
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

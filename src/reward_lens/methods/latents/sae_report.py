@@ -26,8 +26,8 @@ from jaxtyping import Float
 from reward_lens import data, stats
 from reward_lens.errors import DataError
 from reward_lens.methods.latents.latent_contributions import latent_contributions
-from reward_lens.methods.latents.latent_states import described, encoded, read_latents, site_of
-from reward_lens.methods.latents.splicing import PLACES, Means, splice
+from reward_lens.methods.latents.latent_states import described, encoded, site_of
+from reward_lens.methods.latents.splicing import PLACES, Means, read_places, splice
 from reward_lens.methods.shared.prompt_ratios import plain, prompt_ratio
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
@@ -83,16 +83,16 @@ def sae_report(
     means, rows, sums = Means(rm.d_model), [], []
     used = np.zeros((2, sae.d_sae), bool)
     decoder = 0.0
-    for i, text in enumerate(read_latents(rm, sae, tokens, where, "response")):
-        means.take(text)
+    for i, places in enumerate(read_places(rm, sae, tokens, where)):
+        means.take(*places)
         if i == 0:
-            decoder = _decoder_gap(sae, text.x)
-        for k, at in enumerate((slice(-1, None), slice(None))):
-            x, z, error = text.x[at], text.z[at], text.error[at]
-            used[k, text.active[(z != 0).any(0)].numpy()] = True
+            decoder = _decoder_gap(sae, places[1].x)
+        for k, text in enumerate(places):
+            x, error = text.x, text.error
+            used[k, text.active.numpy()] = True
             squares = float(x.square().sum()), float(error.square().sum())
             norms = error.norm(dim=1) / x.norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
-            rows.append([len(x), *squares, float((z != 0).sum(1).double().mean()), float(norms.mean())])
+            rows.append([len(x), *squares, float((text.z != 0).sum(1).double().mean()), float(norms.mean())])
             sums.append(x.sum(0))
     cells = np.array(rows).reshape(len(tokens), 2, -1)
     totals = torch.stack(sums).reshape(len(tokens), 2, -1)

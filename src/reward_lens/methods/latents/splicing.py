@@ -6,6 +6,9 @@
 The dictionary is applied to the run's own states, so a perfect one changes nothing. Everything after is recomputed.
 """
 
+from collections.abc import Iterator
+from typing import Literal
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -24,7 +27,7 @@ from reward_lens.model.tokens import Tokens
 from reward_lens.result import Check, Result
 from reward_lens.sae.dictionary import SAE
 
-PLACES = ("final", "response")
+PLACES: tuple[Literal["final"], Literal["response"]] = ("final", "response")
 RUNS = ("clean", "sae, final", "mean, final", "sae, response", "mean, response")
 
 
@@ -43,8 +46,8 @@ def spliced_rewards(
     pairs, where = data.as_pairs(pairs), site_of(rm, sae, site, "response")
     tokens = [t for both in rm.tokenize_pairs(pairs) for t in both]
     means = Means(rm.d_model)
-    for text in read_latents(rm, sae, tokens, where, "response"):
-        means.take(text)
+    for places in read_places(rm, sae, tokens, where):
+        means.take(*places)
     rewards, gap = splice(rm, sae, tokens, where, means, max_rows)
     return paired_result(
         rm, "spliced_rewards", pairs, margin_of(rewards[::2], rewards[1::2]), ("pair", "side", "run"),
@@ -56,6 +59,13 @@ def spliced_rewards(
     )  # fmt: skip
 
 
+def read_places(
+    rm: RewardModel, sae: SAE, tokens: list[Tokens], site: Site
+) -> Iterator[tuple[TextLatents, TextLatents]]:
+    """Every text at the reward position, which in an encoder is not in the response, and over the response."""
+    return zip(*(read_latents(rm, sae, tokens, site, at) for at in PLACES), strict=True)
+
+
 class Means:
     """Mean state over all texts, at the reward position and over the response."""
 
@@ -63,10 +73,10 @@ class Means:
         self.sums = torch.zeros(2, d_model, dtype=torch.float64)
         self.counts = [0, 0]
 
-    def take(self, text: TextLatents) -> None:
-        """One more text, read over its response."""
-        self.sums += torch.stack([text.x[-1], text.x.sum(0)])
-        self.counts = [self.counts[0] + 1, self.counts[1] + len(text.x)]
+    def take(self, final: TextLatents, response: TextLatents) -> None:
+        """One more text."""
+        self.sums += torch.stack([final.x[0], response.x.sum(0)])
+        self.counts = [self.counts[0] + 1, self.counts[1] + len(response.x)]
 
     def at(self, place: int) -> Float[Tensor, " d_model"]:
         """0: at the reward position; 1: over the response."""
