@@ -242,6 +242,9 @@ def test_gemma_scope(tmp_path):
     assert (sae.activation, sae.site, sae.apply_b_dec_to_input) == ("jumprelu", "L20.resid_post", False)
     pre = X @ WEIGHTS["W_enc"] + WEIGHTS["b_enc"]
     torch.testing.assert_close(sae.encode(X), pre * (pre > 0.5))
+    (folder / "params.npz").write_bytes((folder / "params.npz").read_bytes()[:500])
+    with pytest.raises(LoadError, match="params.npz cannot be read"):
+        SAE.load(folder)
     later = tmp_path / "gemma-scope-2-1b-pt" / "transcoder" / "layer_3"
     later.mkdir(parents=True)
     lower = {name.lower(): tensor for name, tensor in WEIGHTS.items()} | {"threshold": torch.full((N,), 0.5)}

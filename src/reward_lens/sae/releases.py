@@ -10,6 +10,7 @@ None of them subtracts b_dec. Reference: Lieberum et al. 2024, arXiv 2408.05147;
 """
 
 import math
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,9 @@ def _from_gemma_scope(path: Path, where: str) -> dict[str, Any]:
         weights = read_tensors(path / GEMMA_2)
     else:
         try:
-            with np.load(path / GEMMA, allow_pickle=False) as file:
+            with (path / GEMMA).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 weights = {name: torch.from_numpy(file[name]) for name in file.files}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
             raise LoadError(f"{path / GEMMA} cannot be read", found=str(error), expected="a file of numpy arrays",
                             do="fetch it again")  from error  # fmt: skip
     weights = {"W_" + name[2:] if name.startswith("w_") else name: tensor for name, tensor in weights.items()}
