@@ -63,8 +63,9 @@ def sae_report(
     site: where the dictionary is read, if it does not say so itself. max_rows: changed runs walking at once.
 
     Returns value (measure, at) with its interval over prompts; `measure_unit` and `n` (texts, pairs, or positions for
-    "dead") say of what. Measures: "fvu", "l0" (mean active latents of a position), "dead" (share of latents active at
-    no position of these texts: a count, without interval), "error_norm" (mean |error| / |x|), "reward_recovered",
+    "dead") say of what. Measures: "fvu", "l0" (active latents of a position, its mean over a text and then over texts),
+    "dead" (share of latents active at no position of these texts: a count, without interval), "error_norm" (|error| /
+    |x|, averaged as l0), "reward_recovered" (NaN where the mean state gives every text its own reward),
     "sign_agreement", "accuracy", "accuracy_spliced" and their paired difference "accuracy_change". at = "final",
     "response": where the states are measured and the reconstruction is spliced in. In `meta`: `dead` with counts;
     `stability`, for each of `seeds` `matched`, `low`, `high`, `n`, `median_cosine` and `matched_active`, the share
