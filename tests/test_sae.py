@@ -196,6 +196,7 @@ def test_the_returned_dictionary_is_the_trained_one(variant, tmp_path):
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(24))
     assert sae.activation == ("topk" if variant == "topk" else "jumprelu")
     assert (sae.encode(x) >= 0).all() and not any(p.requires_grad for p in sae.parameters())
+    assert sae.meta["settings"]["prefixes"] == ([1, 3, 6, 12, 24] if variant == "matryoshka" else [])
     if variant in ("batchtopk", "matryoshka"):
         assert sae.threshold.unique().numel() == 1 and sae.threshold[0] > 0
     assert sae.encode(x[:6].reshape(2, 3, 12)).shape == (2, 3, 24)
@@ -362,8 +363,9 @@ def test_fewer_say_how_many_more(source):
         (SMALL, {"k": 25}, "k=25"),
         (SMALL, {"k": 0}, "k=0"),
         (SMALL, {"lr": -1.0}, "lr=-1"),
-        (SMALL, {"prefixes": (8, 4, 24)}, "prefixes"),
-        (SMALL, {"prefixes": (4, 8)}, "prefixes"),
+        (SMALL, {"prefixes": (8, 4, 24), "variant": "matryoshka"}, "prefixes"),
+        (SMALL, {"prefixes": (4, 8), "variant": "matryoshka"}, "prefixes"),
+        (SMALL, {"prefixes": (4, 24)}, "prefixes.*matryoshka alone"),
         (SMALL, {"dtype": torch.float16}, "float16"),
         (SMALL, {"batch_size": 5000}, "n_train"),
         (chunks(), {"n_train": None}, "n_train=None"),

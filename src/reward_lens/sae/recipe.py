@@ -67,12 +67,13 @@ def completed(recipe: Recipe, samples: Samples) -> Recipe:
     size = recipe.batch_size or min(2048, max(64, n // 64))
     total = recipe.n_train or max(n, FEWEST_STEPS * size)
     steps = total // max(1, size)
-    whole = recipe.d_sae
+    whole, nested = recipe.d_sae, recipe.variant == "matryoshka"
+    usual = tuple(sorted({max(1, whole // part) for part in (16, 8, 4, 2, 1)})) if nested else None
     filled = dataclasses.replace(
         recipe, n_train=total, batch_size=size,
         lr=usual_rate(whole, steps) if recipe.lr is None else recipe.lr,
         warmup=min(1000, steps // 10) if recipe.warmup is None else recipe.warmup,
-        prefixes=recipe.prefixes or tuple(sorted({max(1, whole // part) for part in (16, 8, 4, 2, 1)})),
+        prefixes=recipe.prefixes or usual,
     )  # fmt: skip
     prefixes = list(filled.prefixes or ())
     wrong = [
@@ -86,7 +87,8 @@ def completed(recipe: Recipe, samples: Samples) -> Recipe:
             f"lr={filled.lr}": not 0 < (filled.lr or 0) < math.inf,
             f"warmup={filled.warmup}": not 0 <= (filled.warmup or 0) <= steps,
             f"dtype={recipe.dtype}": recipe.dtype not in ("float32", "bfloat16"),
-            f"prefixes={prefixes}": prefixes != sorted(set(prefixes)) or prefixes[0] < 1 or prefixes[-1] != whole,
+            f"prefixes={prefixes}": bool(prefixes)
+            and (not nested or prefixes != sorted(set(prefixes)) or prefixes[0] < 1 or prefixes[-1] != whole),
         }.items()
         if bad
     ]
@@ -95,7 +97,8 @@ def completed(recipe: Recipe, samples: Samples) -> Recipe:
             "The training was not understood",
             found=", ".join(wrong),
             expected=f"1 <= k <= d_sae, a variant of {', '.join(VARIANTS)}, a batch of at least 2 and no more than "
-            "n_train, a positive lr, a warm-up within the steps, float32 or bfloat16, prefixes that grow to d_sae",
+            "n_train, a positive lr, a warm-up within the steps, float32 or bfloat16, prefixes that grow to d_sae, for "
+            "matryoshka alone",
             do="correct these; what is left out has a default",
         )
     return filled
