@@ -416,6 +416,21 @@ def test_a_transcoder_is_no_dictionary_of_one_site():
         latent_contributions(model(), sae, PAIRS)
 
 
+def test_a_dictionary_of_centred_residuals():
+    """Refused where the model's norm centres; what the error says to do gives the latents of the centred states."""
+    sae = random_sae()
+    marked = SAE(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, activation="topk", k=6, site=sae.site,
+                 meta={"centred_writes": True})  # fmt: skip
+    latent_contributions(model("llama"), marked, PAIRS[:1])  # RMSNorm: there was nothing to centre
+    with pytest.raises(rl.DataError, match="without its mean.*LayerNorm in gpt2"):
+        latent_contributions(model("gpt2"), marked, PAIRS[:1])
+    x = rl.capture(model("gpt2"), PAIRS, [sae.site])[sae.site]
+    centred = SAE(sae.W_enc - sae.W_enc.mean(0), sae.b_enc - sae.b_dec.mean() * sae.W_enc.sum(0), sae.W_dec, sae.b_dec,
+                  activation="topk", k=6)  # fmt: skip
+    torch.testing.assert_close(centred.encode(x), sae.encode(x - x.mean(1, keepdim=True)), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(sae.encode(x), centred.encode(x), atol=0.1)
+
+
 def test_two_names_of_one_residual_are_one_site():
     rm = model()
     one, two = (latent_contributions(rm, random_sae(site=s), PAIRS[:2], "ablation", site=t) for s, t in

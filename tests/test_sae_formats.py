@@ -174,6 +174,10 @@ def test_files_of_before_saelens_6(tmp_path):
     sae = SAE.load(saelens_folder(tmp_path, config, {"scaling_factor": torch.ones(N)}))
     assert (sae.activation, sae.k, sae.site, sae.apply_b_dec_to_input) == ("topk", 2, "L7.mlp", True)
     assert sae.meta["model"] == "gpt2" and ((sae.encode(X) > 0).sum(1) <= 2).all()
+    processing = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    for number, layout in enumerate((processing, {"metadata": processing})):
+        assert SAE.load(saelens_folder(tmp_path / str(number), layout)).meta["centred_writes"]
+    assert not sae.meta["centred_writes"]
     old = SAE.load(saelens_folder(tmp_path / "old", {"hook_point": "blocks.0.hook_resid_pre"}))
     assert (old.activation, old.site) == ("relu", "L0.resid_pre")
 

@@ -5,7 +5,8 @@
 
 A transcoder adds W_skip [d_out, d_in]. What is particular to us (site, training, seed) is under "reward_lens", which
 both libraries pass over. Weights are read as float32. A file that asks for a computation that `SAE` does not have is
-refused: read without it, it would give other latents.
+refused: read without it, it would give other latents. SAELens centres a model's writes where its norm removes the mean
+anyway; whether the norm does is known with the model, so `meta["centred_writes"]` keeps it for methods to refuse.
 """
 
 import json
@@ -170,7 +171,9 @@ def _from_saelens(path: Path, where: str) -> dict[str, Any]:
     ours = metadata.get("reward_lens") or {}
     hook = metadata.get("hook_name", config.get("hook_name", config.get("hook_point")))
     model = metadata.get("model_name", config.get("model_name"))
-    meta = ours.get("meta") or {"format": "saelens", "model": model, "hook_name": hook, "cfg": config}
+    loaded = metadata.get("model_from_pretrained_kwargs", config.get("model_from_pretrained_kwargs")) or {}
+    meta = ours.get("meta") or {"format": "saelens", "model": model, "hook_name": hook, "cfg": config,
+                                "centred_writes": bool(loaded.get("center_writing_weights"))}  # fmt: skip
     return {**parts, "transcoder": transcoder, "site": ours.get("site") or site_name(hook), "meta": meta}
 
 

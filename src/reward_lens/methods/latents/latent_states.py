@@ -95,6 +95,14 @@ def site_of(rm: RewardModel, sae: SAE, site: Site | str | None, at: str) -> Site
             expected="a sparse autoencoder of one site",
             do="use an SAE of the site; a transcoder predicts another one",
         )
+    if sae.meta.get("centred_writes") and getattr(getattr(rm.readout, "norm", None), "centred", False):
+        raise DataError(
+            "The dictionary was trained on a residual stream without its mean over dimensions",
+            found=f"center_writing_weights in its file, and LayerNorm in {rm.name}",
+            expected="a dictionary of what the model itself computes",
+            do="centre its encoder, SAE(W_enc - W_enc.mean(0), ...), and where b_dec is subtracted take b_dec.mean() * "
+            "W_enc.sum(0) from b_enc",
+        )
     require_at(at)
     return settled_site(rm, sae.site, site)
 
