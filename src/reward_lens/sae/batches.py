@@ -44,7 +44,8 @@ class Samples:
                 do=self.do,
             )
         self.source = source
-        self.n = len(self.tensors[0]) if self.tensors else len(source) if self.store is not None else _length(source)
+        counted = self.tensors[0] if self.tensors else self.store
+        self.n = _length(source) if counted is None else len(counted)
         if self.n is not None and self.n < FEWEST_SAMPLES:
             raise too_few(self.n)
         self._head: list[Chunk] = []
