@@ -184,10 +184,9 @@ def _scaling(
     crosscoder: Crosscoder, read: tuple[Reading, Reading], kept: np.ndarray, prompts: list[str]
 ) -> dict[str, np.ndarray]:
     """Latent scaling with intervals: it is a ratio of two sums over texts."""
-    ends = ("value", "low", "high")
+    ends = {"": "value", "_low": "low", "_high": "high"}
     if len(set(crosscoder.widths)) != 1:
-        return {f"{name}{'' if end == 'value' else '_' + end}": np.full(len(kept), np.nan)
-                for name in TARGETS for end in ends}  # fmt: skip
+        return {name + end: np.full(len(kept), np.nan) for name in TARGETS for end in ends}
     latents = torch.from_numpy(kept)
     sums = []
     for lengths, xs in chunks(crosscoder, read):
@@ -197,7 +196,7 @@ def _scaling(
     out = {}
     for t, name in enumerate(TARGETS):
         found = prompt_ratio(of_texts[:, t, 0], of_texts[:, t, 1], by_text)
-        out |= {f"{name}{'' if end == 'value' else '_' + end}": getattr(found, end) for end in ends}
+        out |= {name + end: getattr(found, key) for end, key in ends.items()}
     return out
 
 

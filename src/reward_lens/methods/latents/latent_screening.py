@@ -11,7 +11,6 @@ import dataclasses
 from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from reward_lens import data, stats
@@ -69,8 +68,7 @@ def screened_effects(
         raise DataError("No latent has a first-order effect on these margins", found="zeros only",
                         expected="latents that are active at the read positions, and differ between the responses",
                         do="look at sae_report: the dictionary may be dead on these texts")  # fmt: skip
-    effects, active, gaps = [], [], []
-    rewards = []
+    effects, active, gaps, rewards = [], [], [], []
     for both in _pairs_of_texts(rm, sae, halves[1], site, at):
         for i, text in enumerate(both):
             other = None if replace == "zero" else both[1 - i]
@@ -121,7 +119,6 @@ def with_margin(cells: np.ndarray) -> np.ndarray:
     return np.concatenate([cells, cells[:, :1] - cells[:, 1:]], 1)
 
 
-@torch.no_grad()
 def flip_tests(margins: np.ndarray, prompts: list[str], adjust: str, seed: int) -> tuple[np.ndarray, np.ndarray, dict]:
     """p of every latent's margin effects, the adjusted ones, and what is said of them."""
     tests = [stats.sign_flip_test(column, prompts, seed=seed) for column in margins.T]

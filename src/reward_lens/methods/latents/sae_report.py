@@ -103,10 +103,11 @@ def sae_report(
         count, square, left, l0, norm = cells[:, k].T
         mean = means.at(k)
         spread = square - 2 * (totals[:, k] @ mean).numpy() + count * float(mean @ mean)
-        fvu = _ends(prompt_ratio(left, np.where(spread > 1e-12 * square, spread, 0.0), by_text))
+        left_over = prompt_ratio(left, np.where(spread > 1e-12 * square, spread, 0.0), by_text)
+        fvu = _Cell(float(left_over.value), float(left_over.low), float(left_over.high), len(tokens))
         pair_cells = _of_rewards(rewards[:, [0, 1 + 2 * k, 2 + 2 * k]], rm.noise_floor, prompts, by_text, seed)
         dead = _Cell(float((~used[k]).mean()), np.nan, np.nan, int(count.sum()))
-        own = [fvu._replace(n=len(tokens)), _mean(l0, by_text, seed), dead, _mean(norm, by_text, seed)]
+        own = [fvu, _mean(l0, by_text, seed), dead, _mean(norm, by_text, seed)]
         columns.append([*own, *pair_cells])
     cube = np.array(columns).transpose(1, 0, 2)  # [measure, at, (value, low, high, n)]
     coords = {
@@ -154,20 +155,16 @@ def _of_rewards(
     signs = np.sign(margins[0]) * np.sign(margins[1])
     same = np.where(np.sign(margins[0]) == np.sign(margins[1]), 1.0, (signs + 1) / 2)
     right = [(np.sign(m) + 1) / 2 for m in margins]
-    shares = []
-    for credit in (same, *right):
-        over = stats.proportion_interval(credit, prompts)
-        shares.append(_Cell(float(over.mean), float(over.low), float(over.high), len(credit)))
+    shares = [_cell(stats.proportion_interval(credit, prompts), len(credit)) for credit in (same, *right)]
     return [recovered, *shares, _mean(right[1] - right[0], prompts, seed)]
 
 
 def _mean(values: np.ndarray, prompts: list[str], seed: int) -> _Cell:
-    over = stats.mean_interval(values, prompts, seed=seed)
-    return _Cell(float(over.mean), float(over.low), float(over.high), len(values))
+    return _cell(stats.mean_interval(values, prompts, seed=seed), len(values))
 
 
-def _ends(ratio) -> _Cell:
-    return _Cell(float(ratio.value), float(ratio.low), float(ratio.high), 0)
+def _cell(over: stats.Interval, n: int) -> _Cell:
+    return _Cell(float(over.mean), float(over.low), float(over.high), n)
 
 
 def _decoder_gap(sae: SAE, x: Float[torch.Tensor, "pos d_model"]) -> float:
