@@ -118,6 +118,21 @@ def test_sel_keeps_intervals_checks_and_provenance():
         components().sel(component="L9.attn")
 
 
+def test_a_selection_of_pairs_is_not_summarised_by_the_mean_of_all():
+    value = xr.DataArray(
+        [[1.0, -4.0], [3.0, 0.0], [8.0, 1.0]],
+        dims=("pair", "component"),
+        coords={"pair": ["p1", "p2", "p3"], "component": ["embed", "L0.attn"]},
+    )
+    mean = value.mean("pair")
+    result = Result("c", value, unit="reward", checks=[COMPLETE], mean=mean, low=mean - 1, high=mean + 1)
+    one, two = result.sel(pair="p1"), result.sel(pair=["p1", "p2"], component=["embed", "L0.attn"])
+    assert one.top().values.tolist() == [["L0.attn", -4.0], ["embed", 1.0]]
+    assert two.summary().values.tolist() == [2.0, -2.0]
+    assert one.mean is one.low is two.high is None and one.checks == (COMPLETE,)
+    assert result.sel(component="embed").mean.item() == 4.0
+
+
 def test_top_ranks_margins_by_size():
     top = components().top(2)
     assert list(top.columns) == ["component", "value", "low", "high"]

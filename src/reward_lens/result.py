@@ -111,8 +111,12 @@ class Result:
         return self.dataset.get("high")
 
     def sel(self, **labels) -> "Result":
-        """Select by coordinate labels, as `xarray.Dataset.sel` does; checks and provenance stay."""
-        return self._with(self.dataset.sel(labels))
+        """Select by coordinate labels, as `xarray.Dataset.sel` does; checks and provenance stay. The summary is of all
+        pairs, so a selection of pairs leaves it out."""
+        chosen = self.dataset.sel(labels)
+        if self.mean is not None and not labels.keys() <= set(self.mean.dims):
+            chosen = chosen.drop_vars(["mean", "low", "high"], errors="ignore")
+        return self._with(chosen)
 
     def summary(self) -> xr.DataArray:
         """Values averaged over pairs (the stored `mean` where there is one)."""
