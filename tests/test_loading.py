@@ -251,3 +251,21 @@ def test_a_device_that_is_not_there_is_a_sentence(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(rl.LoadError, match=r"could not be moved to cuda.*CUDA is not there.*device='cpu'"):
         rl.load(tmp_path, device="cuda")
+
+
+class TestLists:
+    """Rewards of lists of responses."""
+
+    def test_a_reward_that_is_no_number_is_not_padding(self):
+        module, tokenizer = tiny_model("llama")
+        rm = rl.RewardModel(module, tokenizer)
+        ragged = [rl.Group("Hi", ["Z", "b"]), rl.Group("Ho", ["a", "b", "c"])]
+        assert "different numbers of responses" in str(rm.score_many(ragged).checks)
+        with torch.no_grad():
+            module.get_input_embeddings().weight[tokenizer("Z", add_special_tokens=False)["input_ids"][0]] = torch.nan
+        with pytest.raises(rl.CheckFailed, match="2 NaN or infinite cells of 6"):
+            rm.score_many(ragged)
+
+    def test_no_list_is_refused(self, rm):
+        with pytest.raises(rl.DataError, match="There are no groups to work on"):
+            rm.score_many([])

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reward_lens import data
+from reward_lens.errors import DataError
 from reward_lens.model import checks
 from reward_lens.model import structure as structures
 from reward_lens.model.forward import Batch, OnTrunk, batches, padding_id, rotary_threshold, trunk_of
@@ -267,6 +268,9 @@ class RewardModel(OnTrunk):
         carries the labels (the higher the better; the first response is the best where a group has none).
         """
         groups = list(groups)
+        if not groups:
+            raise DataError("There are no groups to work on", found="an empty sequence",
+                            expected="at least one rl.Group", do="pass groups, as load_groups gives them")  # fmt: skip
         tokens = [self.tokenizer.conversation(g.messages, r, self.truncation) for g in groups for r in g.responses]
         rewards = iter(self.rewards(tokens, batch_size).tolist())
         width = max(len(g.responses) for g in groups)
@@ -290,8 +294,10 @@ class RewardModel(OnTrunk):
         meta = self.describe("score_many", groups, title="Rewards of lists of responses",
                              shows="The reward of every response of a prompt.",
                              cannot_show="Rewards of different prompts are not on a common scale.")  # fmt: skip
-        ragged = len({len(g.responses) for g in groups}) > 1
-        reason = "groups have different numbers of responses" if ragged else None
+        padding = sum(width - len(g.responses) for g in groups)
+        # A reward that is no number has no reason, and the padding must not lend it one.
+        padded = padding and int((~np.isfinite(value)).sum()) == padding
+        reason = "groups have different numbers of responses" if padded else None
         return Result("score_many", array, unit="reward", meta=meta, undefined=reason)
 
     def for_objective(self, objective: str | int) -> "RewardModel":
