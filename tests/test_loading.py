@@ -9,6 +9,7 @@ from torch import nn
 import reward_lens as rl
 from families import tiny_model, tiny_tokenizer
 from reward_lens.model.checks import PROBES
+from reward_lens.model.tokens import Tokenizer
 
 
 @pytest.fixture
@@ -128,6 +129,29 @@ def test_a_template_with_the_date_gives_the_same_reward_every_day():
     module, _ = tiny_model("llama", tokenizer=tokenizer)
     rm = rl.RewardModel(module, tokenizer)
     assert "2024-07-26" in "".join(rm.tokenize(*PROBES[0]).pieces)
+
+
+def test_a_date_is_pinned_however_its_form_is_given():
+    dated = "{{ 'Today is ' + strftime_now(%s) }}{%% for m in messages %%}{{ m['content'] }}{%% endfor %%}"
+    user = [{"role": "user", "content": "Hi"}]
+    for form in ("'%d %b %Y'", "format='%d %b %Y'", "form"):
+        template = "{%- set form = '%d %b %Y' %}" + dated % form
+        rendered = Tokenizer(tiny_tokenizer(chat_template=template), None, None).render(user)
+        assert rendered == "Today is 26 Jul 2024Hi"
+    unknown = Tokenizer(tiny_tokenizer(chat_template=dated % "'%d ' + '%b'"), None, None)
+    with pytest.raises(rl.DataError, match="does not take this conversation. Found: a date in the form %d %b"):
+        unknown.render(user)
+
+
+def test_a_conversation_that_the_template_refuses_is_a_sentence():
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    tokenizer = tiny_tokenizer(
+        chat_template=refuses + "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    rm = rl.RewardModel(tiny_model("llama", tokenizer=tokenizer)[0], tokenizer)
+    with pytest.raises(rl.DataError, match="Found: System role not supported; roles system, user, assistant"):
+        rm.score(prompt, "Hello")
 
 
 def test_a_head_with_an_mlp_is_refused_with_the_reason():

@@ -11,6 +11,8 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from jinja2 import TemplateError
+
 from reward_lens.errors import AlignmentError, DataError, LoadError
 
 TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
@@ -127,18 +129,29 @@ class Tokenizer:
                 do="set tokenizer.chat_template to the Jinja template named by the model's authors and build "
                 "rl.RewardModel(module, tokenizer)",
             )
-        return self.hf.apply_chat_template(messages, tokenize=False, **self._settings(answer))
+        return self._templated(messages, answer, tokenize=False)
 
     def official_ids(self, messages: list[dict], response: Any) -> list[int]:
         """What Hugging Face's own template call gives, to hold ours against."""
         return self._official([*messages, {"role": "assistant", "content": response}])
 
     def _official(self, messages: list[dict], answer: bool = False) -> list[int]:
-        return list(self.hf.apply_chat_template(messages, tokenize=True, return_dict=False, **self._settings(answer)))
+        return list(self._templated(messages, answer, tokenize=True, return_dict=False))
 
-    def _settings(self, answer: bool) -> dict[str, Any]:
-        date = TEMPLATE_DATE.strftime("%d %b %Y")
-        return {"add_generation_prompt": answer, "date_string": date, **_pinned_dates(self.hf.chat_template)}
+    def _templated(self, messages: list[dict], answer: bool, **form: Any) -> Any:
+        date, pinned = TEMPLATE_DATE.strftime("%d %b %Y"), _pinned_dates(self.hf.chat_template)
+        try:
+            return self.hf.apply_chat_template(
+                messages, add_generation_prompt=answer, date_string=date, **pinned, **form
+            )
+        except TemplateError as error:
+            raise DataError(
+                "The chat template does not take this conversation",
+                found=f"{str(error) or type(error).__name__}; roles {', '.join(m['role'] for m in messages)}",
+                expected="a conversation in the form that the model was trained with",
+                do="write the conversation as the model's card says (a system message may have to go into the user's "
+                "turn), or set another tokenizer.chat_template",
+            ) from error
 
     def _frame(self, messages: list[dict], response: Any) -> tuple[str, str]:
         for message in messages:
@@ -220,8 +233,11 @@ def _pinned_dates(template: str) -> dict[str, Any]:
     """For a template that asks for today's date: a macro of that name in front of it, which gives the pinned one."""
     if not isinstance(template, str) or "strftime_now(" not in template:
         return {}
-    forms = set(re.findall(r"""strftime_now\(\s*["']([^"']+)["']\s*\)""", template))
-    macro = "{% macro strftime_now(form) %}{{ reward_lens_dates[form] }}{% endmacro %}"
+    # Every quoted text that may be one: a template may name the form before it asks.
+    quoted = re.findall(r"""(?=(["'])((?:%-?[A-Za-z]|[^"'%{}\n])+)\1)""", template)
+    forms = {form for _, form in quoted if "%" in form}
+    known = "{% if format not in reward_lens_dates %}{{ raise_exception('a date in the form ' ~ format) }}{% endif %}"
+    macro = "{% macro strftime_now(format) %}" + known + "{{ reward_lens_dates[format] }}{% endmacro %}"
     # Jinja drops a newline behind a block; a template that begins with one keeps it.
     joined = macro + ("\n" if template.startswith("\n") else "") + template
     return {"chat_template": joined, "reward_lens_dates": {form: TEMPLATE_DATE.strftime(form) for form in forms}}
