@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 import reward_lens as rl
@@ -59,4 +60,13 @@ def test_another_network_is_refused(rm, tmp_path):
     with pytest.raises(rl.LoadError, match="is not the base"):
         rl.base_under_head(rm, AutoModel.from_config(base_of(rm, intermediate_size=48).config))
     with pytest.raises(rl.LoadError, match="could not be loaded"):
+        rl.base_under_head(rm, str(tmp_path))
+
+
+def test_a_base_that_lacks_weights_is_refused(rm, tmp_path):
+    base_of(rm).save_pretrained(tmp_path)
+    whole = load_file(tmp_path / "model.safetensors")
+    part = {name: weight for name, weight in whole.items() if "layers.1.mlp.up_proj" not in name}
+    save_file(part, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(rl.LoadError, match="is not the base of tiny. Found: no layers.1.mlp.up_proj.weight"):
         rl.base_under_head(rm, str(tmp_path))

@@ -31,7 +31,8 @@ def base_under_head(rm: RewardModel, base: Any, revision: str | None = None) -> 
     require_own_head(rm)
     require_all_there(rm.module, "A copy of the model with another trunk")
     name = base if isinstance(base, str) else getattr(base.config, "name_or_path", "") or type(base).__name__
-    given = _trunk(_loaded(rm, base, revision)).state_dict()
+    loaded, absent = _loaded(rm, base, revision)
+    given = {key: weight for key, weight in _trunk(loaded).state_dict().items() if key not in absent}
     module = merged(copy.deepcopy(rm.module))
     own, added = _trunk(module).state_dict(), 0
     lacking, other = [], []
@@ -65,13 +66,15 @@ def base_under_head(rm: RewardModel, base: Any, revision: str | None = None) -> 
     )  # fmt: skip
 
 
-def _loaded(rm: RewardModel, base: Any, revision: str | None) -> nn.Module:
+def _loaded(rm: RewardModel, base: Any, revision: str | None) -> tuple[nn.Module, set[str]]:
+    """The base, and the weights that its checkpoint lacks: transformers draws them at random."""
     if isinstance(base, nn.Module):
-        return base
+        return base, set()
     from transformers import AutoModel
 
     try:
-        return AutoModel.from_pretrained(base, revision=revision, dtype=rm.dtype)
+        loaded: Any = AutoModel.from_pretrained(base, revision=revision, dtype=rm.dtype, output_loading_info=True)
+        return loaded[0], set(loaded[1]["missing_keys"])
     except (OSError, ValueError) as error:
         raise LoadError(
             f"{base} could not be loaded as a base model",
