@@ -230,6 +230,16 @@ class TestTexts:
         assert "".join(left.pieces[i] for i in left.response) == "Hello"
         assert left.ids[0] == rm.tokenize("Hello", "x").ids[0]
 
+    def test_what_was_cut_is_said_in_the_result(self, rm):
+        cuts = rl.RewardModel(rm.module, rm.tokenizer.hf, truncation="right")
+        pairs = [rl.Pair("Hi", "a " + "word " * 600, "b"), rl.Pair("Ho", "c", "d")]
+        lists = [rl.Group(p.prompt, [p.chosen, p.rejected]) for p in pairs]
+        for result in (cuts.score_pairs(pairs), cuts.score_many(lists)):
+            assert [str(check)[:22] for check in result.checks] == ["texts cut: 1 (by up to"]
+            assert result.meta["truncation"] == "right"
+        assert cuts.score_pairs(pairs[1:]).checks == ()
+        assert "truncation" not in rm.score_pairs(pairs[1:]).meta
+
     def test_empty_responses_are_scored(self, rm):
         tokens = rm.tokenize("Hello", "")
         assert len(tokens.response) == 0 and len(tokens.prompt) + len(tokens.tail) == len(tokens)

@@ -29,7 +29,7 @@ from reward_lens.model.readout import LOCAL, PromptGated, Readout, chosen_row, l
 from reward_lens.model.structure import Structure
 from reward_lens.model.tokens import Tokenizer, Tokens
 from reward_lens.model.vocab_readout import refuse_change, vocabulary_of
-from reward_lens.result import Result
+from reward_lens.result import Check, Result
 
 SIDES = ("chosen", "rejected", "margin")
 
@@ -259,7 +259,7 @@ class RewardModel(OnTrunk):
             shows="The reward of each response and the margin between chosen and rejected.",
             cannot_show="Rewards of different prompts are not on a common scale: only margins within a prompt compare.",
         )  # fmt: skip
-        return Result("score_pairs", value, unit="reward", meta=meta)
+        return Result("score_pairs", value, unit="reward", checks=_cut(flat), meta=meta)
 
     def score_many(self, groups: Iterable["data.Group"], batch_size: int | None = None) -> Result:
         """Rewards of k responses a prompt.
@@ -298,7 +298,7 @@ class RewardModel(OnTrunk):
         # A reward that is no number has no reason, and the padding must not lend it one.
         padded = padding and int((~np.isfinite(value)).sum()) == padding
         reason = "groups have different numbers of responses" if padded else None
-        return Result("score_many", array, unit="reward", meta=meta, undefined=reason)
+        return Result("score_many", array, unit="reward", checks=_cut(tokens), meta=meta, undefined=reason)
 
     def for_objective(self, objective: str | int) -> "RewardModel":
         """The same model read by another row of its head; weights are shared."""
@@ -334,6 +334,7 @@ class RewardModel(OnTrunk):
         out |= {"objective": self.readout.objective, "readout": self.readout.kind}
         out |= {"reads": self.vocabulary.describe()} if self.vocabulary else {}
         out |= {"exactness": self.readout.exactness}
+        out |= {"truncation": self.truncation} if self.truncation else {}
         if self.readout.exactness == "local" and "cannot_show" in meta:
             meta["cannot_show"] += " " + LOCAL
         if inputs is not None:
@@ -362,6 +363,12 @@ class RewardModel(OnTrunk):
             f"RewardModel({self.name!r}, {type(self.module).__name__}, {self.n_layers} layers x {self.n_heads} heads, "
             f"d_model {self.d_model}, {str(self.dtype).removeprefix('torch.')} on {self.device.type})"
         )
+
+
+def _cut(tokens: Sequence[Tokens]) -> list[Check]:
+    """How many texts were cut, where any was."""
+    cut = [t.truncated for t in tokens if t.truncated]
+    return [Check("texts cut", float(len(cut)), math.inf, f"by up to {max(cut)} tokens")] if cut else []
 
 
 def pair_coords(pairs: "data.Pairs") -> dict[str, Any]:
