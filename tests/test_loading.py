@@ -1,10 +1,13 @@
 """Loading: what is refused and how it is said, and what loads must score as Hugging Face does."""
 
 import json
+import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import ByT5Tokenizer
 
 import reward_lens as rl
 from families import tiny_model, tiny_tokenizer
@@ -88,6 +91,43 @@ def test_an_adapter_without_a_head_is_refused(tmp_path):
     get_peft_model(causal, LoraConfig(r=2, task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
     with pytest.raises(rl.LoadError, match="no trained reward head"):
         rl.load(tmp_path / "adapter")
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda key: key.replace(".layers.", ".language_model.layers."), "no base.* and 1 more; no place for base"),
+        (lambda key: None if ".layers.1." in key else key, r"no \S+layers.1.self_attn.q_proj.lora_A.weight, \S+$"),
+        (lambda key: key.replace("q_proj", "up_proj") if ".layers.1." in key else key, "no place for .*up_proj"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_its_base_is_refused(saved, tmp_path, change, found):
+    """peft warns of the first two and loads the rest; of the third it drops without a word what has no place."""
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(rl.load(saved()).module, settings).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({change(key): weight for key, weight in load_file(file).items() if change(key)}, file)
+    with pytest.raises(rl.LoadError, match="does not fit its base") as error:
+        rl.load(tmp_path / "adapter")
+    assert re.search(found, error.value.found)
+
+
+def test_an_adapter_without_a_head_leaves_the_rows_of_its_base(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    module, tokenizer = tiny_model("llama", num_labels=3)
+    module.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    base = rl.load(tmp_path / "base", objective=1)
+    adapted = get_peft_model(base.module, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([base.tokenize(*PROBES[0]).ids])
+    with torch.no_grad():
+        expected = float(adapted.eval()(input_ids=ids).logits[0, 1])
+    assert rl.load(tmp_path / "adapter", objective=1).score(*PROBES[0]) == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_language_model_is_refused(tmp_path):

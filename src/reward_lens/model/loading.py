@@ -1,5 +1,6 @@
 """`load`: from a hub id, a local folder, a PEFT adapter or "demo" to a `RewardModel` whose load report passed."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +203,7 @@ def causal_module(path: str, options: dict, settings: dict):
         base = str(adapter.base_model_name_or_path)
         if str(adapter.task_type).endswith("SEQ_CLS"):
             raise _not_a_language_model(path, f"an adapter of task type {adapter.task_type}")
-    own = options if base is None else {"trust_remote_code": options["trust_remote_code"]}
+    own = options if base is None else options | {"revision": adapter.revision}
     loaded: Any = AutoModelForCausalLM.from_pretrained(base or path, output_loading_info=True, **own, **settings)
     module, info = loaded
     heads = sorted(key for key in info["unexpected_keys"] if key.endswith(_HEAD_SUFFIXES))
@@ -212,9 +213,7 @@ def causal_module(path: str, options: dict, settings: dict):
     if missing:
         raise _not_a_language_model(base or path, f"no weights for {', '.join(missing[:5])}")
     if base is not None:
-        from peft import PeftModel
-
-        module = PeftModel.from_pretrained(module, path, revision=options["revision"]).merge_and_unload()
+        module = _merged(module, path, options["revision"])
     return module, missing, base
 
 
@@ -229,21 +228,19 @@ def _not_a_language_model(name: str, found: str) -> LoadError:
 
 def _load_adapter(path: str, options: dict, settings: dict):
     """A PEFT adapter merged into its base, the head taken from the adapter if it was saved there."""
-    from peft import PeftConfig, PeftModel
-    from safetensors import safe_open
+    from peft import PeftConfig
     from transformers import AutoModelForSequenceClassification
 
     adapter = PeftConfig.from_pretrained(path, revision=options["revision"])
     base = str(adapter.base_model_name_or_path)
-    weights = _adapter_file(path, options["revision"])
-    with safe_open(weights, framework="pt") as opened:
-        saved = list(opened.keys())
-        heads = [opened.get_slice(k).get_shape()[0] for k in saved if k.endswith(_HEAD_SUFFIXES)]
-    base_options = {"trust_remote_code": options["trust_remote_code"]}
+    saved = _saved_shapes(path, options["revision"])
+    heads = [shape[0] for key, shape in saved.items() if key.endswith(_HEAD_SUFFIXES)]
+    rows = {"num_labels": heads[0]} if heads else {}
+    base_options = {"trust_remote_code": options["trust_remote_code"], "revision": adapter.revision}
     module, info = AutoModelForSequenceClassification.from_pretrained(
-        base, num_labels=heads[0] if heads else 1, output_loading_info=True, **base_options, **settings
+        base, output_loading_info=True, **rows, **base_options, **settings
     )
-    missing = sorted(k for k in info["missing_keys"] if not any(_same_parameter(k, s) for s in saved))
+    missing = sorted(k for k in info["missing_keys"] if _IN_PEFT + k not in saved)
     if missing:
         raise LoadError(
             f"The adapter {path} has no trained reward head",
@@ -252,8 +249,7 @@ def _load_adapter(path: str, options: dict, settings: dict):
             do="save the head with the adapter, or load a base that is a reward model",
         )
     if adapter.task_type is None or str(adapter.task_type).endswith("SEQ_CLS"):
-        module = PeftModel.from_pretrained(module, path, revision=options["revision"]).merge_and_unload()
-        return module, missing, base
+        return _merged(module, path, options["revision"]), missing, base
     raise LoadError(
         f"The adapter {path} is not one of a reward model",
         found=f"task type {adapter.task_type}",
@@ -263,11 +259,36 @@ def _load_adapter(path: str, options: dict, settings: dict):
 
 
 _HEAD_SUFFIXES = ("score.weight", "classifier.weight", "v_head.weight", "regression_head.weight")
+_IN_PEFT = "base_model.model."  # what an adapter's file puts before the names of its base
 
 
-def _same_parameter(key: str, saved: str) -> bool:
-    """Whether an adapter's key names a parameter of the base (`base_model.model.score.weight`: `score.weight`)."""
-    return saved.replace(".modules_to_save.default", "").replace(".original_module", "").endswith("." + key)
+def _saved_shapes(path: str, revision: str | None) -> dict[str, list[int]]:
+    """Shapes of an adapter's tensors by name; a part of the base that was trained whole has the base's name."""
+    from safetensors import safe_open
+
+    with safe_open(_adapter_file(path, revision), framework="pt") as opened:
+        whole = re.compile(r"\.modules_to_save\.default|\.original_module")
+        return {whole.sub("", key): opened.get_slice(key).get_shape() for key in opened.keys()}
+
+
+def _merged(module: Any, path: str, revision: str | None) -> Any:
+    """The base with the adapter in its weights. peft only warns of weights that it does not find, and drops those that
+    it has no place for: either leaves another model than the one that was trained."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    base = {_IN_PEFT + name for name in module.state_dict()}
+    adapted = PeftModel.from_pretrained(module, path, revision=revision)
+    expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) - base
+    saved = set(_saved_shapes(path, revision)) - base
+    if expected != saved:
+        sides = {"no": expected - saved, "no place for": saved - expected}
+        raise LoadError(
+            f"The adapter {path} does not fit its base",
+            found="; ".join(f"{word} {_some(sorted(names))}" for word, names in sides.items() if names),
+            expected="every weight of the adapter, each with its place in the base",
+            do="load the base that the adapter was trained on, or save the adapter again",
+        )
+    return adapted.merge_and_unload()
 
 
 def _is_adapter(path: str, revision: str | None) -> bool:
