@@ -156,6 +156,13 @@ def test_a_tokenizer_without_template_is_refused():
         rl.RewardModel(module, tokenizer)
 
 
+def test_a_tokenizer_without_offsets_is_refused():
+    slow = ByT5Tokenizer()
+    slow.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(rl.LoadError, match="where its tokens stand.*a ByT5Tokenizer.*a fast tokenizer"):
+        rl.RewardModel(tiny_model("llama")[0], slow)
+
+
 def test_a_bos_that_opens_every_message_is_no_doubled_bos():
     tokenizer = tiny_tokenizer(chat_template="chatml")
     module, _ = tiny_model("llama", tokenizer=tokenizer)

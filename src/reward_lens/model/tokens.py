@@ -75,6 +75,13 @@ class Tokenizer:
     """Whether special tokens are the tokenizer's to add; a chat template writes them itself."""
 
     def __init__(self, tokenizer: Any, pooled_skips: int | None, max_length: int | None):
+        if not getattr(tokenizer, "is_fast", False):
+            raise LoadError(
+                "The tokenizer does not say where its tokens stand in the text",
+                found=f"a {type(tokenizer).__name__}",
+                expected="a fast tokenizer (PreTrainedTokenizerFast, a tokenizer.json beside the weights)",
+                do="pass one: rl.load(path, tokenizer=...) or rl.RewardModel(module, tokenizer)",
+            )
         self.hf = tokenizer
         self.pooled_skips = pooled_skips
         self.max_length = max_length
