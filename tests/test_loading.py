@@ -130,6 +130,24 @@ def test_an_adapter_without_a_head_leaves_the_rows_of_its_base(tmp_path):
     assert rl.load(tmp_path / "adapter", objective=1).score(*PROBES[0]) == pytest.approx(expected, abs=1e-5)
 
 
+def test_revisions_of_an_adapter_and_of_its_base_are_two(saved, tmp_path, monkeypatch):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    settings = LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["q_proj"])
+    get_peft_model(rl.load(saved()).module, settings, revision="of-base").save_pretrained(tmp_path / "adapter")
+    asked = {}
+    for auto in (AutoModelForSequenceClassification, AutoTokenizer):
+
+        def recording(path, *args, _load=auto.from_pretrained, _name=auto.__name__, **settings):
+            asked[_name] = settings.get("revision")
+            return _load(path, *args, **settings)
+
+        monkeypatch.setattr(auto, "from_pretrained", recording)
+    rl.load(tmp_path / "adapter", revision="of-adapter")
+    assert asked == {"AutoModelForSequenceClassification": "of-base", "AutoTokenizer": None}
+
+
 def test_a_language_model_is_refused(tmp_path):
     from transformers import AutoModelForCausalLM
 

@@ -322,8 +322,10 @@ def tokenizer_of(path: str, base: str | None, options: dict):
     from transformers import AutoTokenizer
 
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-    own = base is None or any(file_of(path, options["revision"], name) for name in names)
-    return AutoTokenizer.from_pretrained(path if own else base, **options)
+    if base is None or any(file_of(path, options["revision"], name) for name in names):
+        return AutoTokenizer.from_pretrained(path, **options)
+    # The revision that was asked for is one of the checkpoint's.
+    return AutoTokenizer.from_pretrained(base, **options | {"revision": None})
 
 
 def _first_lines(error: Exception) -> str:
