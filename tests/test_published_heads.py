@@ -13,7 +13,7 @@ import torch
 import published_heads as published
 import reward_lens as rl
 from every_method import METHODS, NATURAL
-from families import TEXT_PAIRS
+from families import CHAT_TEMPLATES, TEXT_PAIRS, tiny_tokenizer
 from published_heads import HEADS
 from reward_lens.engine import hooks
 from reward_lens.engine.gradients import gradients
@@ -66,6 +66,30 @@ def test_each_objective_is_a_reward_of_its_own(folders, models, name):
         result = rl.contributions(rm, PAIRS[:2])
         assert result.meta["objective"] == objective
         assert result.meta["exactness"] == ("exact" if name != "ldl" else "local")
+
+
+@pytest.mark.parametrize("name", ["inf_orm", "grm"])
+def test_a_padding_token_that_ends_every_answer(tmp_path, name):
+    """The published INF-ORM reads before the first padding token, the published GRM at the last token of all."""
+    end = "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    template = CHAT_TEMPLATES["markers"].replace("{% endfor %}", end)
+    tokenizer = tiny_tokenizer(chat_template=template, pad="eos")
+    folder = published.save(tmp_path, name, pad_token_id=tokenizer.eos_token_id)
+    tokenizer.save_pretrained(folder)
+    rm = rl.load(folder)
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yo"},
+        {"role": "user", "content": "?"},
+    ]
+    ids = rm.tokenize(turns[:1], "Yo").ids
+    assert rm.score(turns[:1], "Yo") == pytest.approx(rm.hf_score(turns[:1], "Yo"), abs=1e-5)
+    assert ids.count(tokenizer.eos_token_id) == 1
+    if name == "grm":
+        assert rm.score(turns, "No") == pytest.approx(rm.hf_score(turns, "No"), abs=1e-5)
+    else:
+        with pytest.raises(rl.DataError, match="padding token stands inside a text.*'<eos>' at position"):
+            rm.score(turns, "No")
 
 
 @every

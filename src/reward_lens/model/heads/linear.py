@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from reward_lens.errors import DataError, LoadError
-from reward_lens.model.heads.own import OwnHead, last_attended
+from reward_lens.model.heads.own import BeforePadding, OwnHead, last_attended
 from reward_lens.model.norm import Norm
 from reward_lens.model.readout import LinearReadout, linear_readout
 from reward_lens.model.tokens import Tokenizer, Tokens, check_text
@@ -82,10 +82,9 @@ class LinearScore(OwnHead):
         return last_attended(ids, mask)
 
     def tokenizer_for(self, tokenizer: Any, pooled_skips: int | None, max_length: int | None) -> Tokenizer:
-        """How this head's texts are written and where they are read."""
         if self.ending is not None:
             return EndedTokenizer(tokenizer, self.ending, max_length)
-        return Tokenizer(tokenizer, self.stops_at, max_length)
+        return BeforePadding(tokenizer, self.stops_at, max_length)
 
 
 class StandardisedScore(LinearScore):

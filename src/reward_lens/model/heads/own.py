@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from reward_lens.errors import DataError
 from reward_lens.model.norm import Norm
 from reward_lens.model.placement import require_all_there
 from reward_lens.model.readout import Readout, objective_names
+from reward_lens.model.tokens import Tokenizer
 
 
 class OwnHead(nn.Module):
@@ -99,6 +101,26 @@ class OwnHead(nn.Module):
         if pad is None:
             return torch.full(ids.shape[:1], ids.shape[1] - 1, device=ids.device)
         return (torch.eq(ids, pad).int().argmax(-1) - 1) % ids.shape[1]
+
+    def tokenizer_for(self, tokenizer: Any, pooled_skips: int | None, max_length: int | None) -> Tokenizer:
+        """How this head's texts are written and where they are read."""
+        return BeforePadding(tokenizer, pooled_skips, max_length)
+
+
+class BeforePadding(Tokenizer):
+    """Texts of a head that reads the position before the first padding token."""
+
+    def reward_position(self, ids: list[int]) -> int:
+        position, pad = super().reward_position(ids), self.pooled_skips
+        if pad is not None and pad in ids and (ids.index(pad) - 1) % len(ids) != position:
+            raise DataError(
+                "A padding token stands inside a text whose head reads before the first one",
+                found=f"{self.hf.convert_ids_to_tokens(pad)!r} at position {ids.index(pad)} of {len(ids)}",
+                expected="the padding token behind the whole text: the published code would read an earlier turn",
+                do="take it out of the text (a template that ends every turn with it cannot write several turns), or "
+                "set pad_token_id in config.json to a token of its own",
+            )
+        return position
 
 
 def last_attended(ids: Int[Tensor, "batch pos"], mask: Tensor | None) -> Int[Tensor, " batch"]:
