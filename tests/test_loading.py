@@ -167,6 +167,38 @@ def test_nan_weights_are_refused(saved):
         rl.load(saved(spoil))
 
 
+@pytest.mark.parametrize(
+    ("keys", "extra", "found"),
+    [
+        ({"num_hidden_layers": 2}, None, r"no place for its model.layers.2.input_layernorm.weight, .* and 4 more"),
+        ({}, "model.layers.0.self_attn.q_proj.bias", r"no place for its model.layers.0.self_attn.q_proj.bias\."),
+        ({}, "model.layers.1.mlp.up_proj.lora_A.weight", "no place for its model.layers.1.mlp.up_proj.lora_A.weight"),
+    ],
+)
+def test_a_trunk_of_which_a_part_would_be_dropped_is_refused(saved, keys, extra, found):
+    folder = saved()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | keys))
+    weights = load_file(folder / "model.safetensors")
+    weights |= {} if extra is None else {extra: torch.ones(4)}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(rl.LoadError, match=f"A part of .* would be dropped. Found: .*{found}"):
+        rl.load(folder)
+
+
+def test_what_a_class_leaves_out_altogether_does_not_matter(saved):
+    """Buffers of former versions, a pooler that no head reads."""
+    folder = saved()
+    weights = load_file(folder / "model.safetensors")
+    names = (
+        "model.layers.0.self_attn.masked_bias",
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.pooler.weight",
+    )
+    save_file(weights | {name: torch.ones(4) for name in names}, folder / "model.safetensors", {"format": "pt"})
+    assert rl.load(folder).load_report.value.sel(check="head in checkpoint") == 0
+
+
 def test_a_tokenizer_without_template_is_refused():
     tokenizer = tiny_tokenizer(chat_template=None)
     module, _ = tiny_model("llama", tokenizer=tokenizer)

@@ -2,13 +2,15 @@
 
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from reward_lens.errors import LoadError
 
 WHOLE = ("model.safetensors", "pytorch_model.bin")
 """Of an unsharded checkpoint; a sharded one has an index beside its shards."""
@@ -48,6 +50,31 @@ def tensors_in(path: str, revision: str | None, names: tuple[str, ...] | None = 
         with _opened(file) as tensors:
             found |= {name: tensors[name] for name in tensors if names is None or name in names}
     return found
+
+
+def require_places(path: str, module: Any, unexpected: Iterable[str]) -> None:
+    """Raise `LoadError` where a tensor of a checkpoint belongs to a part that the module has, or to a block that its
+    list of blocks has no number for: the class drops it, and what it gives is not what was trained. (Tensors of parts
+    that a class leaves out altogether, an unused pooler or a buffer of masks, are not meant.)"""
+    dropped = sorted(name for name in unexpected if _is_dropped(module, name))
+    if dropped:
+        raise LoadError(
+            f"A part of {path} would be dropped",
+            found=f"{type(module).__name__} has no place for its {', '.join(dropped[:5])}"
+            + (f" and {len(dropped) - 5} more" if len(dropped) > 5 else ""),
+            expected="a place for every weight of the parts that run",
+            do="correct config.json (number of layers, biases), or merge the adapter whose weights these are; if they "
+            "have no part in the reward, load the module yourself and pass rl.RewardModel(module, tokenizer)",
+        )
+
+
+def _is_dropped(module: nn.Module, name: str) -> bool:
+    owner, rest = module, name.split(".")
+    while len(rest) > 1 and rest[0] in owner._modules:
+        owner, rest = owner.get_submodule(rest[0]), rest[1:]
+    packed = rest[0] == "weight" and len(rest) > 1  # what belongs to a weight in few bits
+    holds = isinstance(owner, nn.ModuleList) or any(True for _ in owner.parameters(recurse=False))
+    return owner is not module and holds and not packed
 
 
 class _Lazy:

@@ -8,7 +8,7 @@ import torch
 
 from reward_lens.errors import LoadError
 from reward_lens.model import heads
-from reward_lens.model.checkpoint_files import file_of
+from reward_lens.model.checkpoint_files import file_of, require_places
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.step_readout import StepReadout
 from reward_lens.model.structure import Structure
@@ -167,6 +167,7 @@ def _load_classifier(path: str, options: dict, settings: dict):
             do="if these weights have no part in the reward, load the module yourself and pass "
             "rl.RewardModel(module, tokenizer); else pass readout= for this head",
         )
+    require_places(path, module, info["unexpected_keys"])
     return module, missing
 
 
@@ -212,6 +213,7 @@ def causal_module(path: str, options: dict, settings: dict):
     missing = sorted(info["missing_keys"])
     if missing:
         raise _not_a_language_model(base or path, f"no weights for {', '.join(missing[:5])}")
+    require_places(base or path, module, info["unexpected_keys"])
     if base is not None:
         module = _merged(module, path, options["revision"])
     return module, missing, base
@@ -248,6 +250,7 @@ def _load_adapter(path: str, options: dict, settings: dict):
             expected="the head among the adapter's weights (modules_to_save=['score']) or in the base",
             do="save the head with the adapter, or load a base that is a reward model",
         )
+    require_places(base, module, info["unexpected_keys"])
     if adapter.task_type is None or str(adapter.task_type).endswith("SEQ_CLS"):
         return _merged(module, path, options["revision"]), missing, base
     raise LoadError(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import TokenClassifierOutput
 
 from reward_lens.errors import LoadError
-from reward_lens.model.checkpoint_files import tensors_in
+from reward_lens.model.checkpoint_files import require_places, tensors_in
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.step_readout import StepReadout
 from reward_lens.model.step_scorer import step_model
@@ -84,6 +84,7 @@ def _load(path: str, steps: StepReadout, revision: str | None, settings: dict) -
     auto = AutoModel if steps.head else auto
     module, info = auto.from_pretrained(path, revision=revision, output_loading_info=True, **settings)
     missing = sorted(info["missing_keys"])
+    require_places(path, module, info["unexpected_keys"])
     if not steps.head:
         return module, missing
     parts = {part: f"{steps.head}{part}" for part in ("", ".0", ".2")}

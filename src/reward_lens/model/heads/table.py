@@ -11,7 +11,7 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from reward_lens.errors import LoadError
-from reward_lens.model.checkpoint_files import names_in, tensors_in
+from reward_lens.model.checkpoint_files import names_in, require_places, tensors_in
 from reward_lens.model.heads.gated import GatedQuantiles, GatedRows
 from reward_lens.model.heads.layouts import INTERNLM2, OF_ITS_OWN_TYPE, UNDER_TRANSFORMER, Layout
 from reward_lens.model.heads.linear import LinearScore, RegressionScore, StandardisedScore
@@ -190,6 +190,7 @@ def load_known(path: str, settings: dict[str, Any]) -> Any:
             expected="as many layers as the config says",
             do="look for a newer config.json, or pass structure= and readout= for this head",
         )
+    require_places(path, module, info["unexpected_keys"])
     return module
 
 
