@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from transformers import Gemma3ForConditionalGeneration
 
 import reward_lens as rl
-from families import TEXT_PAIRS, more
+from families import TEXT_PAIRS, more, randomise, tiny_tokenizer
 from identities import assert_slow_loops_agree
-from multimodal import model
+from multimodal import LAYERS, model
 from reference.sweeps import patched_reward, values_at
 
 PAIRS = [rl.Pair(*texts) for texts in TEXT_PAIRS]
@@ -57,3 +58,16 @@ def test_the_vision_tower_has_no_say(name):
     with torch.no_grad():
         for parameter, old in zip(vision_parameters(rm), kept, strict=True):
             parameter.copy_(old)
+
+
+def test_a_language_model_that_also_takes_images():
+    """Its config names no padding token of its own."""
+    module = Gemma3ForConditionalGeneration(model("gemma3").config).eval()
+    randomise(module)
+    lm = rl.LanguageModel(module, tiny_tokenizer())
+    reply = lm.tokenizer.reply([{"role": "user", "content": "Hi"}], "Hello", "none")
+    h = lm.trunk.pooled(next(lm.batches([reply])))
+    assert lm.n_layers == LAYERS and h.shape == (1, 32)
+    own = module(input_ids=torch.tensor([reply.tokens.ids])).logits[0, -1].log_softmax(-1)
+    found = lm.log_probabilities(h.expand(len(own), -1), torch.arange(len(own)))
+    assert torch.allclose(found, own, atol=1e-4)

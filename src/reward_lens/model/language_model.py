@@ -21,7 +21,7 @@ from reward_lens.engine import hooks
 from reward_lens.errors import DataError, LoadError, StructureError
 from reward_lens.model import structure as structures
 from reward_lens.model.checks import require_usable_weights
-from reward_lens.model.forward import Batch, OnTrunk, batches, rotary_threshold, trunk_of
+from reward_lens.model.forward import Batch, OnTrunk, batches, padding_id, rotary_threshold, trunk_of
 from reward_lens.model.linear_maps import linear_bias, linear_weight
 from reward_lens.model.loading import causal_module, tokenizer_of
 from reward_lens.model.norm import Norm, measure_norm
@@ -102,7 +102,7 @@ class LanguageModel(OnTrunk):
         require_usable_weights(module, self.name)
         text_config = self.config.get_text_config()
         self.tokenizer = PolicyTokenizer(tokenizer, None, getattr(text_config, "max_position_embeddings", None))
-        ids = (self.config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
+        ids = (padding_id(self.config), tokenizer.pad_token_id, tokenizer.eos_token_id)
         self.pad_id = next((i for i in ids if i is not None), 0)
         # Where the rotary factors depend on a batch's longest text, every text runs alone.
         self.batch_size = None if rotary_threshold(text_config) is None else 1
