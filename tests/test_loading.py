@@ -12,6 +12,7 @@ from transformers import ByT5Tokenizer
 import reward_lens as rl
 from families import tiny_model, tiny_tokenizer
 from reward_lens.model.checks import PROBES
+from reward_lens.model.objectives import with_every_objective
 from reward_lens.model.tokens import Tokenizer
 
 
@@ -275,6 +276,14 @@ def test_several_objectives_ask_for_one():
     assert rm.for_objective("terse").score(*PROBES[0]) == pytest.approx(float(logits[2]), abs=1e-5)
     pairs = [rl.Pair("a", "b", "c")]
     assert rl.contributions(rm.for_objective(0), pairs).meta["objective"] == "helpful"
+
+
+def test_labels_that_do_not_tell_the_rows_apart_are_no_names():
+    module, tokenizer = tiny_model("llama", num_labels=3)
+    module.config.id2label = {0: "good", 1: "good", 2: "bad"}
+    rm = rl.RewardModel(module, tokenizer, objective=1)
+    assert rm.objectives == ("0", "1", "2") and rm.row == 1
+    assert list(with_every_objective(rm)[1]) == ["0", "1", "2"]
 
 
 def test_a_structure_that_is_wrong_fails_the_proof():

@@ -167,11 +167,13 @@ def linear_readout(norm: Norm, head, objective: int, name: str) -> LinearReadout
 
 
 def objective_names(config, n_rows: int) -> tuple[str, ...]:
-    """Names of a head's rows: the checkpoint's labels, or "0", "1", ... ; one row is called "reward"."""
+    """Names of a head's rows: the checkpoint's labels, or "0", "1", ... where it has none that tell them apart; one row
+    is called "reward"."""
     if n_rows == 1:
         return ("reward",)
     labels = getattr(config, "id2label", None) or {}
-    return tuple(str(labels.get(i, labels.get(str(i), i))) for i in range(n_rows))
+    names = tuple(str(labels.get(i, labels.get(str(i), i))) for i in range(n_rows))
+    return names if len(set(names)) == n_rows else tuple(map(str, range(n_rows)))
 
 
 def chosen_row(names: tuple[str, ...], objective: str | int | None, model: str) -> int:
