@@ -270,6 +270,16 @@ def test_a_file_that_is_no_result_is_named(tmp_path):
         assert str(path) in str(error.value) and "Result.save" in str(error.value)
 
 
+def test_a_file_of_another_format_is_refused(tmp_path):
+    path = components().save(tmp_path / "later.nc")
+    with xr.open_dataset(path, engine="h5netcdf") as opened:
+        later = opened.load()
+    later.attrs["reward_lens"] = later.attrs["reward_lens"].replace("result 1", "result 2")
+    later.to_netcdf(path, engine="h5netcdf")
+    with pytest.raises(DataError, match="the format 'reward-lens result 2', where this version reads"):
+        load_result(path)
+
+
 # Errors
 
 

@@ -221,6 +221,8 @@ def load_result(path: str | Path) -> Result:
         with xr.open_dataset(path, engine="h5netcdf") as opened:
             dataset = opened.load()
         head = json.loads(_unescape(dataset.attrs["reward_lens"]))
+        if head["format"] != FORMAT:
+            raise ValueError(f"the format {head['format']!r}, where this version reads {FORMAT!r}")
     except (OSError, KeyError, ValueError) as error:
         raise DataError(
             f"The file {path} could not be read as a result",
