@@ -224,6 +224,13 @@ def test_ids_pieces_and_numbers_come_back_equal(tmp_path):
     xr.testing.assert_identical(loaded.dataset, result.dataset)
 
 
+def test_numpys_own_strings_come_back_equal(tmp_path):
+    texts = np.array(ODD_TEXT, dtype=np.dtypes.StringDType())
+    value = xr.DataArray(np.zeros(len(texts)), dims="pair", coords={"pair": texts})
+    loaded = load_result(Result("tokens", value, unit="reward").save(tmp_path / "odd.nc"))
+    assert loaded.value["pair"].values.tolist() == ODD_TEXT
+
+
 def test_lone_surrogates_come_back_equal(tmp_path):
     """As fixed-width text, the one form of coordinate that xarray takes them in."""
     texts = np.array(["\ud83d", "\udc00x\\u0000\ud800"])

@@ -158,7 +158,7 @@ class Result:
         head["checks"] = [dataclasses.asdict(check) for check in self.checks]
         plain = self.dataset.drop_attrs(deep=True).map(lambda v: v)
         for key in plain.variables:
-            if plain[key].dtype.kind in "OU":
+            if plain[key].dtype.kind in "OUT":
                 plain = plain.assign_coords({key: (plain[key].dims, _map_text(plain[key].values, _escape))})
             elif plain[key].dtype.kind == "b":
                 raise TypeError(f"coordinate {key!r} is boolean, which netCDF cannot hold; store it as an integer")
