@@ -27,7 +27,7 @@ from reward_lens.model.placement import input_device
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.step_hidden import hidden_readout, is_hidden
 from reward_lens.model.step_readout import StepReadout
-from reward_lens.model.step_tokens import StepTokenizer, first_tokens
+from reward_lens.model.step_tokens import StepTokenizer
 from reward_lens.model.structure import Structure
 
 HEADS = ("score", "classifier", "v_head.summary", "v_head")
@@ -238,7 +238,7 @@ def _require_causal(rm: RewardModel) -> None:
     tokenizer = steps_of(rm)
     prompt, response = PROBES[0]
     both = tokenizer.solution([{"role": "user", "content": prompt}], [response, PROBES[4][1]])
-    alone = rm.rewards([first_tokens(both.tokens, both.positions[0] + 1)])[0]
+    alone = rm.rewards([both.tokens.first(both.positions[0] + 1)])[0]
     batch = next(iter(rm.batches([both.tokens])))
     kept: list[Tensor] = []
     rm.trunk.run(batch, rm.trunk.read_residual(rm.n_layers, lambda x: kept.append(x[0, both.positions[0]].clone())))

@@ -9,7 +9,6 @@ solution's first t steps is read at the same place of the whole solution; and ev
 token reads its last step's reward.
 """
 
-import dataclasses
 import uuid
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -168,7 +167,7 @@ class StepTokenizer(Tokenizer):
                 raise self._no_boundary(text[max(0, read + shift - 20) : read + shift])
             positions.append(position)
         tokens = self._encode(text, written.start + shift, written.stop + shift, None, special)
-        return SolutionTokens(first_tokens(tokens, positions[-1] + 1), tuple(positions))
+        return SolutionTokens(tokens.first(positions[-1] + 1), tuple(positions))
 
     def _piecewise(self, written: _Written) -> SolutionTokens:
         """Every part tokenised by itself, as trainers do that join ids; a marker may have several tokens, of which the
@@ -206,18 +205,6 @@ class StepTokenizer(Tokenizer):
             do="use the marker the model was trained with, or StepReadout(by_step=True) for a model whose steps were "
             "tokenised one by one",
         )
-
-
-def first_tokens(tokens: Tokens, n: int) -> Tokens:
-    """A text's first `n` tokens, the last of them being read."""
-
-    def cut(span: range) -> range:
-        return range(min(span.start, n), min(span.stop, n))
-
-    return dataclasses.replace(
-        tokens, ids=tokens.ids[:n], pieces=tokens.pieces[:n], starts=tokens.starts[:n], prompt=cut(tokens.prompt),
-        response=cut(tokens.response), tail=cut(tokens.tail), reward_pos=n - 1,
-    )  # fmt: skip
 
 
 def _changed_by_template() -> DataError:

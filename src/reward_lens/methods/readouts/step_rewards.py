@@ -30,7 +30,7 @@ from reward_lens.methods.shared.prompt_ratios import plain
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
 from reward_lens.model.step_scorer import steps_of
-from reward_lens.model.step_tokens import SolutionTokens, first_tokens
+from reward_lens.model.step_tokens import SolutionTokens
 from reward_lens.result import Check, Result
 
 Norms = Literal["own", "frozen"]
@@ -172,7 +172,7 @@ def _cut(rm: RewardModel, read: _Read, reward: np.ndarray) -> Check:
     most = int(np.argmax([len(text.positions) for text in read.texts]))
     start = sum(len(text.positions) for text in read.texts[:most])
     text = read.texts[most]
-    alone = rm.rewards([first_tokens(text.tokens, p + 1) for p in text.positions]).double().numpy()
+    alone = rm.rewards([text.tokens.first(p + 1) for p in text.positions]).double().numpy()
     there = reward[start : start + len(alone)]
     gap = float(np.abs(alone - there).max()) / rm.effect_scale(*there.tolist())
     return Check(CUT, gap, 2e-2 if rm.sixteen_bit else 1e-4)
