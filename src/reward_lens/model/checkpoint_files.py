@@ -2,7 +2,7 @@
 
 import json
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,12 +60,16 @@ def require_places(path: str, module: Any, unexpected: Iterable[str]) -> None:
     if dropped:
         raise LoadError(
             f"A part of {path} would be dropped",
-            found=f"{type(module).__name__} has no place for its {', '.join(dropped[:5])}"
-            + (f" and {len(dropped) - 5} more" if len(dropped) > 5 else ""),
+            found=f"{type(module).__name__} has no place for its {some_of(dropped)}",
             expected="a place for every weight of the parts that run",
             do="correct config.json (number of layers, biases), or merge the adapter whose weights these are; if they "
             "have no part in the reward, load the module yourself and pass rl.RewardModel(module, tokenizer)",
         )
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _is_dropped(module: nn.Module, name: str) -> bool:

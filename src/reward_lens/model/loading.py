@@ -8,7 +8,7 @@ import torch
 
 from reward_lens.errors import LoadError
 from reward_lens.model import heads
-from reward_lens.model.checkpoint_files import file_of, require_places
+from reward_lens.model.checkpoint_files import file_of, require_places, some_of
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.step_readout import StepReadout
 from reward_lens.model.structure import Structure
@@ -155,9 +155,9 @@ def _load_classifier(path: str, options: dict, settings: dict):
         raise _no_reward_head(path, f"no such class with a head ({_first_lines(error)})", causal) from error
     missing = sorted(info["missing_keys"])
     left = _beside_trunk(module, info["unexpected_keys"])
-    dropped = f"{type(module).__name__} has no place for its {_some(left)}" if left else ""
+    dropped = f"{type(module).__name__} has no place for its {some_of(left)}" if left else ""
     if missing:
-        found = f"the checkpoint lacks {_some(missing)}" + (f"; {dropped}" if dropped else "")
+        found = f"the checkpoint lacks {some_of(missing)}" + (f"; {dropped}" if dropped else "")
         raise _no_reward_head(path, found, causal)
     if left:
         raise LoadError(
@@ -175,10 +175,6 @@ def _beside_trunk(module: Any, keys) -> list[str]:
     """Those of the keys that are neither the trunk's nor an unembedding's."""
     known = (module.base_model_prefix + ".", "lm_head.", "embed_out.")
     return sorted(key for key in keys if not key.startswith(known))
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _no_reward_head(path: str, found: str, causal: str | None) -> LoadError:
@@ -287,7 +283,7 @@ def _merged(module: Any, path: str, revision: str | None) -> Any:
         sides = {"no": expected - saved, "no place for": saved - expected}
         raise LoadError(
             f"The adapter {path} does not fit its base",
-            found="; ".join(f"{word} {_some(sorted(names))}" for word, names in sides.items() if names),
+            found="; ".join(f"{word} {some_of(sorted(names))}" for word, names in sides.items() if names),
             expected="every weight of the adapter, each with its place in the base",
             do="load the base that the adapter was trained on, or save the adapter again",
         )

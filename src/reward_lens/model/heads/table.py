@@ -11,7 +11,7 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from reward_lens.errors import LoadError
-from reward_lens.model.checkpoint_files import names_in, require_places, tensors_in
+from reward_lens.model.checkpoint_files import names_in, require_places, some_of, tensors_in
 from reward_lens.model.heads.gated import GatedQuantiles, GatedRows
 from reward_lens.model.heads.layouts import INTERNLM2, OF_ITS_OWN_TYPE, UNDER_TRANSFORMER, Layout
 from reward_lens.model.heads.linear import LinearScore, RegressionScore, StandardisedScore
@@ -177,8 +177,7 @@ def load_known(path: str, settings: dict[str, Any]) -> Any:
     if missing:
         raise LoadError(
             f"{path} has no trained reward head" if _of_head(module, missing) else f"{path} lacks weights of its trunk",
-            found=f"the checkpoint lacks {', '.join(missing[:5])}"
-            + (f" and {len(missing) - 5} more" if len(missing) > 5 else ""),
+            found=f"the checkpoint lacks {some_of(missing)}",
             expected=f"every weight of {row.name}: a head of random numbers scores noise",
             do="download the checkpoint again; if its authors changed the head since, pass structure= and readout=",
         )
@@ -186,7 +185,7 @@ def load_known(path: str, settings: dict[str, Any]) -> Any:
     if left:
         raise LoadError(
             f"The head of {path} is not the published {row.name}",
-            found=f"weights without a place: {', '.join(left[:5])}",
+            found=f"weights without a place: {some_of(left)}",
             expected="as many layers as the config says",
             do="look for a newer config.json, or pass structure= and readout= for this head",
         )
