@@ -100,6 +100,14 @@ def test_spans_are_those_of_the_two_texts(name):
     assert raw.reward_pos == 0 and "".join(raw.pieces[i] for i in raw.response) == "plain"
 
 
+def test_a_raw_text_that_is_cut_keeps_its_separator():
+    tokenizer = loaded("bert").tokenizer
+    whole, cut = tokenizer.text("x" * 20), tokenizer.text("x" * 1000, "right")
+    assert (whole.response, whole.tail) == (range(1, 21), range(21, 22))
+    assert len(cut) == tokenizer.max_length and cut.truncated == 1002 - len(cut)
+    assert list(cut.ids) == tokenizer.hf("x" * 1000, truncation=True, max_length=len(cut))["input_ids"]
+
+
 def test_what_is_no_pair_is_refused():
     rm = loaded("deberta")
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]

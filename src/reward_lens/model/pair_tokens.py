@@ -35,14 +35,8 @@ class FirstTokenTokenizer(Tokenizer):
         return self._pair(self._question(messages), response, truncation)
 
     def text(self, text: str, truncation: str | None = None) -> Tokens:
-        """Tokens of a raw text with the tokenizer's own special tokens; all of it but these is
-        `response`."""
-        tokens = _read_first(super().text(text, truncation))
-        special, end = set(self.hf.all_special_ids), tokens.response.stop
-        while end > tokens.response.start and tokens.ids[end - 1] in special:
-            end -= 1
-        response, tail = range(tokens.response.start, end), range(end, len(tokens))
-        return dataclasses.replace(tokens, response=response, tail=tail)
+        """Tokens of a raw text with the tokenizer's own special tokens; all but these is `response`."""
+        return _read_first(super().text(text, truncation))
 
     def official_ids(self, messages: list[dict], response: Any) -> list[int]:
         """What Hugging Face's own call gives, to hold ours against."""

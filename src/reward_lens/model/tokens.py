@@ -122,7 +122,7 @@ class Tokenizer:
         check_text(response, "response")
 
     def text(self, text: str, truncation: str | None = None) -> Tokens:
-        """Tokens of a raw text with the tokenizer's own special tokens and no template; all of it is `response`."""
+        """Tokens of a raw text with the tokenizer's own special tokens and no template; all but these is `response`."""
         check_text(text, "text")
         return self._encode(text, 0, len(text), truncation, special=True)
 
@@ -183,8 +183,9 @@ class Tokenizer:
                 expected="at least one token for the reward head to read",
                 do="pass a non-empty text",
             )
-        first = next((i for i, (a, b) in enumerate(offsets) if b > start and b > a), len(ids))
-        end = next((i for i, (a, b) in enumerate(offsets) if i >= first and a >= stop and b > a), len(ids))
+        real = [i for i, (a, b) in enumerate(offsets) if b > a]  # the others are special tokens that were added
+        first = next((i for i in real if offsets[i][1] > start), len(ids))
+        end = next((i for i in real if i >= first and offsets[i][0] >= stop), real[-1] + 1 if real else len(ids))
         if start == stop:
             end = first
         keep, cut = self._fit(len(ids), first, end, truncation)
