@@ -207,6 +207,13 @@ def test_a_tokenizer_without_template_is_refused():
         rl.RewardModel(module, tokenizer)
 
 
+def test_a_head_of_zeros_is_refused():
+    module, tokenizer = tiny_model("llama")
+    nn.init.zeros_(module.score.weight)
+    with pytest.raises(rl.LoadError, match="gives every text the reward 0.*from after training"):
+        rl.RewardModel(module, tokenizer)
+
+
 def test_a_tokenizer_without_offsets_is_refused():
     slow = ByT5Tokenizer()
     slow.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
