@@ -207,6 +207,17 @@ def test_a_tokenizer_without_template_is_refused():
         rl.RewardModel(module, tokenizer)
 
 
+def test_a_network_in_training_mode_is_refused():
+    module, tokenizer = tiny_model("gpt2")
+    rm = rl.RewardModel(module, tokenizer)
+    expected = rm.score(*PROBES[0])
+    module.train()
+    with pytest.raises(rl.DataError, match="training mode.*its dropout on"):
+        rm.score(*PROBES[0])
+    module.eval()
+    assert rm.score(*PROBES[0]) == expected
+
+
 def test_a_head_of_zeros_is_refused():
     module, tokenizer = tiny_model("llama")
     nn.init.zeros_(module.score.weight)

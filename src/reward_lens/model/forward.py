@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from reward_lens.engine import hooks
+from reward_lens.errors import DataError
 from reward_lens.model.adapters import network_in
 from reward_lens.model.experts import Experts, find_experts
 from reward_lens.model.norm import measure_norm
@@ -123,6 +124,13 @@ class Trunk:
 
         `past` holds the keys and values of the positions before the batch's (`model.prefix`).
         """
+        if self.module.training:
+            raise DataError(
+                "The network is in training mode",
+                found=f"a {type(self.module).__name__} whose train() was called since it was wrapped, its dropout on",
+                expected="eval mode, as RewardModel puts it in",
+                do="call rm.module.eval() before, and train() after, where a training run goes on",
+            )
         extra: dict[str, object] = {} if past is None else {self._cache_argument: past}
         if "position_ids" in self._accepts:
             extra["position_ids"] = batch.positions + self.first_position
