@@ -204,3 +204,19 @@ def test_crystallization_by_its_definition():
         settled = [np.sign(m) == np.sign(row[-1]) and abs(m) >= abs(row[-1]) / 2 for m in row]
         first = next(d for d in range(len(row)) if all(settled[d:]))
         assert depth == pytest.approx(first / (len(row) - 1))
+
+
+def test_a_reward_of_zero_does_not_fail_the_lens_at_all_positions():
+    """What is left over is measured against what the head sums, not against a reward that happens to be zero."""
+    module, tokenizer = tiny_model("llama")
+    pair = rl.Pair("Q?", "same", "same")
+    head = torch.nn.Linear(module.score.in_features, 1)
+    head.weight.data.copy_(module.score.weight.data)
+    head.bias.data.fill_(-rl.RewardModel(module, tokenizer).score(pair.prompt, pair.chosen))
+    module.score = head
+    rm = rl.RewardModel(module, tokenizer)
+    assert abs(rm.score(pair.prompt, pair.chosen)) < 1e-6
+    for norm in ("own", "frozen"):
+        at = rm.tokenize(pair.prompt, pair.chosen).reward_pos
+        last = rl.reward_lens(rm, [pair], norm=norm, at="all").value.isel(depth=-1, position=at)
+        assert float(np.abs(last).max()) < 1e-5

@@ -164,7 +164,7 @@ def _lens_everywhere(rm: RewardModel, pairs: data.Pairs, norm: Norms) -> Result:
         values[i, 2, :, n:] = np.nan
     final = np.array([read[i, -1, t.reward_pos] for i, t in enumerate(tokens)])
     reward = rm.rewards(tokens).numpy()
-    gap = float(np.max(np.abs(final - reward)) / max(np.abs(reward).max(), reward.std()))
+    gap = float(np.max(np.abs(final - reward) / [rm.effect_scale(r) for r in reward.tolist()]))
     return paired_result(
         rm, "reward_lens", pairs, values, ("pair", "side", "depth", "position"),
         {"depth": np.arange(rm.n_layers + 1), **token_coords(tokens, prefixes)},
