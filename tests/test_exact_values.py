@@ -220,3 +220,17 @@ def test_a_reward_of_zero_does_not_fail_the_lens_at_all_positions():
         at = rm.tokenize(pair.prompt, pair.chosen).reward_pos
         last = rl.reward_lens(rm, [pair], norm=norm, at="all").value.isel(depth=-1, position=at)
         assert float(np.abs(last).max()) < 1e-5
+
+
+def test_top_keeps_what_is_large_in_pairs_and_names_the_split_it_is_not_for():
+    """A component whose margins cancel over the pairs is no small one."""
+    rm = rl.RewardModel(*tiny_model("llama"))
+    whole = rl.contributions(rm, PAIRS, by="head", scale="own").value
+    margins = whole.sel(side="margin").values
+    largest, in_mean = (np.sort(np.argsort(-size)[:3]) for size in (np.abs(margins).mean(0), np.abs(margins.mean(0))))
+    assert set(largest) != set(in_mean)
+    kept = rl.contributions(rm, PAIRS, by="head", scale="own", top=3).value
+    assert kept.component.values.tolist() == [*whole.component.values[largest], "rest"]
+    np.testing.assert_allclose(kept.sum("component"), whole.sum("component"), atol=1e-5)
+    with pytest.raises(rl.DataError, match="by='token', top=3"):
+        rl.contributions(rm, PAIRS, by="token", top=3)

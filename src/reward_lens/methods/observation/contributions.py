@@ -62,6 +62,7 @@ def contributions(
         rest); "token" (attention writes split over the positions their heads read).
     scale: how a margin treats the two runs' different norm scales.
     top: keep only the components largest in mean absolute margin; the others are summed in the row "rest".
+        Not for `by="token"`.
 
     Returns value (pair, side, component) in reward units, with coordinates `layer`, `kind` and `head` on `component`;
     `by="token"` has a further dim `position`. Mean and interval over prompts. Checks: "completeness" (E2), "finer
@@ -73,6 +74,10 @@ def contributions(
         raise DataError("There are no components to keep", found=f"top={top}", expected="1 or more, or None for all",
                         do="pass top=10, say")  # fmt: skip
     if by == "token":
+        if top is not None:
+            raise DataError("Source tokens are not cut down to the largest components", found=f"by='token', top={top}",
+                            expected="top=None: a margin exists only where both runs have the same tokens",
+                            do="leave top out, and take the components you want with .sel")  # fmt: skip
         from reward_lens.methods.observation.source_tokens import source_token_contributions
 
         return source_token_contributions(rm, pairs, scale)
@@ -196,7 +201,7 @@ def _of_chunk(
 
 
 def _keep_top(values: np.ndarray, top: int) -> tuple[np.ndarray, list[int]]:
-    order = np.argsort(-np.abs(values[:, 2].mean(0)), kind="stable")[:top]
+    order = np.argsort(-np.abs(values[:, 2]).mean(0), kind="stable")[:top]
     keep = sorted(order.tolist())
     rest = values.sum(2, keepdims=True) - values[:, :, keep].sum(2, keepdims=True)
     return np.concatenate([values[:, :, keep], rest], axis=2), keep
