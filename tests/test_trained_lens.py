@@ -104,6 +104,9 @@ def test_tuned_lens_refuses(planted):
         tuned_lens(planted, train[:24], test)
     with pytest.raises(DataError, match="one prompt"):
         tuned_lens(planted, [rl.Pair("the same", p.chosen, p.rejected) for p in train], test)
+    for alphas in ((), (1.0, -1.0), (float("nan"),)):  # a ridge with a negative penalty fits, to nothing
+        with pytest.raises(DataError, match="no penalties to choose from"):
+            tuned_lens(planted, train, test, alphas=alphas)
 
 
 # gradient lens

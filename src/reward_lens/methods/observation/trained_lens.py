@@ -59,8 +59,11 @@ def tuned_lens(rm: RewardModel, train_pairs, pairs, alphas: Sequence[float] = AL
     mean), `r2_control`, `sign_agreement` (share of pairs whose predicted margin has the sign of the margin)
     and `alpha`. The last depth need not equal the reward: the final norm is no linear map. All training
     residuals are held in memory (4 (n_layers + 1) d_model bytes a response). Raises `DataError` for shared
-    prompts, too few training responses, or training prompts too few to cross-validate.
+    prompts, too few training responses, training prompts too few to cross-validate, or penalties that are none.
     """
+    if not len(alphas) or not all(0 <= alpha < np.inf for alpha in alphas):
+        raise DataError("The tuned lens has no penalties to choose from", found=f"alphas={list(alphas)}",
+                        expected="at least one, each 0 or more and finite", do="leave alphas out")  # fmt: skip
     train_of, test_of = pairs_of(train_pairs), pairs_of(pairs)
     prompts = [p.prompt_key for p in train_of for _ in range(2)]
     _require_split(prompts, {p.prompt_key for p in test_of})
