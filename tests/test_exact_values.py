@@ -196,6 +196,19 @@ def test_random_weights_are_a_control_and_leave_the_model_alone():
     assert ((inside >= 0) & (inside <= 1)).all()
 
 
+@pytest.mark.parametrize("family", ["cohere", "gpt_oss"])
+def test_random_weights_keep_norms_and_biases_of_two_dimensions(family):
+    """Cohere has a gain a head and channel, experts a bias an expert and unit."""
+    rm = rl.RewardModel(*tiny_model(family))
+    new = dict(rl.random_weight_copy(rm).module.named_parameters())
+    own = dict(rm.module.named_parameters())
+    kept = [name for name in own if "norm" in name or "bias" in name]
+    assert any(own[name].dim() == 2 for name in kept)
+    assert all(
+        torch.equal(own[name], new[name]) == (name in [*kept, "score.weight"]) for name in own if "sinks" not in name
+    )
+
+
 def test_crystallization_by_its_definition():
     rm = rl.RewardModel(*tiny_model("llama"))
     margins = rl.reward_lens(rm, PAIRS).value.sel(side="margin").values

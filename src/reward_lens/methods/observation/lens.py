@@ -115,8 +115,11 @@ def random_weight_copy(rm: RewardModel, seed: int = 0) -> RewardModel:
     generator = torch.Generator().manual_seed(seed)
     head = {id(p) for p in head_of(module, rm.structure).parameters()}
     with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.dim() >= 2 and id(parameter) not in head:
+        for name, parameter in module.named_parameters():
+            owner = type(module.get_submodule(name.rpartition(".")[0])).__name__
+            # A norm by head and the biases of fused experts have two dimensions, as weights do.
+            kept = parameter.dim() < 2 or owner.endswith("Norm") or name.endswith("bias")
+            if not kept and id(parameter) not in head:
                 drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
                 parameter.copy_(drawn * parameter.float().std().cpu() + parameter.float().mean().cpu())
     return RewardModel(
