@@ -160,6 +160,23 @@ def test_pull_is_what_a_head_writes(family):
         assert torch.allclose(writes @ unit, scale * (seen.resid @ pull.T), atol=1e-4)
 
 
+def test_pull_goes_through_the_norms_behind_the_write_of_post_norm_blocks():
+    """GPT-1: attention's write is behind its own block's two norms and those of all later blocks, scales at 1."""
+    rm = rl.RewardModel(*tiny_model("openai"))
+    maps, split, blocks = value_maps(rm), weights.HeadSplit(rm), list(rm.trunk.blocks)
+    u = weights._direction(rm)
+    source = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(0))
+    for layer in (0, 1):
+        values = torch.einsum("hid,d->hi", maps[layer].weight, source)
+        out = blocks[layer].attn.c_proj.weight.T.unflatten(1, (rm.n_heads, -1))
+        writes = torch.einsum("dhi,hi->hd", out, values)
+        for block in blocks[layer:]:
+            for norm in (block.ln_1, block.ln_2):
+                writes = (writes - writes.mean(-1, keepdim=True)) * norm.weight
+        pull = weights._pull(rm, split, layer, maps[layer], u / u.norm())
+        assert torch.allclose(pull @ source, writes @ u / u.norm(), atol=1e-4)
+
+
 def test_planted_copies():
     """Head 0 copies u, head 1 (of the same value head) turns it round twice as large, head 2 reads elsewhere."""
     module, tokenizer = tiny_model("llama")

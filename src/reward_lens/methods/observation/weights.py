@@ -5,10 +5,11 @@
     source
 
 u = centre(gain * w) is the effective direction. N is the norm before attention and P the one after it, where
-the block has them, taken as linear maps (' their transposes). Frozen: the scale of every norm, at 1 (an input
-of root mean square 1), and attention: p_h . x is what h would write along u if it read nothing but a position
-holding x. Biases do not enter. W_V is found by running one-token texts, where a head can only attend to
-itself, and proven on others: no weight is taken by its name.
+the block has them (in post-norm blocks: every norm behind the write), taken as linear maps (' their
+transposes). Frozen: the scale of every norm, at 1 (an input of root mean square 1), and attention: p_h . x is
+what h would write along u if it read nothing but a position holding x. Biases do not enter. W_V is found by
+running one-token texts, where a head can only attend to itself, and proven on others: no weight is taken by
+its name.
 
 What this cannot show: whether a head attends to such a position, or what residuals occur; depth changes what
 a direction means, so a token's embedding is no more than a hint beyond the first blocks.
@@ -296,6 +297,8 @@ def _no_map(rm: RewardModel, layer: int, found: str) -> StructureError:
 def _pull(rm: RewardModel, split: HeadSplit, layer: int, values: ValueMap, unit: Tensor) -> Tensor:
     """[head, d_model]: the direction `unit` pulled back through each head's maps and the norms around them."""
     one = torch.ones_like(unit[:1])
+    for norm in reversed(rm.trunk.carrier.norms[2 * layer :]):  # of post-norm blocks, one a write
+        unit = norm.pull_back(unit, one)
     after = split.norms[layer]
     u = (unit if after is None else after.pull_back(unit, one)) * rm.structure.write_scale
     heads = (u @ linear_weight(split.maps[layer]).to(u)).unflatten(0, (rm.n_heads, -1))
