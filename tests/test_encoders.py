@@ -15,6 +15,7 @@ from families import TEXT_PAIRS, more
 from reference.sweeps import patched_reward, values_at
 from reward_lens.engine.gradients import gradients
 from reward_lens.engine.patching import Edit, patch_rows
+from reward_lens.methods.observation.embedding_paths import baseline_residual
 from reward_lens.methods.observation.lens import random_weight_copy
 from reward_lens.model.structure import find_structure
 
@@ -479,3 +480,27 @@ def test_every_method_answers_or_refuses(name, method):
         assert METHODS[method](rm, pairs).value.size
     except (rl.StructureError, rl.DataError):
         assert method in ONE_ROW
+
+
+@pytest.mark.parametrize("name", [*ENCODERS, *more(*OTHERS)])
+def test_baselines_stand_in_the_responses_place(name):
+    """Its segment and its positions included, and the norm behind their sum."""
+    rm = loaded(name)
+    text = rm.tokenize(PAIRS[0].prompt, PAIRS[0].chosen)
+
+    def entering(tokens):
+        replaced = [tuple(t if i in text.response else old for i, old in enumerate(text.ids)) for t in tokens]
+        texts = [dataclasses.replace(text, ids=ids) for ids in replaced]
+        kept = []
+        (batch,) = rm.batches(texts, len(texts))
+        with torch.no_grad():
+            rm.trunk.run(batch, rm.trunk.read_residual(0, lambda x: kept.append(x.clone())))
+        return kept[0][:, text.response.start : text.response.stop], float(rm.rewards(texts)[0])
+
+    own, reward = entering([rm.pad_id])
+    start = rl.token_attribution(rm, PAIRS[:1], method="gradient", baseline="pad").value["start"]
+    assert float(start[0, 0]) == pytest.approx(reward, abs=2e-5)
+    everything, _ = entering(range(len(rm.tokenizer.hf)))
+    for baseline, expected in (("pad", own[0]), ("mean", everything.mean(0))):
+        base = baseline_residual(rm, len(text), baseline, rm.trunk.second_begins)
+        torch.testing.assert_close(base[text.response.start : text.response.stop], expected, atol=1e-5, rtol=1e-5)

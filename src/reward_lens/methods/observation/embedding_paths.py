@@ -55,31 +55,52 @@ class Path:
     backward_rows: int
 
 
-def baseline_residual(rm: RewardModel, length: int, baseline: Baseline) -> Float[Tensor, "length d_model"]:
+def baseline_residual(
+    rm: RewardModel, length: int, baseline: Baseline, behind: int | None = None
+) -> Float[Tensor, "length d_model"]:
     """What enters block 0 at each position when nothing is said there.
 
     "pad": the residual of the padding token (the end-of-text token where there is none), position included.
     "zero": the zero vector; where positions are added to the embedding, they go too.
-    "mean": the mean over the vocabulary, with the position's part added as it is to every token: it is
-    measured as the difference between one token's residual there and at position 0. Measured at the site
-    itself, all three hold for embeddings that are scaled (Gemma), normed (Bloom) or have positions added
-    (GPT-2).
+    "mean": the mean over the vocabulary, position included. Where a position adds the same to every token,
+    measured on a few, the vocabulary is run at one position; where a norm follows that sum (BERT), at all.
+    Measured at the site itself, all three hold for embeddings that are scaled (Gemma), normed (Bloom) or have
+    positions added (GPT-2). `behind`: the separator in front, for positions of a second segment.
     """
     if baseline == "zero":
         return rm.like.new_zeros(length, rm.d_model)
-    filler = entering_block_0(rm, torch.full((1, length), rm.pad_id))[0]
+    at = int(behind is not None)  # where the segment begins
+
+    def entering(ids: Tensor, width: int) -> Tensor:
+        rows = ids[:, None].repeat(1, width)
+        if behind is not None:
+            rows[:, 0] = behind
+        return entering_block_0(rm, rows)
+
+    some = entering(torch.tensor([rm.pad_id, *range(3)]), length)
     if baseline == "pad":
-        return filler
+        return some[0]
+    moved = some[:, at:] - some[:, at : at + 1]
+    added = (moved - moved[0]).abs().max() < (2e-2 if rm.sixteen_bit else 1e-4) * some.abs().max()
+    width = at + 1 if added else length
     words = min(len(rm.tokenizer.hf), rm.config.get_text_config().vocab_size)
-    total = torch.zeros_like(filler[0], dtype=torch.float64)
-    for some in torch.arange(words)[:, None].split(VOCABULARY_ROWS):
-        total += entering_block_0(rm, some)[:, 0].double().sum(0)
-    return (total / words).to(filler) + (filler - filler[0])
+    total = some.new_zeros(width, rm.d_model, dtype=torch.float64)
+    for ids in torch.arange(words).split(max(1, VOCABULARY_ROWS // width)):
+        total += entering(ids, width).double().sum(0)
+    mean = (total / words).to(some)
+    return mean[at] + (some[0] - some[0, at]) if added else mean
+
+
+def _baseline_of(rm: RewardModel, tokens: Sequence[Tokens], baseline: Baseline) -> Tensor:
+    """Long enough for every text; the responses of one template are all of one segment."""
+    behind = rm.trunk.second_begins
+    second = behind in tokens[0].ids[: tokens[0].response.start]
+    return baseline_residual(rm, max(map(len, tokens)), baseline, behind if second else None)
 
 
 def gradient_path(rm: RewardModel, tokens: Sequence[Tokens], baseline: Baseline) -> Path:
     """Gradient at the text itself times (residual - baseline)."""
-    base = baseline_residual(rm, max(len(t) for t in tokens), baseline)
+    base = _baseline_of(rm, tokens, baseline)
     one = np.ones((len(tokens), 1))
     values, _ = _walk(rm, tokens, base, one, one)
     start = _walk(rm, tokens, base, 0 * one)[1][:, 0]
@@ -110,7 +131,7 @@ def integrated_path(
 ) -> Path:
     """Integrated gradients. While a text's stretches are off by more than `tolerance` in sum, its worst is
     halved, until `MAX_STEPS` rows are spent."""
-    base = baseline_residual(rm, max(len(t) for t in tokens), baseline)
+    base = _baseline_of(rm, tokens, baseline)
     start = _walk(rm, tokens, base, np.zeros((len(tokens), 1)))[1][:, 0]
     line: dict[int, list[Stretch]] = {i: [] for i in range(len(tokens))}
     used, ends_inside = np.zeros(len(tokens), dtype=int), 0
