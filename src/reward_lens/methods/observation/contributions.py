@@ -28,7 +28,7 @@ import torch
 from reward_lens.engine.activations import Activations, captured, pairs_of
 from reward_lens.errors import DataError
 from reward_lens.methods.observation.expert_split import ExpertSplit
-from reward_lens.methods.observation.splits import ComponentSplit, HeadSplit, NeuronSplit, Split
+from reward_lens.methods.observation.splits import ComponentSplit, HeadSplit, NeuronSplit, Split, component_coords
 from reward_lens.methods.shared.paired import paired_result
 from reward_lens.model.objectives import with_every_objective
 from reward_lens.model.readout import LOCAL, Readout
@@ -163,11 +163,7 @@ def _checks(rm: RewardModel, by: str, gaps: np.ndarray) -> list[Check]:
 
 
 def _coords(by: str, labels, layers, kinds, units) -> dict:
-    coords = {
-        "component": np.array(labels, dtype=object),
-        "layer": ("component", np.array(layers)),
-        "kind": ("component", np.array(kinds, dtype=object)),
-    }
+    coords = component_coords(labels, layers, kinds)
     return coords | ({by: ("component", np.array(units))} if by in ("head", "neuron", "expert") else {})
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from reward_lens.engine.activations import captured, pairs_of
 from reward_lens.errors import DataError
-from reward_lens.methods.observation.splits import ComponentSplit
+from reward_lens.methods.observation.splits import ComponentSplit, component_coords
 from reward_lens.methods.shared.paired import margin_of, paired_result
 from reward_lens.model.heads.local import LocalReadout
 from reward_lens.model.readout import Direction
@@ -81,11 +81,7 @@ def integrated_contributions(rm: RewardModel, pairs, baseline: Baseline = "mean"
         gaps.append(float(((whole.sum(1) - reward.double()).abs() / whole.abs().sum(1)).max()))
         values.append(margin_of(whole[::2].cpu().numpy(), whole[1::2].cpu().numpy()))
     labels, layers, kinds, _ = split.labels("own")
-    coords = {
-        "component": np.array([*labels[:-1], "baseline"], dtype=object),
-        "layer": ("component", np.array(layers)),
-        "kind": ("component", np.array([*kinds[:-1], "baseline"], dtype=object)),
-    }
+    coords = component_coords([*labels[:-1], "baseline"], layers, [*kinds[:-1], "baseline"])
     return paired_result(
         rm, "integrated_contributions", pairs_of(pairs), np.concatenate(values), ("pair", "side", "component"), coords,
         checks=[Check("completeness", max(gaps), 1e-2, f"{steps} steps; take more of them")],

@@ -17,11 +17,10 @@ from torch import Tensor
 from reward_lens import data
 from reward_lens.engine.attention import AttentionRow, attention_rows
 from reward_lens.methods.observation.lens import token_coords
-from reward_lens.methods.observation.splits import HeadSplit
+from reward_lens.methods.observation.splits import HeadSplit, Labels, closing_rows, columns, component_coords
 from reward_lens.methods.shared.paired import paired_result
 from reward_lens.model.readout import Readout
 from reward_lens.model.reward_model import RewardModel
-from reward_lens.model.sites import Site
 from reward_lens.model.tokens import Tokens, common_prefix
 from reward_lens.result import Check, Result
 
@@ -37,7 +36,7 @@ def source_token_contributions(rm: RewardModel, pairs, scale: str) -> Result:
     tokens = [t for both in rm.tokenize_pairs(pairs) for t in both]
     prefixes = [common_prefix(a, b) for a, b in zip(tokens[::2], tokens[1::2], strict=True)]
     split = HeadSplit(rm)
-    labels, layers, kinds = _labels(rm, split)
+    labels, layers, kinds, _ = _labels(rm)
     values = np.full((len(pairs), 3, len(labels), max(len(t) for t in tokens)), np.nan)
     gaps: list[tuple[float, ...]] = []
     for i in range(len(pairs)):
@@ -57,12 +56,7 @@ def source_token_contributions(rm: RewardModel, pairs, scale: str) -> Result:
     tolerance = 1e-2 if rm.sixteen_bit else 1e-5
     worst = np.max(gaps, axis=0)
     names = ["completeness", "finer split", *(["residual rounding"] if rm.sixteen_bit else [])]
-    coords = {
-        "component": np.array(labels, dtype=object),
-        "layer": ("component", np.array(layers)),
-        "kind": ("component", np.array(kinds, dtype=object)),
-        **token_coords(tokens, prefixes),
-    }
+    coords = component_coords(labels, layers, kinds) | token_coords(tokens, prefixes)
     return paired_result(
         rm, "contributions", pairs, values, ("pair", "side", "component", "position"), coords,
         checks=[Check(name, float(gap), tolerance) for name, gap in zip(names, worst, strict=False)],
@@ -132,7 +126,7 @@ def placed(parts: tuple[np.ndarray, np.ndarray], reward_pos: int, length: int) -
     """[component, position]: attention over its sources, everything else at the reward position."""
     attention, local = parts
     n_layers = attention.shape[0]
-    out = np.zeros((1 + 3 * n_layers + len(local) - 1 - 2 * n_layers, length))
+    out = np.zeros((n_layers + len(local), length))
     out[0, reward_pos] = local[0]
     for layer in range(n_layers):
         out[1 + 3 * layer, :] = attention[layer, :length]
@@ -142,15 +136,11 @@ def placed(parts: tuple[np.ndarray, np.ndarray], reward_pos: int, length: int) -
     return out
 
 
-def _labels(rm: RewardModel, split: HeadSplit) -> tuple[list[str], list[int], list[str]]:
-    rows = [("embed", -1, "embed")]
+def _labels(rm: RewardModel) -> Labels:
+    rows = [("embed", -1, "embed", -1)]
     for layer in range(rm.n_layers):
-        rows += [(str(Site("attn", layer)), layer, "attn"), (f"L{layer}.attn_bias", layer, "attn_bias")]
-        rows.append((str(Site("mlp", layer)), layer, "mlp"))
-    closing = ["shifts"] * bool(rm.trunk.norms) + ["rounding"] * rm.sixteen_bit + ["bias"]
-    rows += [(name, rm.n_layers, name) for name in closing]
-    labels, layers, kinds = zip(*rows, strict=True)
-    return list(labels), list(layers), list(kinds)
+        rows += [(f"L{layer}.{kind}", layer, kind, -1) for kind in ("attn", "attn_bias", "mlp")]
+    return columns(rows + closing_rows(rm, "own"))
 
 
 def _one(row: AttentionRow, place: int) -> AttentionRow:

@@ -5,8 +5,10 @@ direction a run. Vectors of single heads or neurons are never formed: the direct
 output map (and its post-norm, scale frozen) to where heads and neurons live.
 """
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -214,3 +216,12 @@ def columns(rows) -> Labels:
     """Rows of labels as columns."""
     labels, layers, kinds, units = zip(*rows, strict=True)
     return list(labels), list(layers), list(kinds), list(units)
+
+
+def component_coords(labels: Sequence[str], layers: Sequence[int], kinds: Sequence[str]) -> dict[str, Any]:
+    """Coordinates of the `component` dim."""
+    return {
+        "component": ("component", np.array(labels, dtype=object)),
+        "layer": ("component", np.array(layers)),
+        "kind": ("component", np.array(kinds, dtype=object)),
+    }

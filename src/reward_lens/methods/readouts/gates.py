@@ -24,7 +24,7 @@ from reward_lens import data
 from reward_lens.engine.activations import capture
 from reward_lens.errors import DataError
 from reward_lens.methods.observation.source_tokens import placed, source_runs
-from reward_lens.methods.observation.splits import ComponentSplit, HeadSplit
+from reward_lens.methods.observation.splits import ComponentSplit, HeadSplit, component_coords
 from reward_lens.methods.shared.paired import paired_result
 from reward_lens.model.heads.gated import require_gated
 from reward_lens.model.heads.local import LocalReadout
@@ -136,12 +136,7 @@ def _by_component(rm: RewardModel, texts: Sequence[Tokens], weights: Sequence[Lo
             rows.append(row)
         parts.append(torch.stack(rows, 1).cpu().numpy())
     labels, layers, kinds, _ = split.labels("own")
-    coords = {
-        "component": (("component",), np.array(labels, dtype=object)),
-        "layer": (("component",), np.array(layers)),
-        "kind": (("component",), np.array(kinds, dtype=object)),
-    }
-    return np.concatenate(parts), coords, {"completeness": max(gaps)}
+    return np.concatenate(parts), component_coords(labels, layers, kinds), {"completeness": max(gaps)}
 
 
 def _by_token(rm: RewardModel, texts: Sequence[Tokens], weights: Sequence[LocalReadout]):

@@ -27,6 +27,7 @@ from torch import Tensor
 from reward_lens import data
 from reward_lens.engine import hooks
 from reward_lens.errors import DataError, StructureError
+from reward_lens.methods.observation.splits import component_coords
 from reward_lens.methods.readouts.implicit_reading import (
     Reading,
     Where,
@@ -108,15 +109,12 @@ def implicit_contributions(
         checks.append(Check("rounding", max(lost for _, lost in gaps), 1e-2))
     names = [*_components(first.n_layers), *((name, first.n_layers, name) for name in CLOSING)]
     names = [row for row in names if sixteen or row[0] != "rounding"]
-    labels, layers, kinds = (list(column) for column in zip(*names, strict=True))
     lost = 2 * first.n_layers + 1
     drop = [-1] if sixteen else [lost, -1]
     first, second = (r._replace(values=tuple(np.delete(v, drop, 1) for v in r.values)) for r in (first, second))
     coords: dict[str, Any] = {
         "model": np.array(MODELS, dtype=object),
-        "component": np.array(labels, dtype=object),
-        "layer": ("component", np.array(layers)),
-        "kind": ("component", np.array(kinds, dtype=object)),
+        **component_coords(*zip(*names, strict=True)),
     }
     words: dict[str, Any] = {
         "title": "Contributions to the implicit reward", "settings": {"per": per}, "frozen": "the final norm's scale",

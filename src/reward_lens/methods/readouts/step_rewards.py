@@ -26,6 +26,7 @@ from reward_lens.engine.activations import Activations
 from reward_lens.engine.positions import capture_at
 from reward_lens.errors import DataError
 from reward_lens.methods.observation.contributions import SPLITS
+from reward_lens.methods.observation.splits import component_coords
 from reward_lens.methods.shared.prompt_ratios import plain
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
@@ -146,13 +147,9 @@ def step_contributions(rm: RewardModel, solutions, by: By = "component", seed: i
         finer = split.finer_gap(read.acts, direction.u) / size
         checks.append(Check("finer split", float(finer.max()), _tolerance(rm)))
     labels, layers, kinds, _ = split.labels("own")
-    coords = {
-        "component": np.array(labels, dtype=object),
-        "layer": ("component", np.array(layers)),
-        "kind": ("component", np.array(kinds, dtype=object)),
-    }
     return _result(
-        rm, "step_contributions", read, _by_solution(read, parts.cpu().numpy()), ("component",), coords, seed,
+        rm, "step_contributions", read, _by_solution(read, parts.cpu().numpy()), ("component",),
+        component_coords(labels, layers, kinds), seed,
         checks=checks, title=f"Contributions at steps by {by}", settings={"by": by}, exactness=direction.exactness,
         shows="What each part writes along the effective reward direction where a step is read; the rows sum to it.",
         cannot_show="Whether removing a part would change the reward by that much, or which earlier step it read.",
