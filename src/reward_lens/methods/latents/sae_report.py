@@ -28,6 +28,7 @@ from reward_lens.errors import DataError
 from reward_lens.methods.latents.latent_contributions import latent_contributions
 from reward_lens.methods.latents.latent_states import described, encoded, site_of
 from reward_lens.methods.latents.splicing import PLACES, Means, read_places, splice
+from reward_lens.methods.shared.paired_shares import paired_change, won
 from reward_lens.methods.shared.prompt_ratios import plain, prompt_ratio
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
@@ -105,7 +106,7 @@ def sae_report(
         spread = square - 2 * (totals[:, k] @ mean).numpy() + count * float(mean @ mean)
         left_over = prompt_ratio(left, np.where(spread > 1e-12 * square, spread, 0.0), by_text)
         fvu = _Cell(float(left_over.value), float(left_over.low), float(left_over.high), len(tokens))
-        pair_cells = _of_rewards(rewards[:, [0, 1 + 2 * k, 2 + 2 * k]], rm.noise_floor, prompts, by_text, seed)
+        pair_cells = _of_rewards(rewards[:, [0, 1 + 2 * k, 2 + 2 * k]], rm.noise_floor, prompts, by_text)
         dead = _Cell(float((~used[k]).mean()), np.nan, np.nan, int(count.sum()))
         own = [fvu, _mean(l0, by_text, seed), dead, _mean(norm, by_text, seed)]
         columns.append([*own, *pair_cells])
@@ -143,9 +144,7 @@ class _Cell(NamedTuple):
     n: int
 
 
-def _of_rewards(
-    runs: Float[np.ndarray, "text 3"], floor: float, prompts: list[str], by_text: list[str], seed: int
-) -> list[_Cell]:
+def _of_rewards(runs: Float[np.ndarray, "text 3"], floor: float, prompts: list[str], by_text: list[str]) -> list[_Cell]:
     """Measures of the clean rewards, those with the reconstruction and those with the mean state."""
     clean, spliced, mean = runs.T
     moved = np.abs(mean - clean).max() > floor  # else a sum of roundings would be divided by
@@ -154,9 +153,11 @@ def _of_rewards(
     margins = [r[::2] - r[1::2] for r in (clean, spliced)]
     signs = np.sign(margins[0]) * np.sign(margins[1])
     same = np.where(np.sign(margins[0]) == np.sign(margins[1]), 1.0, (signs + 1) / 2)
-    right = [(np.sign(m) + 1) / 2 for m in margins]
+    right = [won(m) for m in margins]
     shares = [_cell(stats.proportion_interval(credit, prompts), len(credit)) for credit in (same, *right)]
-    return [recovered, *shares, _mean(right[1] - right[0], prompts, seed)]
+    change = right[1] - right[0]
+    ends = paired_change(change, np.array(prompts))[2:] if len(set(prompts)) >= stats.FEWEST else (np.nan, np.nan)
+    return [recovered, *shares, _Cell(float(change.mean()), *ends, len(change))]
 
 
 def _mean(values: np.ndarray, prompts: list[str], seed: int) -> _Cell:
