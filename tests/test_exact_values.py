@@ -80,6 +80,12 @@ class TestInterventions:
         at_zero = rl.intervene(rm, PAIRS, {"L1.attn": nothing}, mask=0.0).value  # no inf * 0
         assert float(np.abs(at_zero.sel(state="change")).max()) == 0.0
 
+    def test_a_changed_residual_holds_its_value_whatever_was_done_to_the_write_before_it(self, rm):
+        alone = rl.intervene(rm, PAIRS, {"L1.resid_mid": rl.zeros()}).value
+        for order in (("L1.resid_mid", "L1.attn"), ("L1.attn", "L1.resid_mid")):
+            both = rl.intervene(rm, PAIRS, dict.fromkeys(order, rl.zeros())).value
+            np.testing.assert_allclose(both, alone, atol=2e-5)
+
     def test_adding_what_was_projected_out_restores_the_reward(self, rm):
         basis = torch.randn(2, rm.d_model, generator=torch.Generator().manual_seed(0))
         without = rl.intervene(rm, PAIRS, {"L1.resid_pre": rl.project_out(basis)}).value

@@ -105,7 +105,10 @@ def block_hooks(rm: RewardModel, shape: tuple[int, int], edits: Iterable[Placed]
 
     What is inside the attention call (`IN_ATTENTION`) is left to `engine.attention_tap`.
     """
-    edits = [p for p in edits if p.edit.site.kind not in IN_ATTENTION]
+    # resid_mid comes after the write in the pass but is changed through the same module: its hook has to be the later.
+    edits = sorted(
+        (p for p in edits if p.edit.site.kind not in IN_ATTENTION), key=lambda p: p.edit.site.kind == "resid_mid"
+    )
     made = []
     for (kind, layer), some in _grouped(edits, lambda site: (site.kind, site.block)).items():
         scale = rm.trunk.write_scale if kind in ("attn", "mlp", "resid_mid") else 1.0
