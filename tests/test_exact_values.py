@@ -92,6 +92,11 @@ class TestInterventions:
         assert float(np.abs(without.sel(state="change")).max()) > 1e-3
         twice = rl.intervene(rm, PAIRS, {"L1.resid_pre": rl.project_out(basis[[1, 0]] * 3)}).value
         np.testing.assert_allclose(without, twice, atol=1e-5)
+        dependent = torch.cat([basis, basis.sum(0, keepdim=True), torch.zeros(1, rm.d_model)])  # no further dimension
+        same = rl.intervene(rm, PAIRS, {"L1.resid_pre": rl.project_out(dependent)}).value
+        np.testing.assert_allclose(without, same, atol=1e-5)
+        with pytest.raises(rl.DataError, match=r"basis does not fit L1.resid_pre.*vectors of 3"):
+            rl.intervene(rm, PAIRS, {"L1.resid_pre": rl.project_out(torch.ones(1, 3))})
 
     def test_steering_is_linear_at_the_last_residual_with_a_frozen_direction(self, rm):
         vector = torch.randn(rm.d_model, generator=torch.Generator().manual_seed(1))

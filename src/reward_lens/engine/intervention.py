@@ -65,12 +65,17 @@ def pattern(rows: Tensor) -> Source:
 
 
 def project_out(basis: Tensor) -> Source:
-    """The current value without its part in the span of `basis` [k, d] (rows need not be orthogonal)."""
-    orthonormal = torch.linalg.qr(basis.double().T).Q
+    """The current value without its part in the span of `basis` [k, d] (rows need not be independent)."""
+    rows = torch.linalg.svd(basis.double(), full_matrices=False).Vh
+    orthonormal = rows[: int(torch.linalg.matrix_rank(basis.double(), rtol=1e-6))]
 
     def give(x: Tensor, site: Site, run: int, positions: range) -> Tensor:
         q = orthonormal.to(x.device)
-        return (x.double() - (x.double() @ q) @ q.T).to(x)
+        if q.shape[1] != x.shape[-1]:
+            raise DataError(f"A basis does not fit {site}", found=f"vectors of {q.shape[1]} numbers",
+                            expected=f"vectors of {x.shape[-1]}",
+                            do="pass vectors of that site (`capture` shows what stands there)")  # fmt: skip
+        return (x.double() - (x.double() @ q.T) @ q).to(x)
 
     return Source("project_out", give)
 
