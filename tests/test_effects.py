@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import reward_lens as rl
-from families import STRUCTURES, TEXT_PAIRS, by_family, tiny_model
+from families import STRUCTURES, TEXT_PAIRS, by_family, tiny_model, tiny_tokenizer
 from reference.sweeps import patched_reward, values_at
 from reward_lens.methods.causation.direct import _last_write
 from reward_lens.methods.causation.effects import _require_settings
@@ -92,6 +92,7 @@ def test_e5_what_both_runs_share_has_no_effect(family):
     same = rl.Pair(EQUAL.prompt, EQUAL.chosen, EQUAL.chosen, id="same")
     for at in ("final", "all"):
         assert not rl.effects(rm, [same], at=at).value.any()
+        assert not rl.effects(rm, [same], "heads", at=at, align="diff").value.any()
     chosen = rm.tokenize(EQUAL.prompt, EQUAL.chosen)
     prefix = common_prefix(chosen, rm.tokenize(EQUAL.prompt, EQUAL.rejected))
     spans = {"prompt": chosen.prompt, "shared": range(0, prefix), "rest": range(prefix, len(chosen))}
@@ -249,6 +250,21 @@ def test_alignments():
     longer, shorter = (chosen, rejected) if len(chosen) > len(rejected) else (rejected, chosen)
     legacy = align(longer, shorter, "all", "legacy_prefix", "x")
     assert legacy.base == legacy.source and longer.reward_pos not in legacy.base
+
+
+def test_a_response_that_goes_on_where_the_other_ends():
+    """Without a template tail the shorter text is all common prefix; from the right the reward positions correspond."""
+    bare = tiny_tokenizer(chat_template="{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    rm = rl.RewardModel(*tiny_model("llama", seed=1, tokenizer=bare))
+    pair = rl.Pair("Tell me: ", "Yes, it is", "Yes, it is not", id="longer")
+    chosen, rejected = rm.tokenize_pairs([pair])[0]
+    assert common_prefix(chosen, rejected) == len(chosen)
+    for mode in ("noise", "denoise"):
+        final = rl.effects(rm, [pair], "residual", mode=mode).value
+        tail = rl.effects(rm, [pair], "residual", mode=mode, at="all", align="tail")
+        np.testing.assert_allclose(tail.value, final, atol=1e-5)
+        np.testing.assert_allclose(tail.value[:, -1], tail.value["margin"], atol=1e-5)
+        assert "last residual" in {c.name for c in tail.checks}
 
 
 def test_the_published_artefact():

@@ -48,10 +48,11 @@ def align(base: Tokens, source: Tokens, at: str, how: str | None, pair_id: str) 
     """Aligned positions from the first token that differs to the reward position; empty for equal texts."""
     if at not in WHERE or how not in HOW:
         raise not_understood(at, how)
-    prefix = common_prefix(base, source)
+    if base.ids == source.ids:
+        return Alignment((), ())
     if at == "final":
-        same = base.ids == source.ids
-        return Alignment((), ()) if same else Alignment((base.reward_pos,), (source.reward_pos,))
+        return Alignment((base.reward_pos,), (source.reward_pos,))
+    prefix = common_prefix(base, source)
     if how == "diff":
         return _matched(base, source, prefix)
     if how == "legacy_prefix":
@@ -62,7 +63,8 @@ def align(base: Tokens, source: Tokens, at: str, how: str | None, pair_id: str) 
     if base.reads_first:
         return _from_the_ends(base, source, prefix, at)
     shift = base.reward_pos - source.reward_pos
-    start = prefix + max(0, shift)
+    # A text that goes on where the other ends has no token after the prefix; its reward is read all the same.
+    start = min(prefix + max(0, shift), base.reward_pos)
     positions = range(start, base.reward_pos + 1)
     return Alignment(tuple(positions), tuple(p - shift for p in positions))
 
@@ -91,8 +93,6 @@ def _from_the_ends(base: Tokens, source: Tokens, prefix: int, at: str) -> Alignm
     """Where the first token is read: the positions before the first different token from the left, the others from the
     right; at "response" the responses' own positions only, and what stands behind them."""
     shift = len(base) - len(source)
-    if base.ids == source.ids:
-        return Alignment((), ())
     behind = range(prefix + max(0, shift), len(base))
     first = base.response.start if at == "response" else 0
     both = [*((p, p) for p in range(first, prefix)), *((p, p - shift) for p in behind if p >= first)]
