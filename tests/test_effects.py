@@ -252,6 +252,23 @@ def test_alignments():
     assert legacy.base == legacy.source and longer.reward_pos not in legacy.base
 
 
+def test_a_span_that_is_not_patched_is_undefined():
+    """Tokens of the changed response that have no counterpart are no tokens without an effect; shared ones are."""
+    rm = model("llama")
+    chosen, rejected = rm.tokenize_pairs([UNEQUAL])[0]
+    prefix = common_prefix(chosen, rejected)
+    mode, base = ("noise", chosen) if len(chosen) > len(rejected) else ("denoise", rejected)
+    early = {"shared": range(prefix), "early": range(prefix, prefix + abs(len(chosen) - len(rejected)))}
+    for estimator in ("exact", "gradient"):
+        for at, how in (("all", "tail"), ("final", None)):
+            ways = {"mode": mode, "at": at, "align": how, "estimator": estimator}
+            result = rl.effects(rm, [UNEQUAL], ["L0.attn"], spans=early | {"end": (len(base) - 1, len(base))}, **ways)
+            shared, before, end = result.value[0, 0].values
+            assert shared == 0 and np.isnan(before) and end != 0
+            notes = {c.name: c.note for c in result.checks}
+            assert "no position that the alignment patches" in notes["undefined cells"]
+
+
 def test_a_response_that_goes_on_where_the_other_ends():
     """Without a template tail the shorter text is all common prefix; from the right the reward positions correspond."""
     bare = tiny_tokenizer(chat_template="{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}")

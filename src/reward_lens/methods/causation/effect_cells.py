@@ -14,7 +14,7 @@ from reward_lens.engine.runs import TextRun
 from reward_lens.errors import DataError
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
-from reward_lens.model.tokens import Tokens
+from reward_lens.model.tokens import Tokens, common_prefix
 
 Span = range | tuple[int, int]
 Spans = Literal["position"] | Mapping[str, Span] | Sequence[Mapping[str, Span]] | None
@@ -76,11 +76,11 @@ def sites_of(rm: RewardModel, sites: "str | Sequence[Site | str]", layers: Seque
 
 
 def cells_of(
-    tokens: Tokens, where: Alignment, spans: Spans, pair: int, pair_id: str, *, exchanged: bool = True
+    tokens: Tokens, where: Alignment, spans: Spans, pair: int, pair_id: str, source: Tokens | None = None
 ) -> Cells:
-    """The groups that `spans` makes of the positions to patch; `pair` is the pair's number in the list. `exchanged`:
-    values come from the other response, so that a position without a counterpart is undefined; otherwise a span
-    without a position raises."""
+    """The groups that `spans` makes of the positions to patch; `pair` is the pair's number in the list. `source`: the
+    text that values come from, in which a position without a counterpart makes its span undefined, unless both texts
+    are equal up to there; without one a span that has no position raises."""
     if spans is None:
         return Cells(tokens, None, (), (where,))
     if isinstance(spans, str):
@@ -99,11 +99,9 @@ def cells_of(
         if not len(positions) or positions[0] < 0 or positions[-1] >= len(tokens):
             raise _not_a_span(f"{name!r}: {positions.start} to {positions.stop} of {len(tokens)} tokens", pair_id)
         inside = where.only(positions)
-        if not exchanged and not inside.base:
+        if source is None and not inside.base:
             raise _not_a_span(f"{name!r}: none of {positions.start} to {positions.stop} is among those of at=", pair_id)
-        # Before the first difference both runs are equal, unless the first token is read: it sees what follows.
-        shared = where.base and positions[-1] < min(where.base) and not tokens.reads_first
-        groups.append(inside if inside.base or shared or not where.base else None)
+        groups.append(inside if inside.base or (source is not None and _equal(tokens, source, positions)) else None)
     return Cells(tokens, "span", tuple(one), tuple(groups))
 
 
@@ -168,6 +166,12 @@ def span_coords(groups: Sequence[tuple[Cells, ...]], width: int) -> tuple[dict[s
         "token_position": ((*dims, "position"), at[:, only]),
         "piece": ((*dims, "position"), pieces[:, only]),
     }, dim, None  # fmt: skip
+
+
+def _equal(tokens: Tokens, source: Tokens, positions: range) -> bool:
+    """Whether both runs hold the same at these positions: before the first difference, unless the first token is read,
+    which sees what follows."""
+    return tokens.ids == source.ids or (not tokens.reads_first and max(positions) < common_prefix(tokens, source))
 
 
 def contiguous(positions: Sequence[int]) -> Sequence[int]:

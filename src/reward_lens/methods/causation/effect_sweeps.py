@@ -97,7 +97,7 @@ def exchanged(
         # The changed run's own values are not needed; the sweep runs it beside the changed rows.
         base, other = tokens if mode == "noise" else tokens[::-1]
         where = aligned(base, other, settings["at"], settings["align"], pair.id)
-        cells = cells_of(base, where, spans, i, pair.id)
+        cells = cells_of(base, where, spans, i, pair.id, other)
         shared = common_start(base, other)
         source = run_text(rm, other, sites, only_final=only_final, hold=shared)
         known = keys_before(rm, source, shared, base)
@@ -144,7 +144,7 @@ def ablated(
     for i, (pair, tokens) in enumerate(zip(pairs, rm.tokenize_pairs(pairs), strict=True)):
         sides, spreads, both = [], [], []
         for side, text in enumerate(tokens):
-            cells = cells_of(text, _itself(where(text)), spans, i, pair.id, exchanged=False)
+            cells = cells_of(text, _itself(where(text)), spans, i, pair.id)
             both.append(cells)
             values, spread, gap = ablated_cells(rm, ablation, pair, 2 * i + side, cells, sites, reading, max_rows)
             sides.append(values)

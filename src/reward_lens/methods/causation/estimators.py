@@ -66,7 +66,7 @@ def estimated_effects(
         where = aligned(base.tokens, source.tokens, settings["at"], settings["align"], str(pair.id))
         if settings["norm"] == "frozen":
             require_behind_gate(rm, base.tokens, where.base)
-        cells = cells_of(base.tokens, where, spans, i, str(pair.id))
+        cells = cells_of(base.tokens, where, spans, i, str(pair.id), source.tokens)
         change, drop = cells.empty(len(sites)), cells.empty(len(sites))
         if where.base:
             task = Task(rm, str(pair.id), sites, cells, where, base, source, settings["norm"], steps, max_rows)
