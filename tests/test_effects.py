@@ -328,6 +328,8 @@ def test_bad_input():
         _require_settings("swap", "exact", "total", "live", {})
     with pytest.raises(rl.DataError, match="only estimators have"):
         rl.effects(rm, MANY, steps=3)
+    with pytest.raises(rl.DataError, match="direct path was asked.*align='legacy_prefix'.*reward positions correspond"):
+        rl.effects(rm, [UNEQUAL], ["L0.attn"], at="all", align="legacy_prefix", path="direct")
     with pytest.raises(rl.DataError, match="Only a write has a direct effect"):
         rl.effects(rm, MANY, "residual", path="direct")
 

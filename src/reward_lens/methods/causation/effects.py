@@ -73,7 +73,8 @@ def effects(
     estimator: "exact" runs every change; the others estimate from gradients (see `estimators`) and are labelled so.
     path: "direct" adds a dim `part`: direct (frozen norm), norm_rescale, mediated, total; under a prompt-gated head
         also gate and interaction, the route through what the gate reads.
-    align: "tail", "diff" or "legacy_prefix" (a known artefact), for responses of different length.
+    align: "tail", "diff" or "legacy_prefix" (a known artefact; not with path="direct", whose end is what the head reads
+        in both runs), for responses of different length.
     spans: patch parts of the aligned positions one by one: "position" (each by itself: a dim `position`), or {name:
         range of positions in the changed run} for all pairs or one such mapping a pair (a dim `span`). Ablations change
         both runs at these; by position their margin has those that the two runs begin with in common.
@@ -100,10 +101,12 @@ def effects(
     if path == "direct":
         from reward_lens.methods.causation.direct import direct_effects
 
-        if estimator != "exact" or spans is not None or norm != "live":
+        if estimator != "exact" or spans is not None or norm != "live" or align == "legacy_prefix":
             raise DataError("The direct path was asked for together with something it has not",
-                            found=f"estimator={estimator!r}, norm={norm!r}, spans given: {spans is not None}",
-                            expected="estimator='exact', norm='live' (both norms are parts of the result), no spans",
+                            found=f"estimator={estimator!r}, norm={norm!r}, align={align!r}, "
+                            f"spans given: {spans is not None}",
+                            expected="estimator='exact', norm='live' (both norms are parts of the result), no spans, "
+                            "and an alignment in which the reward positions correspond",
                             do="leave these at their defaults")  # fmt: skip
         return direct_effects(rm, pairs, wanted, settings, reference=reference, n_draws=n_draws, seed=seed,
                               max_rows=max_rows, progress=progress)  # fmt: skip
