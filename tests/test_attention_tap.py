@@ -121,6 +121,19 @@ def test_captured_patterns_mix_the_values_into_z(family):
         torch.testing.assert_close(mixed, z.reshape(mixed.shape), atol=1e-4, rtol=1e-4)
 
 
+def test_captured_patterns_are_as_wide_as_their_text_in_any_batch():
+    rm = model("llama")
+    alone, padded = (rl.capture(rm, [EQUAL, UNEQUAL], ["L1.P1"], at="all", batch_size=n)["L1.P1"] for n in (1, None))
+    for one, other, tokens in zip(alone, padded, rl.capture(rm, [EQUAL, UNEQUAL], []).tokens, strict=True):
+        assert one.shape == other.shape == (len(tokens), len(tokens))
+        torch.testing.assert_close(one, other)
+    ends = [rl.capture(rm, [EQUAL, UNEQUAL], ["L1.P1"], batch_size=n)["L1.P1"] for n in (1, None)]
+    torch.testing.assert_close(*ends)
+    assert ends[0].shape[1] == max(map(len, alone))
+    for end, one in zip(ends[0], alone, strict=True):
+        torch.testing.assert_close(end[: len(one)], one[-1])
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma2"])
 def test_intervene_on_them(family):
     rm = model(family)

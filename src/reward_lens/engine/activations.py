@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from reward_lens import data
 from reward_lens.engine.run import passes
@@ -31,7 +32,15 @@ class Activations:
     """The pairs, where pairs were given."""
 
     def __getitem__(self, site: "Site | str") -> Any:
-        return self.tensors[Site.parse(site)]
+        site = Site.parse(site)
+        if site not in self.tensors:
+            raise DataError(
+                f"These activations do not hold {site}",
+                found=", ".join(map(str, list(self.tensors)[:4])) + (" and others" if len(self.tensors) > 4 else ""),
+                expected="a site that was captured, as it was written then (all heads of a block are 'L3.head')",
+                do=f"capture it: rl.capture(rm, texts, ['{site}'])",
+            )
+        return self.tensors[site]
 
     def chosen(self, site: "Site | str"):
         """The chosen runs' activations at a site."""
@@ -69,7 +78,8 @@ def capture(
 
     Returns `Activations` in the readout's precision (float32): [run, d_model] a site at "final", a tuple of
     [pos, d_model] otherwise; heads [.., n_heads, head_dim] (z, before the output map), neurons [.., d_mlp], routers
-    [.., n_experts] (weights, 0 where an expert is not chosen), experts [.., n_experts, d_model] (what each adds).
+    [.., n_experts] (weights, 0 where an expert is not chosen), experts [.., n_experts, d_model] (what each adds),
+    attention patterns [.., n_heads, key] over the text's own keys (at "final" of the longest text, 0 behind one's own).
     Raises `StructureError` for a site the model does not have. Values are what the pass computed: padding is cut off.
     """
     tokens, pairs = runs_of(rm, texts_or_pairs)
@@ -80,9 +90,17 @@ def capture(
             for row, (run, start) in enumerate(zip(batch.rows, batch.offset.tolist(), strict=True)):
                 span = positions_of(tokens[run], at)
                 one = tensor[row]
+                if site.kind == "pattern":  # its keys are padded like its queries
+                    one = one[..., start : start + len(tokens[run])]
                 kept[site][run] = one if at == "final" else one[start + span.start : start + span.stop].clone()
-    stacked = {s: torch.stack(v) if at == "final" else tuple(v) for s, v in kept.items()}
+    stacked = {s: _stacked(v) if at == "final" else tuple(v) for s, v in kept.items()}
     return Activations(tuple(tokens), stacked, at, pairs)
+
+
+def _stacked(values: list[Tensor]) -> Tensor:
+    """One tensor of all runs; patterns are as wide as their text and get zeros behind its last key."""
+    widest = max(v.shape[-1] for v in values)
+    return torch.stack([v if v.shape[-1] == widest else pad(v, (0, widest - v.shape[-1])) for v in values])
 
 
 def positions_of(tokens: Tokens, at: str | range) -> range:
