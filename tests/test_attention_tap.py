@@ -134,6 +134,16 @@ def test_captured_patterns_are_as_wide_as_their_text_in_any_batch():
         torch.testing.assert_close(end[: len(one)], one[-1])
 
 
+def test_a_run_gives_no_query_key_or_pattern_to_another_position():
+    rm = model("llama")
+    for site in ("L1.Q1", "L1.K1", "L1.P1"):
+        other = rl.from_run(rl.capture(rm, [EQUAL, UNEQUAL], [site]).swapped())
+        patched = rl.intervene(rm, [EQUAL], {site: other}).value.sel(side="chosen", state="change").item()
+        assert abs(patched + rl.effects(rm, [EQUAL], [site]).value.item()) < 1e-5
+        with pytest.raises(rl.AlignmentError, match="positions to change"):
+            rl.intervene(rm, [EQUAL, UNEQUAL], {site: other})
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma2"])
 def test_intervene_on_them(family):
     rm = model(family)

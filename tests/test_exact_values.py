@@ -117,6 +117,22 @@ class TestInterventions:
         with pytest.raises(rl.AlignmentError, match="positions to change.*at='final'"):
             rl.intervene(rm, uneven, {"L1.mlp": rl.from_run(acts)}, at="all")
 
+    def test_a_run_gives_values_at_the_same_positions_or_none(self, rm):
+        short, long = ("Is 7 a prime number?", "Yes."), ("Is 7 a prime number?", "No, because it is 1, as you know")
+        whole = rl.from_run(rl.capture(rm, [long], ["L1.mlp"], at="all"))
+        for at in ("final", "response", "all"):  # the places are elsewhere in the longer text
+            with pytest.raises(rl.AlignmentError, match=r"positions to change, .* in the source"):
+                rl.intervene(rm, [short], {"L1.mlp": whole}, at=at)
+        part = rl.capture(rm, [long], ["L1.mlp"], at=range(2, 5))
+        with pytest.raises(rl.AlignmentError, match=r"3 \(4 to 6\) positions to change, 3 \(2 to 4\) in the source"):
+            rl.intervene(rm, [short], {"L1.mlp": rl.from_run(part)}, at=range(4, 7))
+        alone = [rl.intervene(rm, [short], {"L1.mlp": s}, at=range(2, 5)).value for s in (whole, rl.from_run(part))]
+        np.testing.assert_allclose(*alone, atol=1e-6)  # of the prompt that both begin with
+        with pytest.raises(rl.AlignmentError, match="run 1 to change, 1 runs in the source"):
+            rl.intervene(rm, [short, short], {"L1.mlp": rl.from_run(part)}, at=range(2, 5))
+        with pytest.raises(rl.DataError, match=r"do not hold L1.attn. Found: L1.mlp.*rl.capture"):
+            rl.intervene(rm, [short], {"L1.attn": whole}, at=range(2, 5))
+
     @pytest.mark.parametrize("site", ["L9.attn", "L1.H77", "L1.Q99", "nonsense", "L1.N99999"])
     def test_sites_that_do_not_exist_are_refused(self, rm, site):
         with pytest.raises(rl.StructureError, match="site"):

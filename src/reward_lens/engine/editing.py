@@ -21,6 +21,7 @@ from reward_lens.errors import StructureError
 from reward_lens.model.experts import call_of
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
+from reward_lens.model.tokens import Tokens
 
 RESIDUALS = ("embed", "resid_pre", "resid_post")
 IN_ATTENTION = ("q", "k", "v", "pattern")
@@ -36,6 +37,8 @@ class Source:
 
     name: str
     give: Callable[[Tensor, Site, int, Any], Tensor]
+    texts: Sequence[Tokens] | None = None
+    """The texts that values are taken from at the same positions, one a run; None where they come from no position."""
 
 
 @dataclasses.dataclass(frozen=True)

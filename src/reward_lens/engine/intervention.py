@@ -94,26 +94,30 @@ def mean_of(reference: Activations) -> Source:
 
 
 def from_run(source: Activations) -> Source:
-    """Patching. Returns a `Source`: run i takes the value of the given run i at the same positions.
+    """Patching. Returns a `Source`: run i takes the value of the given run i at the same positions; of activations at
+    "final" one reward position takes the value of the other.
 
     `Activations.swapped()` gives each response the other one's values.
 
-    Raises `AlignmentError` where the two runs do not have the same positions there.
+    Raises `AlignmentError` where the two runs do not have the same positions there, or a query, key or pattern would be
+    moved.
     """
 
-    def give(x: Tensor, site: Site, run: int, positions: range) -> Tensor:
-        held = source[site][run]
-        if isinstance(source[site], Tensor):
-            if len(positions) != 1:
-                raise _unaligned(len(positions), 1)
-            return held[None].to(x)
-        if source.at == "all" and positions.stop <= len(held) and len(positions) != len(held):
-            held = held[positions.start : positions.stop]
-        if len(held) != len(positions):
-            raise _unaligned(len(positions), len(held))
-        return held.to(x)
+    def give(x: Tensor, site: Site, run: int, positions: Sequence[int]) -> Tensor:
+        held = source[site]
+        if run >= len(held):
+            raise _unaligned(f"run {run} to change, {len(held)} runs in the source")
+        own = positions_of(source.tokens[run], source.at)
+        if isinstance(held, Tensor) and site.kind not in ("q", "k", "pattern"):
+            fits = len(positions) == 1
+        else:
+            fits = own.start <= min(positions) and max(positions) < own.stop
+        if not fits:
+            raise _unaligned(f"{_named(positions)} positions to change, {_named(own)} in the source")
+        value = held[run][None] if isinstance(held, Tensor) else held[run][[p - own.start for p in positions]]
+        return pattern(value).give(x, site, run, positions) if site.kind == "pattern" else value.to(x)
 
-    return Source("from_run", give)
+    return Source("from_run", give, None if source.at == "final" else source.tokens)
 
 
 @torch.no_grad()
@@ -151,6 +155,8 @@ def intervene(
         raise DataError("The mask of an intervention is out of range", found=str(mask), expected="a number from 0 to 1",
                         do="pass 1 to take the source, 0 to leave the value")  # fmt: skip
     tokens, pairs = runs_of(rm, texts_or_pairs)
+    for source in sites.values():
+        _require_same_place(tokens, source, at)
     rewards = torch.empty(len(tokens), 2, dtype=torch.float64)
     moves_gate = [reaches_gate(rm, text, positions_of(text, at)) for text in tokens]
     gates = rm.readout_inputs(tokens)
@@ -187,10 +193,24 @@ def _placed(batch: Batch, tokens: Sequence[Tokens], site: Site, source: Source, 
     ]
 
 
-def _unaligned(wanted: int, held: int) -> AlignmentError:
+def _require_same_place(tokens: Sequence[Tokens], source: Source, at: str | range) -> None:
+    """Raise where a place that is named lies elsewhere in the texts that the source takes values from."""
+    if source.texts is None or isinstance(at, range):
+        return
+    for text, other in zip(tokens, source.texts, strict=False):
+        wanted, held = positions_of(text, at), positions_of(other, at)
+        if wanted != held:
+            raise _unaligned(f"{_named(wanted)} positions to change, {_named(held)} in the source")
+
+
+def _named(positions: Sequence[int]) -> str:
+    return f"{len(positions)} ({positions[0]} to {positions[-1]})"
+
+
+def _unaligned(found: str) -> AlignmentError:
     return AlignmentError(
         "A run cannot take another run's values at these positions",
-        found=f"{wanted} positions to change, {held} in the source",
-        expected="as many in both: equal token counts, or the reward position alone",
+        found=found,
+        expected="the same positions in both: equal token counts, or the reward position alone",
         do="use at='final', or pairs whose responses have the same token count; capture the source with the same at=",
     )
