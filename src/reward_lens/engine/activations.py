@@ -93,14 +93,16 @@ def capture(
                 if site.kind == "pattern":  # its keys are padded like its queries
                     one = one[..., start : start + len(tokens[run])]
                 kept[site][run] = one if at == "final" else one[start + span.start : start + span.stop].clone()
-    stacked = {s: _stacked(v) if at == "final" else tuple(v) for s, v in kept.items()}
+    stacked = {s: _stacked(s, v) if at == "final" else tuple(v) for s, v in kept.items()}
     return Activations(tuple(tokens), stacked, at, pairs)
 
 
-def _stacked(values: list[Tensor]) -> Tensor:
+def _stacked(site: Site, values: list[Tensor]) -> Tensor:
     """One tensor of all runs; patterns are as wide as their text and get zeros behind its last key."""
-    widest = max(v.shape[-1] for v in values)
-    return torch.stack([v if v.shape[-1] == widest else pad(v, (0, widest - v.shape[-1])) for v in values])
+    if site.kind == "pattern":
+        widest = max(v.shape[-1] for v in values)
+        values = [pad(v, (0, widest - v.shape[-1])) for v in values]
+    return torch.stack(values)
 
 
 def positions_of(tokens: Tokens, at: str | range) -> range:
