@@ -1,6 +1,7 @@
 """`effects` against one whole forward a site, and the identities E5, E6, E7 and E9 on every family."""
 
 import copy
+import dataclasses
 import functools
 
 import numpy as np
@@ -250,6 +251,18 @@ def test_alignments():
     longer, shorter = (chosen, rejected) if len(chosen) > len(rejected) else (rejected, chosen)
     legacy = align(longer, shorter, "all", "legacy_prefix", "x")
     assert legacy.base == legacy.source and longer.reward_pos not in legacy.base
+
+
+def test_prompts_that_were_cut_differently_are_not_of_one_length():
+    """Cut on the left long conversations are as long as the model reads: equal counts, other tokens in each place."""
+    rm = rl.RewardModel(*tiny_model("llama", seed=1), truncation="left")
+    rm.tokenizer.max_length = 40
+    uneven = rl.Pair("A prompt that has to be cut. " * 3, "It is Paris.", "It is not, as you know.", id="cut")
+    even = dataclasses.replace(uneven, rejected="It is Rybix.")
+    assert [len(t) for t in rm.tokenize_pairs([uneven])[0]] == [40, 40]
+    with pytest.raises(rl.AlignmentError, match=r"pair cut .*40 and 40 tokens, of which \d+ and \d+ are of the prompt"):
+        rl.effects(rm, [uneven], ["L1.attn"], at="response")
+    assert rl.effects(rm, [even], ["L1.attn"], at="response").value.item() != 0
 
 
 def test_a_span_that_is_not_patched_is_undefined():

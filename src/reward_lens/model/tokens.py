@@ -261,10 +261,12 @@ def common_prefix(a: Tokens, b: Tokens) -> int:
 
 def require_equal_length(a: Tokens, b: Tokens, pair_id: str) -> None:
     """Raise unless the two runs can be compared position by position."""
-    if len(a) != len(b):
+    cut_apart = a.truncated != b.truncated and a.prompt != b.prompt  # to one length, with other tokens in each place
+    if len(a) != len(b) or cut_apart:
+        cut = f", of which {len(a.prompt)} and {len(b.prompt)} are of the prompt, cut to fit" if cut_apart else ""
         raise AlignmentError(
             f"The two responses of pair {pair_id} cannot be compared position by position",
-            found=f"{len(a)} and {len(b)} tokens",
+            found=f"{len(a)} and {len(b)} tokens{cut}",
             expected="equal token counts for at='all' and at='response'",
             do="use at='final', keep to pairs of equal length, or name an alignment (align='tail' or 'diff')",
         )
