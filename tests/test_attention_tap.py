@@ -121,6 +121,13 @@ def test_captured_patterns_mix_the_values_into_z(family):
         torch.testing.assert_close(mixed, z.reshape(mixed.shape), atol=1e-4, rtol=1e-4)
 
 
+def test_patterns_have_the_precision_of_the_model():
+    rm = rl.RewardModel(*tiny_model("gpt2", dtype=torch.float64))
+    acts = rl.capture(rm, [EQUAL], ["L1.pattern", "L1.v", "L1.head"], at="all")
+    weights, v, z = (acts[f"L1.{kind}"][0] for kind in ("pattern", "v", "head"))
+    torch.testing.assert_close(torch.einsum("qhk,khd->qhd", weights, v), z, atol=1e-12, rtol=0)
+
+
 def test_captured_patterns_are_as_wide_as_their_text_in_any_batch():
     rm = model("llama")
     alone, padded = (rl.capture(rm, [EQUAL, UNEQUAL], ["L1.P1"], at="all", batch_size=n)["L1.P1"] for n in (1, None))

@@ -209,7 +209,8 @@ class AttentionTap(TorchFunctionMode):
     def _weights(self, q: Tensor, k: Tensor, mask, is_causal: bool, scale: float | None) -> Tensor:
         """[row, pos, head, key] of the fused call."""
         k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
-        scores = torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float())
+        like = self.rm.like.dtype
+        scores = torch.einsum("bqhd,bkhd->bhqk", q.to(like), k.to(like))
         scores = scores * (scale if scale is not None else 1 / math.sqrt(q.shape[-1]))
         if is_causal:
             # top-left aligned, as torch defines it; it is only used where queries and keys are as many
@@ -217,7 +218,7 @@ class AttentionTap(TorchFunctionMode):
             allowed = torch.ones(shape, dtype=torch.bool, device=q.device).tril()
             scores = scores.masked_fill(~allowed, -torch.inf)
         if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(like)
         return scores.softmax(-1).transpose(1, 2).to(q)
 
     def _edit_pattern(self, weights: Tensor, v: Tensor, z: Tensor) -> Tensor:
