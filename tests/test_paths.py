@@ -73,6 +73,19 @@ def test_paths_equal_two_plain_runs(family, at):
             assert abs(cell - slow) < 3e-5, (sender, receiver)
 
 
+def test_the_rows_of_a_path_keep_to_the_budget(monkeypatch):
+    """Every sender is a row of its receiver's block: of many heads only so many run at once, to the same numbers."""
+    rm = model("llama")
+    whole = rl.path_effects(rm, [EQUAL], "heads", ["L2.attn", "L2.mlp"], at="all").value
+    rows: list[int] = []
+    handle = rm.trunk.writers["mlp"][2].register_forward_hook(lambda m, args, y: rows.append(y.shape[0]))
+    monkeypatch.setattr("reward_lens.engine.patching.SEEN_PER_BATCH", 3 * len(rm.tokenize_pairs([EQUAL])[0][0]))
+    few = rl.path_effects(rm, [EQUAL], "heads", ["L2.attn", "L2.mlp"], at="all").value
+    handle.remove()
+    assert max(rows) == 4  # three and the clean row of the sweep
+    np.testing.assert_allclose(few, whole, atol=1e-5)
+
+
 @every
 def test_the_path_to_the_reward_head_is_the_direct_effect(family):
     rm = model(family)

@@ -23,12 +23,24 @@ Move = tuple[Sequence[int], Tensor]
 def received(
     rm: RewardModel, recording: Recording, start: int, layer: int, kinds: Sequence[str], moves: Sequence[Move]
 ) -> dict[str, Tensor]:
-    """One run of block `layer` with a row for every move of what the receivers read.
+    """Runs of block `layer` with a row for every move of what the receivers read, as many at once as `row_budget` says.
 
     `kinds`: "attn", "q", "k", "v" read the block's input, which is moved; "mlp" reads the residual between the two
     writes (in parallel blocks the block's input too). `start` is the first position of the recorded pass.
     Returns [move, pos, ...] a kind, from `start` on. One call takes kinds that read the same input.
     """
+    length = recording.resid(layer).shape[1]
+    budget = row_budget(rm, length, start + length)
+    parts = [
+        _received(rm, recording, start, layer, kinds, moves[begin : begin + budget])
+        for begin in range(0, len(moves), budget)
+    ]
+    return {kind: torch.cat([part[kind] for part in parts]) for kind in kinds}
+
+
+def _received(
+    rm: RewardModel, recording: Recording, start: int, layer: int, kinds: Sequence[str], moves: Sequence[Move]
+) -> dict[str, Tensor]:
     reads_middle = kinds == ["mlp"] and not rm.structure.parallel
     middle = "resid_mid" if rm.trunk.norms else "attn"
     site = Site(middle if reads_middle else "resid_pre", layer)
