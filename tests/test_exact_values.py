@@ -133,6 +133,13 @@ class TestInterventions:
         with pytest.raises(rl.DataError, match=r"do not hold L1.attn. Found: L1.mlp.*rl.capture"):
             rl.intervene(rm, [short], {"L1.attn": whole}, at=range(2, 5))
 
+    def test_inputs_that_could_be_meant_otherwise_are_refused(self, rm):
+        group = rl.Group("Write one word.", ("apple", "plum"))
+        for inputs in (("Write one word.", "apple"), [group], [("Write one word.", "apple", "plum")], [3]):
+            with pytest.raises(rl.DataError, match="not texts or pairs"):  # a prompt and its response, or two raw texts
+                rl.capture(rm, inputs, ["L1.mlp"])
+        assert len(rl.capture(rm, ["Write one word.", "apple"], ["L1.mlp"]).tokens) == 2
+
     @pytest.mark.parametrize("site", ["L9.attn", "L1.H77", "L1.Q99", "nonsense", "L1.N99999"])
     def test_sites_that_do_not_exist_are_refused(self, rm, site):
         with pytest.raises(rl.StructureError, match="site"):

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from reward_lens import data
+from reward_lens.data.checks import shown
 from reward_lens.engine.run import passes
 from reward_lens.errors import DataError
 from reward_lens.model.reward_model import RewardModel
@@ -172,6 +173,8 @@ def runs_of(rm: RewardModel, inputs: Any) -> tuple[list[Tokens], data.Pairs | No
     """The tokenised runs of texts or pairs, and the pairs if that is what they are."""
     if isinstance(inputs, str | data.Pair):
         inputs = [inputs]
+    if isinstance(inputs, tuple) and len(inputs) == 2 and all(isinstance(part, str) for part in inputs):
+        raise _unusable(inputs, "put one (prompt, response) in a list; pass two raw texts as a list too")
     if isinstance(inputs, Iterable) and not isinstance(inputs, data.Pairs):
         inputs = list(inputs)
     if isinstance(inputs, data.Pairs) or all(isinstance(x, data.Pair) for x in inputs):
@@ -183,6 +186,17 @@ def runs_of(rm: RewardModel, inputs: Any) -> tuple[list[Tokens], data.Pairs | No
             tokens.append(item)
         elif isinstance(item, str):
             tokens.append(rm.tokenizer.text(item, rm.truncation))
-        else:
+        elif isinstance(item, tuple | list) and len(item) == 2:
             tokens.append(rm.tokenize(*item))
+        else:
+            raise _unusable(item, "correct the item; of an rl.Group pass its prompt with each response")
     return tokens, None
+
+
+def _unusable(found: Any, do: str) -> DataError:
+    return DataError(
+        "The inputs are not texts or pairs that can be run",
+        found=shown(found),
+        expected="rl.Pairs, or a list of rl.Pair, of (prompt, response) tuples or of raw texts",
+        do=do,
+    )
