@@ -86,6 +86,14 @@ def test_the_rows_of_a_path_keep_to_the_budget(monkeypatch):
     np.testing.assert_allclose(few, whole, atol=1e-5)
 
 
+def test_a_path_that_does_not_exist_is_undefined_for_equal_responses_too():
+    rm = model("llama")
+    same = rl.Pair(EQUAL.prompt, EQUAL.chosen, EQUAL.chosen, id="same")
+    result = rl.path_effects(rm, [EQUAL, same], ["L0.attn", "L1.mlp"], ["L1.attn", "reward"], at="all")
+    assert np.isnan(result.value.sel(sender="L1.mlp", receiver="L1.attn")).all()  # a mean of one 0 is not an effect
+    assert (result.value[1].sel(sender="L0.attn") == 0).all() and result.value[1].sel(receiver="reward").notnull().all()
+
+
 @every
 def test_the_path_to_the_reward_head_is_the_direct_effect(family):
     rm = model(family)

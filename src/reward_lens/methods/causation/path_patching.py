@@ -113,7 +113,8 @@ def _of_pair(
     where: Alignment,
 ) -> tuple[np.ndarray, float]:  # fmt: skip
     """Loss of reward [sender, receiver] of the base run, and the clean row's gap."""
-    out = np.zeros((len(senders), len(receivers)))
+    heard = [[r == REWARD or _before(rm, s, Site.parse(r)) for r in receivers] for s in senders]
+    out = np.where(heard, 0.0, np.nan)
     if not where.base:
         return out, 0.0
     positions = contiguous(where.base)
@@ -137,8 +138,7 @@ def _of_pair(
             out[:, r] = (both[0] - both[1:]).cpu().numpy()
             continue
         site = Site.parse(name)
-        earlier = [s for s, sender in enumerate(senders) if _before(rm, sender, site)]
-        out[[s for s in range(len(senders)) if s not in earlier], r] = np.nan
+        earlier = [s for s, one in enumerate(heard) if one[r]]
         if not earlier:
             continue
         before = 2 * site.block + (site.kind == "mlp")  # writes that the receiver's input holds
