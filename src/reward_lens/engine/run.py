@@ -12,7 +12,7 @@ from transformers import Cache
 
 from reward_lens.engine import hooks
 from reward_lens.engine.attention_tap import AttentionTap
-from reward_lens.engine.editing import IN_ATTENTION
+from reward_lens.engine.editing import IN_ATTENTION, RESIDUALS, depth_of
 from reward_lens.engine.places import experts_of, out_map, require_site
 from reward_lens.errors import StructureError
 from reward_lens.model.experts import Experts, accepted, call_of, unexplained
@@ -68,8 +68,8 @@ def _reading(rm: RewardModel, batch: Batch, site: Site, pick: Pick, kept: dict) 
     def store(x: Tensor) -> None:
         kept[site] = x.to(like)
 
-    if site.kind in ("embed", "resid_pre", "resid_post"):
-        yield rm.trunk.read_residual(_depth(site), keep)
+    if site.kind in RESIDUALS:
+        yield rm.trunk.read_residual(depth_of(site), keep)
     elif site.kind in ("attn", "mlp"):
         yield rm.trunk.read_write(batch, site.block, site.kind, keep)
     elif site.kind == "resid_mid":
@@ -126,7 +126,3 @@ def _reading_experts(
 
     yield hooks.read_call(experts.module, before)
     yield hooks.Hook(experts.module, "return", after)
-
-
-def _depth(site: Site) -> int:
-    return site.block + (site.kind == "resid_post")
