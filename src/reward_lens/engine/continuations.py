@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reward_lens.engine.patching import row_budget
+from reward_lens.engine.runs import common_start
 from reward_lens.model.forward import Batch
 from reward_lens.model.prefix import NO_PREFIX, KeyValues, PrefixCache, keys_and_values
 from reward_lens.model.reward_model import RewardModel
@@ -19,16 +20,11 @@ from reward_lens.model.tokens import Tokens, common_prefix
 PADDED, ENOUGH = 0.75, 256  # a batch of so many tokens takes no text shorter than this share of its longest
 
 
-def shared_start(texts: Sequence[Tokens]) -> int:
-    """Number of tokens that all texts begin with, before any one's reward position."""
-    return min(min(common_prefix(texts[0], t), t.reward_pos) for t in texts)
-
-
 @torch.no_grad()
 def beginning(rm: RewardModel, texts: Sequence[Tokens]) -> KeyValues:
     """Keys and values of the tokens that all texts begin with, before any reward position; `NO_PREFIX` where the model
     takes none."""
-    shared = shared_start(texts)
+    shared = common_start(*texts)
     return keys_and_values(rm.trunk, texts[0], shared) if shared and rm.reuses_prefix(*texts) else NO_PREFIX
 
 

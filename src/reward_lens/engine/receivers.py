@@ -8,7 +8,7 @@ from torch import Tensor
 from reward_lens.engine import hooks
 from reward_lens.engine.attention_tap import AttentionTap
 from reward_lens.engine.editing import IN_ATTENTION, Edit, Placed, block_hooks, edited
-from reward_lens.engine.intervention import Source
+from reward_lens.engine.intervention import add
 from reward_lens.engine.patching import grown, row_budget
 from reward_lens.engine.places import out_map
 from reward_lens.model.forward import Recording
@@ -45,7 +45,7 @@ def _received(
     middle = "resid_mid" if rm.trunk.norms else "attn"
     site = Site(middle if reads_middle else "resid_pre", layer)
     placed = [
-        Placed(Edit(site, positions, _moved(delta)), row, row, -start) for row, (positions, delta) in enumerate(moves)
+        Placed(Edit(site, positions, add(delta)), row, row, -start) for row, (positions, delta) in enumerate(moves)
     ]
     clean = recording.resid(layer)
     x = clean.expand(len(moves), -1, -1)
@@ -92,10 +92,6 @@ def mixed(
         z = kept[0].to(rm.like).reshape(*x.shape[:2], rm.n_heads, -1)
         out.append(z[1:] - z[:1])
     return torch.cat(out)
-
-
-def _moved(delta: Tensor) -> Source:
-    return Source("move", lambda x, site, run, positions: x + delta.to(x))
 
 
 def _keep(kept: dict, kind: str, shape, rm: RewardModel):

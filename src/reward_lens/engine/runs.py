@@ -76,9 +76,9 @@ def run_text(
     return TextRun(tokens, first, held, final[0], reward, gate, past.seen() if past is not None else NO_PREFIX)
 
 
-def common_start(first: Tokens, second: Tokens) -> int:
-    """Number of tokens that two texts begin with, before either's reward position."""
-    return min(common_prefix(first, second), first.reward_pos, second.reward_pos)
+def common_start(*texts: Tokens) -> int:
+    """Number of tokens that all texts begin with, before any one's reward position."""
+    return min(min(common_prefix(texts[0], t), t.reward_pos) for t in texts)
 
 
 def keys_before(rm: RewardModel, run: TextRun, stop: int, *others: Tokens) -> KeyValues:

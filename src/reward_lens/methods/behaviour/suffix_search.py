@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reward_lens.engine.continuations import rewards_after, shared_start
+from reward_lens.engine.continuations import rewards_after
 from reward_lens.engine.gradients import gradients
+from reward_lens.engine.runs import common_start
 from reward_lens.errors import CheckFailed, DataError
 from reward_lens.methods.observation.embedding_paths import VOCABULARY_ROWS, entering_block_0
 from reward_lens.model.prefix import NO_PREFIX, KeyValues, keys_and_values
@@ -168,7 +169,7 @@ class Search:
         for i, keys in zip(screened, known, strict=True):
             texts = [tokens[i] for tokens in read]
             self.meter.count(len(texts))
-            shared = keys.first(min(len(keys), shared_start([self.tokens[i], *texts])))
+            shared = keys.first(min(len(keys), common_start(self.tokens[i], *texts)))
             rewards[:, i] = rewards_after(self.rm, shared, texts).double().numpy()
         finalists = np.argsort(-rewards[:, screened].mean(1), kind="stable")[:FINALISTS]
         for k in finalists:

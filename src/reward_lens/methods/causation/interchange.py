@@ -17,8 +17,8 @@ from torch import Tensor
 
 from reward_lens import data
 from reward_lens.engine.activations import Activations, capture, positions_of
+from reward_lens.engine.editing import RESIDUALS, Edit
 from reward_lens.engine.intervention import Source, constant, zeros
-from reward_lens.engine.patching import Edit
 from reward_lens.engine.places import require_site
 from reward_lens.errors import DataError
 from reward_lens.methods.causation.effect_cells import POSITIONAL
@@ -27,7 +27,6 @@ from reward_lens.model.sites import Site
 from reward_lens.model.tokens import Tokens, require_equal_length
 
 MODES = ("noise", "denoise", "zero", "mean", "resample")
-RESIDUALS = ("embed", "resid_pre", "resid_post")
 
 
 def sites_named(rm: RewardModel, named: Any, depth: int) -> list[Site]:
