@@ -114,10 +114,11 @@ def test_relevance_is_the_gradient_where_its_rules_change_nothing():
     np.testing.assert_allclose(estimate, direct, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "olmo", "bitnet", "deepseek_v2"])
 def test_relevance_is_conserved(family):
     """Bias-free layers under the rules are homogeneous: each gate gives half to either factor, so what enters block 0
-    carries the whole reward, minus what is held."""
+    carries the whole reward, minus what is held. (OLMo's norms have no weight; BitNet and latent attention have some
+    of other widths.)"""
     rm = model(family)
     tokens = rm.tokenize(EQUAL.prompt, EQUAL.chosen)
     from reward_lens.methods.causation.relevance import RelevanceRules

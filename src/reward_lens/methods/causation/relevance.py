@@ -6,6 +6,9 @@
     gate          f(g) * u shares: each factor gets half of the gradient
     linear map    as it is
 
+Norms are all those of a block, whatever their width. All else keeps its slope: a router's or an output gate's sigmoid,
+a recurrent mixer.
+
 The forward pass is the model's own; only what the backward sees changes. So a unit that is saturated still passes on
 what it passed forward, where its slope would be zero. What this cannot show: the effect of a change; the rules are
 those of the run as it is.
@@ -13,6 +16,7 @@ those of the run as it is.
 Reference: Rezaei Jafari et al. 2025, arXiv 2508.21258 (RelP); Achtibat et al. 2024, arXiv 2402.05602 (attention).
 """
 
+import inspect
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -41,13 +45,12 @@ class RelevanceRules(Rules):
     def __init__(self, rm: RewardModel):
         self.mode = _Mode()
         blocks = [m for block in rm.trunk.blocks for m in block.modules()]
-        like = rm.like
         self.norms: list[tuple[nn.Module, Any]] = []
         for module in blocks:
-            weight = getattr(module, "weight", None)
-            if "Norm" in type(module).__name__ and isinstance(weight, Tensor) and weight.shape == like.shape:
+            width = _normed_width(module)
+            if width is not None:
                 with torch.no_grad():
-                    self.norms.append((module, measure_norm(module, rm.d_model, like, "norm of a block")))
+                    self.norms.append((module, measure_norm(module, width, rm.like, "norm of a block")))
         self.activations = [m for m in blocks if isinstance(m, ACTIVATIONS)]
         if not self.activations:
             raise StructureError(
@@ -93,6 +96,16 @@ class _Mode(TorchFunctionMode):
                 self.activated = None
                 return (a * b.detach() + a.detach() * b) * 0.5
         return func(*args, **kwargs)
+
+
+def _normed_width(module: nn.Module) -> int | None:
+    """Width of the vectors that a norm takes; None for what is no norm, and for one with a weight a head (of queries
+    and keys, which have no gradient here) or with a second input (a recurrent mixer's gate)."""
+    if "Norm" not in type(module).__name__ or len(inspect.signature(module.forward).parameters) != 1:
+        return None
+    weight = getattr(module, "weight", None)
+    shape = weight.shape if isinstance(weight, Tensor) else getattr(module, "normalized_shape", ())
+    return shape[0] if len(shape) == 1 else None
 
 
 def _ratio(x: Tensor, y: Tensor) -> Tensor:
