@@ -174,6 +174,24 @@ def test_a_row_without_a_span_still_sums_to_what_it_had():
     torch.testing.assert_close(out, torch.tensor([[[0.0, 0.6, 0.4]], [[0.0, 0.5, 1 / 3]]]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_of_a_row_is_no_sink(dtype):
+    """Most of the attention on the span: the rest is the softmax without it, in 16 bits too."""
+    scores = 1.5 * torch.randn(200, 1, 20, generator=torch.Generator().manual_seed(0))
+    scores[..., 0] += 9
+    rows, where = scores.softmax(-1).to(dtype), (rl.Site("pattern", 0), 0, range(200))
+    left = without(range(0, 1)).give(rows, *where)[..., 1:].float()
+    torch.testing.assert_close(left, scores[..., 1:].softmax(-1), atol=max(1e-6, torch.finfo(dtype).eps), rtol=0)
+    rows[..., 3:5] = 0  # a span outside a sliding window
+    assert torch.equal(without(range(3, 5)).give(rows, *where), rows)
+
+
+def test_a_span_that_takes_the_whole_row_is_refused():
+    row = torch.tensor([[[1.0, 0.0, 0.0]]], dtype=torch.float16)
+    with pytest.raises(rl.CheckFailed, match="float16 rounds to zero outside positions 0 to 1"):
+        without(range(0, 1)).give(row, rl.Site("pattern", 0), 0, range(1))
+
+
 @pytest.mark.parametrize("family", STRUCTURES)
 def test_results_are_deterministic_and_saved(family, tmp_path):
     rm = model(family)

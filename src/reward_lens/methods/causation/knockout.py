@@ -22,7 +22,7 @@ from torch import Tensor
 from reward_lens import data
 from reward_lens.engine.editing import Edit, Source
 from reward_lens.engine.patching import patch_rows
-from reward_lens.errors import DataError
+from reward_lens.errors import CheckFailed, DataError
 from reward_lens.methods.shared.paired import margin_of, paired_result
 from reward_lens.methods.shared.units import By, Unit, units_of
 from reward_lens.model.reward_model import RewardModel
@@ -30,7 +30,7 @@ from reward_lens.model.sites import Site
 from reward_lens.model.tokens import Tokens
 from reward_lens.result import Check, Result
 
-ROUNDING = 1e-5  # a row of float32 weights misses one by less than this without a sink
+ROUNDING = 1e-5  # a row of float32 weights misses one by less than this without a sink; of 16 bits by half a step
 MARGIN = "spans of two responses have no common order: no margin"
 
 
@@ -101,10 +101,18 @@ def without(span: range) -> Source:
         out = x.clone()
         out[..., span.start : span.stop] = 0
         # What the rows lack of one is a sink's share, which stays in the softmax (gpt_oss).
-        sink = 1 - x.double().sum(-1, keepdim=True)
-        sink = torch.where(sink > ROUNDING, sink, 0.0)
-        left = out.double().sum(-1, keepdim=True) + sink
-        return (out.double() / left).to(x)
+        whole, left = (rows.double().sum(-1, keepdim=True) for rows in (x, out))
+        sink = 1 - whole
+        sink = torch.where(sink > max(ROUNDING, torch.finfo(x.dtype).eps / 2), sink, 0.0)
+        if not bool((left + sink > 0).all()):
+            raise CheckFailed(
+                "Nothing is left to read once a span is taken out",
+                found=f"attention rows that {x.dtype} rounds to zero outside positions {span.start} to {span.stop}",
+                expected="some weight on other positions in every row",
+                do="load the model in float32, or take the first token out of the span",
+            )
+        # Over the row's own sum: a row that does not read the span keeps its bits.
+        return (out.double() * ((whole + sink) / (left + sink))).to(x)
 
     return Source("without", give)
 
