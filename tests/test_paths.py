@@ -215,5 +215,8 @@ def test_bad_input():
         rl.attention_knockout(rm, [EQUAL], {"equal": [range(2, 2), range(1, 3)]})
     with pytest.raises(rl.DataError, match="has no spans"):
         rl.attention_knockout(rm, [EQUAL], {"other": [range(1, 2), range(1, 3)]})
+    for spans in ([range(1, 5, 2), range(1, 5, 2)], [range(1, 3)]):
+        with pytest.raises(rl.DataError, match="has no spans.*two ranges without steps"):
+            rl.attention_knockout(rm, [EQUAL], {"equal": spans})
     with pytest.raises(rl.DataError, match="layers among 0 to 2"):
         rl.attention_knockout(rm, [EQUAL], layers=[5])

@@ -140,10 +140,12 @@ def _units(rm: RewardModel, pair, side: int, text: Tokens, spans) -> list[Unit]:
     if isinstance(spans, str):
         units = units_of(text, cast(By, spans))
     else:
-        span = spans[pair.id][side] if pair.id in spans else None
-        if span is None:
-            raise DataError(f"Pair {pair.id} has no spans", found=", ".join(map(str, spans)), do="add it to spans=",
-                            expected="{pair id: [range for chosen, range for rejected]} for every pair")  # fmt: skip
+        both = spans.get(pair.id, ())
+        if len(both) != 2 or not all(isinstance(span, range) and span.step == 1 for span in both):
+            raise DataError(f"Pair {pair.id} has no spans", found=f"{both!r}" if both else ", ".join(map(str, spans)),
+                            expected="{pair id: [range for chosen, range for rejected]} for every pair",
+                            do="add two ranges without steps to spans=")  # fmt: skip
+        span = both[side]
         units = [Unit(span, "", "response")]
     for unit in units:
         span = unit.positions
