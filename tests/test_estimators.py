@@ -189,6 +189,9 @@ def test_screening():
     assert estimate[verified].min() >= estimate[~verified].max()
     with pytest.raises(rl.DataError, match="top from 1 to 12"):
         rl.screen_then_verify(rm, MANY, top=40)
+    for options in ({"norm": "frozen"}, {"layers": [0]}, {"spans": "position"}):  # would change the estimate alone
+        with pytest.raises(rl.DataError, match=f"do not have. Found: {next(iter(options))}"):
+            rl.screen_then_verify(rm, MANY, top=3, **options)
 
 
 def test_bad_input():

@@ -27,6 +27,7 @@ from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
 from reward_lens.result import Check, Result
 
+OPTIONS = ("steps", "calibrate", "grad_drop")
 UNVERIFIED = "not among the screened sites: only an estimate"
 
 
@@ -58,6 +59,11 @@ def screen_then_verify(
     if estimator == "exact":
         raise DataError("The screening has no estimator", found="estimator='exact'", expected="an estimator",
                         do="use effects(...), which runs every site")  # fmt: skip
+    others = sorted(set(options) - set(OPTIONS))
+    if others:
+        raise DataError("The screening was given options that estimators do not have", found=", ".join(others),
+                        expected=", ".join(OPTIONS), do="leave these out: they would change the estimate "
+                        "and not the exact effect beside it")  # fmt: skip
     if not 1 <= top <= len(wanted) or not 1 <= calibration_pairs <= len(pairs):
         raise DataError("The screening was not understood", found=f"top={top}, calibration_pairs={calibration_pairs}",
                         expected=f"top from 1 to {len(wanted)}, calibration_pairs from 1 to {len(pairs)}",
