@@ -221,6 +221,8 @@ def test_bad_input():
                 rl.effects(rm, [UNEQUAL], [site], at="all", align="tail", estimator=estimator)
     with pytest.raises(rl.AlignmentError, match="no way to go"):
         rl.effects(rm, [UNEQUAL], at="all", align="diff", estimator="integrated_joint")
+    with pytest.raises(rl.AlignmentError, match="no way to go"):
+        rl.edge_effects(rm, [rl.Pair("Say it", "ggggk", "gk", id="ends alike")], steps=5, at="response", align="tail")
     with pytest.raises(rl.DataError, match="resid_mid"):
         rl.effects(rm, [EQUAL], ["L1.resid_mid"], estimator="gradient", grad_drop=True)
     with pytest.raises(rl.DataError, match="no estimator"):

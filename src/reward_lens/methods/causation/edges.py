@@ -29,7 +29,7 @@ from reward_lens.engine import hooks
 from reward_lens.engine.alignment import align as aligned
 from reward_lens.engine.gradients import gradients
 from reward_lens.engine.runs import TextRun, run_pair
-from reward_lens.errors import DataError
+from reward_lens.errors import AlignmentError, DataError
 from reward_lens.methods.causation.effect_cells import sites_of
 from reward_lens.methods.shared.paired import paired_result
 from reward_lens.model.forward import record, suffix_batch
@@ -60,7 +60,8 @@ def edge_effects(
 
     Returns value (pair, edge) in reward units; coordinates `sender`, `receiver`, `sender_layer`, `receiver_layer` of
     `edge` ("L3.attn -> L5.mlp"); mean and interval over prompts. `result.to_frame()` is the table of edges, `.top(n)`
-    the largest. Check "edges sum to the gradient". Raises `DataError` and `AlignmentError` as `effects` does.
+    the largest. Check "edges sum to the gradient". Raises `DataError` and `AlignmentError` as `effects` does, and
+    the latter for steps > 1 where all aligned tokens are the same.
     """
     pairs = data.as_pairs(pairs)
     if mode not in ("noise", "denoise") or steps < 1 or (steps > 1 and (at == "final" or align == "diff")):
@@ -83,7 +84,7 @@ def edge_effects(
             found.append(np.zeros(len(edges)))
             continue
         moved = torch.stack([source.at(s, where.source) - base.at(s, where.base) for s in senders]).double()
-        scores, gap = _scores(rm, base, source, senders, where, moved, edges, steps)
+        scores, gap = _scores(rm, base, source, senders, where, moved, edges, steps, str(pair.id))
         found.append(-scores if mode == "noise" else scores)
         gaps.append(gap)
     names = [(str(senders[s]), str(receivers[r])) for s, r in edges]
@@ -106,7 +107,7 @@ def edge_effects(
 
 
 def _scores(
-    rm, base: TextRun, source: TextRun, senders, where, moved: Tensor, edges, steps
+    rm, base: TextRun, source: TextRun, senders, where, moved: Tensor, edges, steps, pair_id: str
 ) -> tuple[np.ndarray, float]:
     """First-order change of the reward of every edge, and how far the edges of a sender are from its gradient."""
     start = where.base[0] if rm.reuses_prefix(base.tokens) else 0
@@ -117,6 +118,14 @@ def _scores(
         own = gradients(rm, base.tokens, [senders[0]], start, base.keys).values[senders[0]]
         theirs = own.clone()
         theirs[rows] = source.at(senders[0], where.source).to(own)
+        if torch.equal(own, theirs):
+            raise AlignmentError(
+                f"There is no way to go between the texts of pair {pair_id}",
+                found="the same token at every pair of aligned positions",
+                expected="aligned positions with different tokens: the way goes from one text's embeddings to the "
+                "other's",
+                do="use steps=1, or leave this pair out",
+            )
         nodes, weights = np.polynomial.legendre.leggauss(steps)
         entering, weights = [torch.lerp(own, theirs, (float(n) + 1) / 2) for n in nodes], weights / 2
     total, gradient = np.zeros(len(edges)), np.zeros(len(senders))

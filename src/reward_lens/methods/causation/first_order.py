@@ -88,7 +88,7 @@ def integrated_joint(task: Task) -> Estimate:
             f"integrated_joint has no way to go between the texts of pair {task.pair_id}",
             found="the same token at every pair of aligned positions",
             expected="aligned positions with different tokens: the way goes from one text's embeddings to the other's",
-            do="use estimator='gradient' or 'integrated', or align='tail'",
+            do="use estimator='gradient' or 'integrated', or leave this pair out",
         )
     passes, theirs = [], entering.clone()
     theirs[rows] = other
