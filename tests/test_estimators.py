@@ -369,5 +369,13 @@ def test_grad_drop_in_the_result():
     assert result.value.drop_vars("grad_drop").identical(plain.value) and "grad_drop" not in plain.value.coords
     drop = result.value["grad_drop"]
     assert drop.dims == result.value.dims and bool((drop >= 0).all()) and float(drop.max()) > 0
+    patched = align(*rm.tokenize_pairs([UNEQUAL])[0], "response", "diff", "unequal").base
+    between = next(p for p in range(patched[0], patched[-1]) if p not in patched)
+    spans = {"unpatched": range(between, between + 1), "patched": range(patched[0], between)}
+    for one in (rm, rl.RewardModel(*tiny_model("llama", seed=1, n_layers=1), name="one block")):
+        some = rl.effects(one, [UNEQUAL], SITES[:2], at="response", align="diff", spans=spans, estimator="gradient",
+                          grad_drop=True).value  # fmt: skip
+        assert np.isnan(some[:, :, 0]).all() and np.isnan(some.grad_drop[:, :, 0]).all()
+        assert np.isfinite(some.grad_drop[:, :, 1]).all()
     screened = rl.screen_then_verify(rm, MANY, "components", top=2, calibration_pairs=1, grad_drop=True)
     assert np.isfinite(screened.value.sel(kind="exact")).all("pair").sum() == 2

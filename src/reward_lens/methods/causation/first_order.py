@@ -171,9 +171,8 @@ def _grad_drop(task: Task, moves: dict[tuple[int, int], Move]) -> np.ndarray:
     found = gradients_without(task.rm, task.base.tokens, _sloped(task.sites), task.start, task.base.keys,
                               frozen_at=task.frozen_at)  # fmt: skip
     sizes = np.stack([np.abs(_summed(task, moves, [Pass(one, 1.0)])) for one in found])
+    kept = np.ones(sizes.shape[:2])
     for s, site in enumerate(task.sites):
         if site.kind not in ("embed", "resid_pre", "resid_post"):
-            sizes[site.block, s] = np.nan
-    if task.rm.n_layers == 1:
-        return np.where(np.isnan(sizes[0]), 0.0, sizes[0])
-    return np.nanmean(sizes, 0)
+            kept[site.block, s] = 0
+    return (sizes * kept[:, :, None]).sum(0) / np.maximum(kept.sum(0), 1)[:, None]
