@@ -370,6 +370,28 @@ def test_the_pull_is_the_minimum_of_its_loss(variant, weight):
         assert remaining_gradient(s, s, c, weight, variant) > 1e-3  # the check can fail
 
 
+@pytest.mark.parametrize("variant", ["paper", "code"])
+def test_the_pull_of_a_value_that_points_away_is_the_lower_of_two_minima(variant):
+    """In the plane of s and h_CL: no point of a grid has a lower loss, the neighbourhood of the origin included."""
+    generator = torch.Generator().manual_seed(1)
+    angles, lengths = torch.linspace(0, torch.pi, 181).double(), torch.linspace(1e-6, 2, 200).double()
+    plane = lengths[:, None, None] * torch.stack([angles.cos(), angles.sin()], -1)
+    c, ends = torch.tensor([1.0, 0.0]).double(), []
+    for _ in range(120):
+        size, away, weight = torch.rand(3, generator=generator).double().tolist()
+        s, weight = 1.5 * size * torch.tensor([-(away**0.5), (1 - away) ** 0.5]).double(), 0.5 * weight
+
+        def loss(h, s=s, weight=weight):
+            near, pull = ((h - x).square().sum(-1) for x in (s, c))
+            cosine = h[..., 0] / h.norm(dim=-1)
+            return near / 2 + weight * (pull / 2 - cosine * (0.5 if variant == "paper" else 1.0))
+
+        found = pulled_to(s, c, weight, variant)
+        ends.append(bool(found.any()))
+        assert float(loss(found if ends[-1] else 1e-9 * c)) <= float(loss(plane).min()) + 1e-6
+    assert 0 < sum(ends) < len(ends)
+
+
 def test_the_ends_of_the_pull():
     s, c = torch.tensor([1.0, 2.0, -1.0]).double(), torch.tensor([0.5, -1.0, 3.0]).double()
     assert torch.equal(pulled_to(s, c, 0.0), s)

@@ -9,7 +9,7 @@ The bracket is the counterfactual-latent (CL) loss of the paper and of its code.
 trains an alignment map, with the weight eps; nothing is trained here, and the first term, which keeps h at what the
 patch was to carry, stands in that loss's place. Only the site's own value is pulled (the paper's stand-alone form, the
 site being the causal variable). The minimum is exact: it lies in the plane of s and h_CL, where for every angle to
-h_CL the best length has a closed form and the angle is found by bisection.
+h_CL the best length has a closed form and the angle is found on a grid and by bisection.
 
 What this cannot show: that the pulled patch is natural further down. The value may be one that the site takes by
 itself and still not go with the rest of the run: see `divergence`.
@@ -36,6 +36,7 @@ from reward_lens.result import Check, Result
 
 PATCHES = ("plain", "counterfactual", "difference")
 VARIANTS = ("paper", "code")
+ANGLES = 513  # of the grid on which the angle is looked for
 
 
 @torch.no_grad()
@@ -139,8 +140,8 @@ def pulled_to(
     """h: `value` pulled towards `centre` with the CL loss's `weight`; exactly `value` at weight 0.
 
     Along h = r (cos t e1 + sin t e2), e1 the direction of the centre, the loss is least at r = A cos(t - p) / (1 +
-    weight), with A and p the polar coordinates of value + weight * centre, and there falls or rises with t as
-    `slope`.
+    weight), with A and p the polar coordinates of value + weight * centre, and there is `loss` with the
+    slope `slope`. Towards the origin, along e1, it is -turn.
     """
     size = float(centre.norm())
     if weight == 0 or size == 0:
@@ -152,15 +153,21 @@ def pulled_to(
     beside = float(across.norm())
     aim, angle = math.hypot(along + weight * size, beside), math.atan2(beside, along + weight * size)
 
-    def slope(t: float) -> float:
-        return turn * math.sin(t) - aim**2 / (2 * (1 + weight)) * math.sin(2 * (angle - t))
+    best = aim**2 / (2 * (1 + weight))
 
-    low, high = max(0.0, angle - math.pi / 4), angle
-    if slope(low) > 0:
-        if angle > math.pi / 2:
-            # A small value that points away from the centre: the loss falls all the way to the origin.
-            return torch.zeros_like(value)
-        low = 0.0
+    def loss(t: Any) -> Any:
+        return -turn * np.cos(t) - best * np.cos(angle - t) ** 2
+
+    def slope(t: float) -> float:
+        return turn * math.sin(t) - best * math.sin(2 * (angle - t))
+
+    # There may be two minima: the lowest point of a grid says which.
+    grid = np.linspace(max(0.0, angle - math.pi / 2), angle, ANGLES)
+    lowest = int(loss(grid).argmin())
+    if loss(grid[lowest]) >= -turn:
+        # A small value that points away from the centre: the loss falls all the way to the origin.
+        return torch.zeros_like(value)
+    low, high = float(grid[max(lowest - 1, 0)]), float(grid[min(lowest + 1, ANGLES - 1)])
     for _ in range(80):
         middle = (low + high) / 2
         low, high = (low, middle) if slope(middle) > 0 else (middle, high)
