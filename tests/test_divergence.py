@@ -291,7 +291,7 @@ def test_an_earlier_depth(planted):
 def test_where_a_site_lands_and_who_reads_it():
     llama, neox = tiny("llama"), tiny("gpt_neox")
     rows = {"embed": (0, 0, 0), "L1.resid_pre": (1, 1, 1), "L1.attn": (2, 1, 2), "L1.H0": (2, 1, 2),
-            "L1.mlp": (2, 2, 2), "L1.N3": (2, 2, 2), "L1.resid_post": (2, 2, 2)}  # fmt: skip
+            "L1.V0": (2, 1, 2), "L1.mlp": (2, 2, 2), "L1.N3": (2, 2, 2), "L1.resid_post": (2, 2, 2)}  # fmt: skip
     for written, expected in rows.items():
         site = rl.Site.parse(written)
         assert (lands_at(site), first_mlp(llama, site), first_mlp(neox, site)) == expected

@@ -71,7 +71,7 @@ def lands_at(site: Site) -> int:
 
 def first_mlp(rm: RewardModel, site: Site) -> int:
     """The first block whose MLP reads what the site's value makes of the residual stream."""
-    beside = site.kind in ("attn", "head", "resid_mid") and not rm.structure.parallel
+    beside = site.kind in ("attn", "head", "v", "resid_mid") and not rm.structure.parallel
     return site.block if beside else lands_at(site)
 
 
