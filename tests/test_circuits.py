@@ -166,6 +166,8 @@ def test_bad_input():
         rl.minimal_circuit(rm, PAIRS[0])
     with pytest.raises(rl.DataError, match="one pair, 0 < threshold"):
         rl.minimal_circuit(rm, PAIRS[0], threshold=1.5)
+    with pytest.raises(rl.DataError, match="a larger threshold"):  # a share within the noise floor: of no site
+        rl.minimal_circuit(rm, PAIRS[0], threshold=1e-7, mode="zero")
     with pytest.raises(rl.DataError, match="2 pairs"):
         rl.minimal_circuit(rm, PAIRS[:2])
     with pytest.raises(rl.StructureError, match="L7.attn"):

@@ -136,7 +136,7 @@ def minimal_circuit(
     Returns value (component), members in the order they were added: F with this one and those before it kept.
     Coordinate `without`: F of the circuit less this member, below the threshold for each ("every member is needed").
     `meta` has the circuit's margin, the clean and the fully ablated one. It need not be the smallest such set.
-    Raises `DataError` where clean and fully ablated margin differ by no more than the noise floor.
+    Raises `DataError` where `threshold` of what clean and fully ablated margin differ by is within the noise floor.
     """
     pairs = data.as_pairs([pair] if isinstance(pair, data.Pair) else pair)
     if len(pairs) != 1 or not 0 < threshold <= 1:
@@ -148,10 +148,11 @@ def minimal_circuit(
     margins = Margins(rm, ablation, pairs[0], wanted, at, max_rows)
     everything = list(range(len(wanted)))
     none, clean = margins.keeping([[], everything])
-    if abs(clean - none) <= rm.noise_floor:
+    least = rm.noise_floor / threshold  # else no site at all reaches it
+    if abs(clean - none) <= least:
         raise DataError(f"Pair {pairs[0].id} has no margin that these sites carry", found=f"{clean:.3g} clean, "
-                        f"{none:.3g} with all of them ablated", expected=f"a difference over {rm.noise_floor:.1g}",
-                        do="take a pair with a clearer margin, or more sites")  # fmt: skip
+                        f"{none:.3g} with all of them ablated", expected=f"a difference over {least:.1g}",
+                        do="take a pair with a clearer margin, more sites, or a larger threshold")  # fmt: skip
 
     def faithfulness(sets: Iterable[Sequence[int]]) -> np.ndarray:
         return (margins.keeping(sets) - none) / (clean - none)
