@@ -95,6 +95,12 @@ def test_nulls():
     assert again.meta == result.meta and again.value.identical(result.value)
 
 
+def test_no_natural_directions_from_one_state():
+    """At the reward position block 0 reads the template's last token in every text."""
+    with pytest.raises(rl.DataError, match="Found: 12 steered positions, all in the same state"):
+        rl.steer(model("llama"), PAIRS, direction(), depth=0, at="final", nulls=3)
+
+
 def test_natural_directions_have_the_covariance_of_the_states():
     rng = torch.Generator().manual_seed(0)
     states = 5 + torch.randn(400, 3, generator=rng, dtype=torch.float64) * torch.tensor([4.0, 1.0, 0.0])

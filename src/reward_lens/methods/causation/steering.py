@@ -108,12 +108,13 @@ def steer(
 
 def natural_directions(states: Float[Tensor, "n d"], count: int, seed: int) -> Float[Tensor, "count d"]:
     """Unit vectors drawn with the covariance of the states."""
-    if count and len(states) < 3:
+    alike = bool((states == states[:1]).all())  # then every draw is zero
+    if count and (len(states) < 3 or alike):
         raise DataError(
             "There are too few states to draw natural directions from",
-            found=f"{len(states)} steered positions",
-            expected="at least 3",
-            do="pass more pairs, or steer at='response'",
+            found=f"{len(states)} steered positions" + (", all in the same state" if alike else ""),
+            expected="at least 3, not all the same",
+            do="pass more pairs, or steer at='response'; what enters block 0 is often the token alone",
         )
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn(count, len(states), generator=generator, dtype=torch.float64)
