@@ -109,7 +109,9 @@ def test_relevance_is_the_gradient_where_its_rules_change_nothing():
     whose scale relevance holds, so the estimate is the frozen direct effect."""
     rm = model("llama")
     last = [f"L{rm.n_layers - 1}.mlp"]
-    estimate = rl.effects(rm, [EQUAL, UNEQUAL], last, estimator="relevance").value[:, 0]
+    result = rl.effects(rm, [EQUAL, UNEQUAL], last, estimator="relevance")
+    assert "the final one too" in result.meta["settings"]["held"]
+    estimate = result.value[:, 0]
     direct = rl.effects(rm, [EQUAL, UNEQUAL], last, path="direct").value.sel(part="direct")[:, 0]
     np.testing.assert_allclose(estimate, direct, atol=1e-5)
 

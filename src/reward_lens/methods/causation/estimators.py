@@ -34,6 +34,7 @@ from reward_lens.methods.causation.effect_sweeps import Found, effects_result
 from reward_lens.methods.causation.estimate_task import Estimate, Task
 from reward_lens.methods.causation.first_order import gradient, integrated_joint, relevance
 from reward_lens.methods.causation.integrated import block_carriers, integrated, integrated_block
+from reward_lens.methods.causation.relevance import HELD
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
 from reward_lens.result import Result
@@ -56,6 +57,7 @@ def estimated_effects(
     mode, estimator = settings["mode"], settings["estimator"]
     steps = _require(mode, estimator, steps, grad_drop, calibrate, unknown)
     settings |= {"steps": steps} if estimator in STEPS else {}
+    settings |= {"held": HELD} if estimator == "relevance" else {}
     settings |= {"grad_drop": True} if grad_drop else {}
     options = {"grad_drop": True} if grad_drop else {}
     held = list(dict.fromkeys([*sites, *_ALSO_HELD.get(estimator, lambda sites: [])(sites)]))

@@ -36,6 +36,7 @@ ACTIVATIONS = tuple(
     c for c in (nn.ReLU, nn.SiLU, nn.GELU, nn.Tanh, *vars(activations).values())
     if isinstance(c, type) and issubclass(c, nn.Module) and c is not nn.Module
 )  # fmt: skip
+HELD = "scales of all norms, the final one too; attention weights; ratios of activations; half of a gate's factors"
 _PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 
 
