@@ -163,8 +163,7 @@ def downstream(
         reads = [units.reading(base.reward_pos, first, s) for first, s in zip(firsts, seen, strict=True)]
         rows = [(edit, *read) for edit, read in zip(plan.edits(pair, tokens), reads[:-1], strict=True)]
         out = patch_rows(rm, base, [*rows, *([reads[-1]] if reads[-1] else [])], (depth, rm.n_layers))
-        rewards = out.rewards[: len(rows)]
-        clean = out.clean.expand(len(out.rewards))[: len(rows)]
+        rewards, clean = out.rewards[: len(rows)], out.clean[: len(rows)]
         gate = None if out.gate is None else out.gate[: len(rows)]
         given = rm.readout.reward(out.states[rm.n_layers][: len(rows)], gate).double().cpu()
         size = max(spread, float(torch.cat([rewards, clean]).abs().max()))

@@ -29,8 +29,9 @@ from reward_lens.engine import hooks
 from reward_lens.engine.alignment import align as aligned
 from reward_lens.engine.gradients import gradients
 from reward_lens.engine.runs import TextRun, run_pair
-from reward_lens.errors import AlignmentError, DataError
+from reward_lens.errors import DataError
 from reward_lens.methods.causation.effect_cells import sites_of
+from reward_lens.methods.causation.first_order import no_way
 from reward_lens.methods.shared.paired import paired_result
 from reward_lens.model.forward import record, suffix_batch
 from reward_lens.model.prefix import PrefixCache
@@ -119,13 +120,7 @@ def _scores(
         theirs = own.clone()
         theirs[rows] = source.at(senders[0], where.source).to(own)
         if torch.equal(own, theirs):
-            raise AlignmentError(
-                f"There is no way to go between the texts of pair {pair_id}",
-                found="the same token at every pair of aligned positions",
-                expected="aligned positions with different tokens: the way goes from one text's embeddings to the "
-                "other's",
-                do="use steps=1, or leave this pair out",
-            )
+            raise no_way(f"edge_effects(steps={steps})", pair_id, "steps=1")
         nodes, weights = np.polynomial.legendre.leggauss(steps)
         entering, weights = [torch.lerp(own, theirs, (float(n) + 1) / 2) for n in nodes], weights / 2
     total, gradient = np.zeros(len(edges)), np.zeros(len(senders))

@@ -58,8 +58,8 @@ def estimated_effects(
     steps = _require(mode, estimator, steps, grad_drop, calibrate, unknown)
     settings |= {"steps": steps} if estimator in STEPS else {}
     settings |= {"held": HELD} if estimator == "relevance" else {}
-    settings |= {"grad_drop": True} if grad_drop else {}
     options = {"grad_drop": True} if grad_drop else {}
+    settings |= options
     held = list(dict.fromkeys([*sites, *_ALSO_HELD.get(estimator, lambda sites: [])(sites)]))
     found = Found()
     for i, (pair, tokens) in enumerate(zip(pairs, rm.tokenize_pairs(pairs), strict=True)):

@@ -57,10 +57,7 @@ def gradient(task: Task, grad_drop: bool = False) -> Estimate:
     own = _slopes(task, task.base)
     moves = _moves(task)
     change = _summed(task, moves, [Pass(own, 1.0)])
-    drop = None
-    if grad_drop:
-        drop = _grad_drop(task, moves)
-    return Estimate(change, task.gap([own.reward]), drop)
+    return Estimate(change, task.gap([own.reward]), _grad_drop(task, moves) if grad_drop else None)
 
 
 def relevance(task: Task) -> Estimate:
@@ -84,12 +81,7 @@ def integrated_joint(task: Task) -> Estimate:
     entering, other = own.values[embed], source.at(embed, where.source).to(own.values[embed])
     rows = [p - own.start for p in where.base]
     if torch.equal(entering[rows], other):
-        raise AlignmentError(
-            f"integrated_joint has no way to go between the texts of pair {task.pair_id}",
-            found="the same token at every pair of aligned positions",
-            expected="aligned positions with different tokens: the way goes from one text's embeddings to the other's",
-            do="use estimator='gradient' or 'integrated', or leave this pair out",
-        )
+        raise no_way("integrated_joint", task.pair_id, "estimator='gradient' or 'integrated'")
     passes, theirs = [], entering.clone()
     theirs[rows] = other
     nodes, weights = np.polynomial.legendre.leggauss(task.steps)
@@ -97,6 +89,16 @@ def integrated_joint(task: Task) -> Estimate:
         on_the_way = torch.lerp(entering, theirs, float(node))
         passes.append(Pass(_slopes(task, base, entering=on_the_way), float(weight)))
     return Estimate(_summed(task, moves, passes), task.gap([own.reward]))
+
+
+def no_way(what: str, pair_id: str, instead: str) -> AlignmentError:
+    """The error for two texts whose embeddings are the same where they are aligned."""
+    return AlignmentError(
+        f"{what} has no way to go between the texts of pair {pair_id}",
+        found="the same token at every pair of aligned positions",
+        expected="aligned positions with different tokens: the way goes from one text's embeddings to the other's",
+        do=f"use {instead}, or leave this pair out",
+    )
 
 
 def _slopes(task: Task, run: TextRun, sites: Sequence[Site] | None = None, **options: Any) -> Gradients:
