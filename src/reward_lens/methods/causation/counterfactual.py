@@ -9,7 +9,7 @@ The bracket is the counterfactual-latent (CL) loss of the paper and of its code.
 trains an alignment map, with the weight eps; nothing is trained here, and the first term, which keeps h at what the
 patch was to carry, stands in that loss's place. Only the site's own value is pulled (the paper's stand-alone form, the
 site being the causal variable). The minimum is exact: it lies in the plane of s and h_CL, where for every angle to
-h_CL the best length has a closed form and the angle is found on a grid and by bisection.
+h_CL the best length has a closed form and the angle is found by bisection.
 
 What this cannot show: that the pulled patch is natural further down. The value may be one that the site takes by
 itself and still not go with the rest of the run: see `divergence`.
@@ -161,13 +161,16 @@ def pulled_to(
     def slope(t: float) -> float:
         return turn * math.sin(t) - best * math.sin(2 * (angle - t))
 
-    # There may be two minima: the lowest point of a grid says which.
-    grid = np.linspace(max(0.0, angle - math.pi / 2), angle, ANGLES)
-    lowest = int(loss(grid).argmin())
-    if loss(grid[lowest]) >= -turn:
-        # A small value that points away from the centre: the loss falls all the way to the origin.
-        return torch.zeros_like(value)
-    low, high = float(grid[max(lowest - 1, 0)]), float(grid[min(lowest + 1, ANGLES - 1)])
+    low, high = max(0.0, angle - math.pi / 4), angle
+    if angle > math.pi / 2:
+        # A value that points away: there may be two minima, and the lowest point of a grid says which.
+        grid = np.linspace(angle - math.pi / 2, angle, ANGLES)
+        lowest = int(loss(grid).argmin())
+        if loss(grid[lowest]) >= -turn:
+            return torch.zeros_like(value)  # so small that the loss falls all the way to the origin
+        low, high = float(grid[max(lowest - 1, 0)]), float(grid[min(lowest + 1, ANGLES - 1)])
+    elif slope(low) > 0:
+        low = 0.0
     for _ in range(80):
         middle = (low + high) / 2
         low, high = (low, middle) if slope(middle) > 0 else (middle, high)
