@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import xarray as xr
 
 import shapes
 from browsing import CONTRAST, visits
 from reward_lens.report import write_report
+from reward_lens.result import Result
 
 pytestmark = pytest.mark.browser
 
@@ -149,3 +151,20 @@ def test_tooltip_names_the_cell(visit):
     tab = visit()
     tab.locator("#components-1 svg .mark-rect path").first.hover(force=True)
     assert "component" in tab.locator("#vg-tooltip-element.visible").inner_text()
+
+
+def test_a_legend_of_short_names_is_whole_beside_long_labels(browser, tmp_path):
+    """The names are too many for the chart's width only once the labels on its left have taken theirs."""
+    labels = [f"contribution of {name} ~ its effect" for name in "abcd"]
+    value = xr.DataArray(shapes.numbers(4, 3), dims=("comparison", "layers"),
+                                coords={"comparison": labels, "layers": ["all", "early", "late"]})  # fmt: skip
+    result = Result("agree", value, unit="spearman", low=value - 1, high=value + 1)
+    page = write_report([result], tmp_path / "page.html")
+    with visits(browser, page, lambda scheme: f"html[data-drawn={scheme}]") as go:
+        tab = go(390)
+        assert tab.evaluate(CUT) == []
+        tab.set_viewport_size({"width": 1280, "height": 900})
+        tab.wait_for_timeout(500)
+        tab.set_viewport_size({"width": 390, "height": 900})
+        tab.wait_for_timeout(500)
+        assert tab.evaluate(CUT) == []

@@ -253,9 +253,14 @@ def tokens(result: Result) -> list[Panel]:
 
 
 def _legend(names: list[str]) -> alt.Legend:
-    """Names in a row, or below each other where the chart is too narrow for that (about 8 pixels a character)."""
+    """Names in a row, or below each other where the chart is too narrow for that (about 8 pixels a character).
+
+    Decided by what contains the chart, less the most that labels of an axis take: its own width changes once these
+    are drawn, and a legend that breaks up only then is cut off.
+    """
     needed = sum(8 * len(name) + 40 for name in names)
-    return alt.Legend(values=names, title=None, columns=alt.ExprRef(f"width < {needed} ? 1 : 0"))
+    room = "(isFinite(containerSize()[0]) ? containerSize()[0] - 200 : width)"
+    return alt.Legend(values=names, title=None, columns=alt.ExprRef(f"{room} < {needed} ? 1 : 0"))
 
 
 def _places(data: xr.Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
