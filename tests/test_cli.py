@@ -290,6 +290,9 @@ def test_distortion_takes_weights(model):
     options = ("--truncation", "right", "--limit", "12", "--weights")
     printed = run("distortion", model, "demo", *options, "words=1,hedges_per_100_words=2").output
     assert "words" in printed and "hedges_per_100_words" in printed
+    swapped = run("distortion", model, "demo", *options, "hedges_per_100_words=2,words=1").output
+    assert swapped == printed  # a weight belongs to its name, not to its place
+    assert "twice" in run("distortion", model, "demo", *options, "words=1,words=2", code=2).output
     assert "expected name=number" in run("distortion", model, "demo", *options, "words=many", code=2).output
     refused = run("distortion", model, "demo", "--truncation", "right", "--limit", "12", code=1).output
     assert "DataError" in refused  # twelve pairs do not determine five weights

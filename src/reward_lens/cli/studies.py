@@ -105,12 +105,15 @@ def distortion(
     as_json: AsJson = False, save: Save = None,
 ):  # fmt: skip
     """What the reward pays for attributes of the text, against what they are worth."""
-    given = dict(_weight(part) for part in weights.split(",") if part)
+    parts = [_weight(part) for part in weights.split(",") if part]
+    given = dict(parts)
+    if len(given) < len(parts):
+        raise typer.BadParameter(f"{weights!r}: a name comes twice")
     rm, data = load(model, objective, truncation), rl.load_pairs(pairs, split=split, limit=limit)
     chosen = {name: edits for name, edits in rl.DEFAULT_EDITS.items() if not given or name in given}
     with err.status(f"Editing and scoring {2 * len(data)} responses"):
         slopes = rl.sensitivity_slopes(rm, chosen, data)
-    worth = list(given.values()) if given else rl.fitted_weights(data, list(chosen))
+    worth = [given[name] for name in chosen] if given else rl.fitted_weights(data, list(chosen))
     show(rl.distortion_index(slopes, worth, lam=lam), as_json, save)
 
 
