@@ -222,6 +222,12 @@ def test_wilson_at_known_figures(n, low, high):
     assert (round(ends[0], digits), round(ends[1], digits)) == (low, high)
 
 
+def test_wilson_ends_where_a_share_ends():
+    """Rounding left 2.8e-17 of 6 failures of 6 after all trials were counted as prompts."""
+    for n in [*range(1, 60), 5.9999999999, 7.3]:
+        assert wilson(0, n)[0] == 0.0 and wilson(n, n)[1] == 1.0
+
+
 def test_wilson_is_scipys_and_takes_halves():
     theirs = scipy.stats.binomtest(7, 9).proportion_ci(method="wilson")
     assert wilson(7, 9) == pytest.approx((theirs.low, theirs.high))

@@ -190,7 +190,7 @@ def wilson(successes: int | float, n: int | float, level: float = 0.95) -> tuple
         raise DataError("No share to speak of", found=found, expected="0 <= successes <= n, n > 0", do="check both")
     ends = np.array(proportion_confint(successes, n, alpha=1 - level, method="wilson"))
     low, high = np.clip(ends, 0.0, 1.0).tolist()
-    return low, high
+    return (0.0 if successes == 0 else low), (1.0 if successes == n else high)  # exact, and rounded by the formula
 
 
 def proportion_interval(values01, clusters, level: float = 0.95) -> Interval:
