@@ -146,6 +146,24 @@ def test_top_leaves_out_undefined_cells():
     assert Result("lens", value, unit="reward", undefined="why").top().values.tolist() == [[1.0, 1.0]]
 
 
+def test_top_of_tokens_is_of_single_tokens_and_the_text_form_of_one_pair():
+    """No mean over what stands at one position of different texts, and no difference of two tokens under one name."""
+    value = xr.DataArray(
+        [[[1.0, -4.0], [3.0, np.nan], [-2.0, np.nan]], [[1.0, 4.0], [0.5, 0.0], [0.5, 4.0]]],
+        dims=("pair", "side", "position"),
+        coords={"pair": ["a", "b"], "side": ["chosen", "rejected", "margin"]},
+    )
+    pieces = np.array([[["Hi", "!"], ["No", ""], ["", ""]], [["Yes", "?"], ["So", "it"], ["", ""]]], dtype=object)
+    counts = [[2, 1, 1], [2, 2, 2]]
+    value = value.assign_coords(piece=(value.dims, pieces), n_positions=(("pair", "side"), counts))
+    result = Result("tokens", value, unit="reward")
+    rows = [["a", "chosen", 1, "!", -4.0], ["b", "chosen", 1, "?", 4.0], ["a", "rejected", 0, "No", 3.0]]
+    assert result.top(3).values.tolist() == rows
+    assert result.sel(pair="b").top(1).values.tolist() == [["chosen", 1, "?", 4.0]]
+    assert "the first pair (a)" in repr(result) and "the first pair (a)" in result._repr_html_()
+    assert "-4" in repr(result) and "4.5" not in repr(result)
+
+
 def test_top_of_a_single_number():
     result = Result("accuracy", xr.DataArray(0.75), unit="accuracy")
     assert result.top().values.tolist() == [[0.75]]

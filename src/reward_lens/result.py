@@ -125,7 +125,13 @@ class Result:
         return self.value.mean("pair", skipna=True) if "pair" in self.value.dims else self.value
 
     def top(self, n: int = 10) -> pd.DataFrame:
-        """The `n` cells largest in absolute value of the summary over pairs (margin, where there are sides)."""
+        """The `n` cells largest in absolute value of the summary over pairs (margin, where there are sides).
+
+        Of tokens without a stored mean: single cells of chosen and rejected, each with its `piece`, as the tokens that
+        stand at one position in different texts have nothing in common.
+        """
+        if self._own_tokens:
+            return self._top_tokens(n)
         summary = self.dataset.assign(value=self.summary())
         if "side" in summary["value"].dims and "margin" in summary["side"].values:
             summary = summary.sel(side="margin")
@@ -138,6 +144,19 @@ class Result:
         frame = frame[frame["value"].notna()]
         order = np.argsort(-np.abs(np.asarray(frame["value"])), kind="stable")
         return frame.iloc[order[:n]].reset_index(drop=True)
+
+    @property
+    def _own_tokens(self) -> bool:
+        coords = self.dataset.coords
+        return "mean" not in self.dataset and "piece" in coords and "position" in coords["piece"].dims
+
+    def _top_tokens(self, n: int) -> pd.DataFrame:
+        flat = self.to_frame()
+        flat = flat[flat["value"].notna()]
+        if "side" in flat:
+            flat = flat[flat["side"] != "margin"]  # two tokens, of which `piece` could name one
+        flat = flat.sort_values("value", key=lambda v: -v.abs(), kind="stable")
+        return flat[[*self.value.dims, "piece", "value"]].head(max(n, 0)).reset_index(drop=True)
 
     def to_frame(self) -> pd.DataFrame:
         """All values in long form: one row a cell, one column a coordinate."""
@@ -181,7 +200,7 @@ class Result:
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{k} {v}" for k, v in self.value.sizes.items())
-        title = f"{self.name} [{self.unit}]" + (f"  ({sizes})" if sizes else "")
+        title = f"{self.name} [{self.unit}]" + (f"  ({sizes})" if sizes else "") + self._of_which_pair()
         body = self._table().to_string(float_format=lambda x: f"{x:.4g}", max_rows=14)
         return "\n".join([title, body, *(str(check) for check in self.checks)])
 
@@ -190,10 +209,18 @@ class Result:
 
         table = self._table().to_html(float_format=lambda x: f"{x:.4g}", max_rows=14, escape=True, border=0)
         checks = "".join(f"<li>{escape(str(c))}</li>" for c in self.checks)
-        return f"<p><b>{escape(self.name)}</b> [{escape(self.unit)}]</p>{table}<ul>{checks}</ul>"
+        title = f"<b>{escape(self.name)}</b> [{escape(self.unit)}]{escape(self._of_which_pair())}"
+        return f"<p>{title}</p>{table}<ul>{checks}</ul>"
+
+    def _of_which_pair(self) -> str:
+        """Tokens are shown of one pair: a mean over different tokens says nothing."""
+        first = self._own_tokens and "pair" in self.value.dims
+        return f", the first pair ({self.value['pair'].values[0]})" if first else ""
 
     def _table(self) -> pd.DataFrame:
         """Rows: the first dim beside pair and side. Columns: the second or the sides, or value with its interval."""
+        if self._of_which_pair():
+            return self._with(self.dataset.isel(pair=0))._table()
         wide = "mean" in self.dataset or len([d for d in self.value.dims if d != "side"]) > 1
         data = self.dataset.assign(value=self.summary()) if wide else self.dataset
         dims = [d for d in data["value"].dims if d != "side"]
