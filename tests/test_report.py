@@ -154,6 +154,38 @@ def test_names_title_and_equal_headings(tmp_path):
     assert "First key" in page.words and "My page" in page.words
 
 
+def test_intervals_are_named_and_counts_stand_in_full(tmp_path):
+    over = {"level": 0.9, "unit": "prompt", "method": "cluster t"}
+    value = xr.DataArray([0.1, 0.2], dims="component", coords={"component": ["a", "b"]})
+    known = Result("known", value, unit="reward", low=value - 1, high=value + 1, meta={"interval": over, "n_pairs": 20},
+                   checks=[Check("undefined cells", 12345.0, float("inf"), "padding")])  # fmt: skip
+    none = over | {"method": "none (n < 6)"}
+    few = Result("few", value, unit="reward", low=value * np.nan, high=value * np.nan,
+                 meta={"interval": none, "n_pairs": 3})  # fmt: skip
+    words = read([few, known], tmp_path).words
+    assert "20 pairs \u00b7 unit: reward \u00b7 90% intervals over prompts" in words
+    assert "method of the intervals cluster t" in words
+    assert "3 pairs \u00b7 unit: reward \u00b7 no intervals (n < 6)" in words
+    assert "undefined cells: 12,345, padding" in words and "undefined cells 12,345 none padding" in words
+    assert "data 20 pairs; some sections are of fewer, as they say" in words
+
+
+def test_measures_of_different_units_are_not_ranked_against_each_other(tmp_path):
+    value = xr.DataArray(np.arange(80.0).reshape(20, 4), dims=("component", "measure"),
+                         coords={"component": [f"c{i}" for i in range(20)], "measure": list("wxyz")})  # fmt: skip
+    words = read([Result("several", value, unit="by measure")], tmp_path).words
+    assert "component w x y z c0 0 1 2 3 c1 4 5 6 7" in words and "largest" not in words
+
+
+def test_a_margin_of_shared_tokens_is_named_and_left_out_where_there_is_none(tmp_path):
+    value = xr.DataArray(np.zeros((2, 3, 1)), dims=("pair", "side", "position"),
+                         coords={"pair": ["a", "b"], "side": shapes.SIDES})  # fmt: skip
+    value = value.assign_coords(piece=(value.dims, np.full(value.shape, "Hm", dtype=object)))
+    value[1, 2, 0] = 0.5
+    words = read([Result("tokens", value, unit="reward")], tmp_path).words
+    assert words.count("Margin at tokens that both begin with") == 1
+
+
 def test_without_checks_there_is_no_table_of_them(tmp_path):
     page = read([shapes.grid()], tmp_path)
     assert "All checks" not in page.words and "completeness gap" not in page.words

@@ -61,6 +61,7 @@ def write_report(
         n_checks=len(checks),
         nearest=nearest(checks),
         gap=numbers.gap,
+        fact=numbers.fact,
     )
     return document.write(page, path)
 

@@ -36,6 +36,11 @@ def gap(value: float) -> str:
     return "0" if value == 0 else _typeset(f"{value:.1e}" if abs(value) < 0.01 else f"{value:.2g}")
 
 
+def fact(value: float) -> str:
+    """A recorded number; a count stands in full."""
+    return _typeset(f"{value:,.0f}") if math.isfinite(value) and value == round(value) else number(value)
+
+
 def cell(value) -> str:
     """Whatever stands in a table or in the settings, as text."""
     if value is None:

@@ -5,6 +5,7 @@ import re
 import unicodedata
 from collections.abc import Mapping
 
+import numpy as np
 import xarray as xr
 
 from reward_lens.charts import kind, panels
@@ -82,10 +83,11 @@ def provenance(results: Mapping[str, Result], without: tuple[str, ...] = ()) -> 
         values = dict.fromkeys(numbers.cell(r.meta[key]) for r in results.values() if r.meta.get(key) is not None)
         if values:
             out.append((NAMES.get(key, key), ", ".join(values)))
-    pairs = dict.fromkeys(_facts_of_data(r) for r in results.values())
-    pairs = [p for p in pairs if p]
-    if pairs:
-        out.append(("data", "; ".join(pairs)))
+    counts = {str(r.meta["n_pairs"]): r for r in results.values() if r.meta.get("n_pairs") is not None}
+    if counts:
+        most = max(counts.values(), key=lambda r: r.meta["n_pairs"])
+        fewer = "; some sections are of fewer, as they say" if len(counts) > 1 else ""
+        out.append(("data", _facts_of_data(most) + fewer))
     versions: dict[str, dict[str, None]] = {}
     for result in results.values():
         for name, version in (result.meta.get("versions") or {}).items():
@@ -133,7 +135,17 @@ def _by_name(value: xr.DataArray) -> dict[tuple[str, str], float]:
 
 def _facts(result: Result) -> str:
     unit = f"unit: {words(result.unit)}" if result.unit and "check" not in result.value.dims else ""
-    return " \u00b7 ".join(part for part in (_facts_of_data(result), unit) if part)
+    return " \u00b7 ".join(part for part in (_facts_of_data(result), unit, interval_words(result)) if part)
+
+
+def interval_words(result: Result) -> str:
+    """What the intervals of a result are, in words; empty where it has none to speak of."""
+    interval = result.meta.get("interval")
+    if result.low is None or not isinstance(interval, Mapping):
+        return ""
+    if not np.isfinite(result.low).any():
+        return f"no intervals {str(interval.get('method', '')).removeprefix('none ')}".strip()
+    return f"{100 * interval['level']:g}% intervals over {interval['unit']}s"
 
 
 def _facts_of_data(result: Result) -> str:
@@ -146,6 +158,8 @@ def settings(result: Result) -> list[tuple[str, str]]:
     meta = result.meta
     rows = [("method", meta.get("method", result.name)), *(meta.get("settings") or {}).items()]
     rows += [(NAMES.get(key, key), meta[key]) for key in SHARED if meta.get(key) is not None]
+    if (meta.get("interval") or {}).get("method"):
+        rows.append(("method of the intervals", meta["interval"]["method"]))
     sizes = zip(dims_of(result.value), result.value.shape, strict=True)
     rows.append(("shape", ", ".join(f"{dim} {size}" for dim, size in sizes) or "one number"))
     return [(str(name), numbers.cell(value)) for name, value in rows]

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import numpy as np
+import xarray as xr
 
 from reward_lens.charts import kind
 from reward_lens.charts.rows import columns, dims_of, largest, text_of, words
@@ -41,6 +42,8 @@ def values_table(result: Result) -> Table:
     names = [n for n in ("value", "low", "high") if n in data and set(data[n].dims) <= set(dims)]
     if not countable:
         return _table(columns(data, [*dims, *names]), "Cells", slice(WHOLE))
+    if data["value"].size > WHOLE and "measure" in dims and len(dims) == 2:
+        return _measures(data["value"])
     if data["value"].size > WHOLE:
         side = "side" in dims and "margin" in data["side"].values
         data = data.sel(side="margin") if side else data
@@ -61,7 +64,16 @@ def checks_table(result: Result) -> Table:
 
 def check_rows(checks: list[tuple[str, Check]]) -> Table:
     """Checks of several results under the heading of each. A recorded fact has no tolerance."""
-    rows = [[where, c.name, numbers.gap(c.gap), numbers.gap(c.tolerance), c.note] for where, c in checks]
+    rows = [
+        [
+            where,
+            c.name,
+            (numbers.fact if math.isinf(c.tolerance) else numbers.gap)(c.gap),
+            numbers.gap(c.tolerance),
+            c.note,
+        ]
+        for where, c in checks
+    ]
     return Table(
         "",
         ["section", "check", "gap", "tolerance", "note"],
@@ -75,6 +87,14 @@ def nearest(checks: list[tuple[str, Check]]) -> tuple[str, Check] | None:
     """The check whose gap takes up the largest part of its tolerance; None where no check has one."""
     bounded = [(w, c) for w, c in checks if 0 < c.tolerance < math.inf]
     return max(bounded, key=lambda pair: pair[1].gap / pair[1].tolerance, default=None)
+
+
+def _measures(value: xr.DataArray) -> Table:
+    """A column a measure: they differ in unit, and the largest of all would be those of one measure."""
+    (of,) = (dim for dim in dims_of(value) if dim != "measure")
+    flat = {of: text_of(value[of].values)}
+    flat |= {str(name): value.sel(measure=name).values for name in value["measure"].values}
+    return _table(flat, "")
 
 
 def _scores(result: Result) -> Table:

@@ -57,7 +57,8 @@ class Strip:
 
 def strip(result: Result, rewards: Mapping[tuple[str, str], float], room: int) -> Strip:
     """`room`: tokens the page has space for. The first pair always fits; the note counts what is left out."""
-    texts = blocks(result)
+    # Nothing in every token that both responses begin with is no text to read.
+    texts = [block for block in blocks(result) if block.side != "margin" or any(block.values)]
     limit, largest = colour_limit(texts)
     grouped = [(pair, list(group)) for pair, group in itertools.groupby(texts, key=lambda block: block.pair)]
     shown, used = [], 0
