@@ -186,6 +186,8 @@ def chosen_row(names: tuple[str, ...], objective: str | int | None, model: str) 
             do=f"pass objective={names[0]!r}, or another row",
         )
     row = 0 if objective is None else names.index(objective) if objective in names else objective
+    if isinstance(row, str) and row.isdecimal():
+        row = int(row)  # an index in the words of a command line
     if not isinstance(row, int) or not -len(names) <= row < len(names):
         raise LoadError(
             f"The head of {model} has no row {objective!r}",
