@@ -4,6 +4,7 @@ Costly questions are asked of a few named pairs only; each result says how many 
 """
 
 import functools
+from collections import Counter
 from collections.abc import Callable
 
 import reward_lens as rl
@@ -37,35 +38,53 @@ def questions(rm: "rl.RewardModel", pairs: "rl.Pairs", scores: "rl.Result", few:
     ask |= {
         "lens_own_norm": lambda: rl.reward_lens(rm, writes(), norm="own"),
         "lens_frozen_norm": lambda: rl.reward_lens(rm, writes(), norm="frozen"),
-        "contributions": contributions,
-        "tokens_prefix": lambda: rl.token_attribution(rm, pairs, method="prefix"),
         "crystallization": lambda: rl.crystallization_depth(rm, some, control_seeds=1),
+        "contributions": contributions,
         "heads": lambda: rl.contributions(rm, some, by="head"),
         "effects": lambda: rl.effects(rm, more, path="direct"),
         "head_effects": lambda: rl.effects(rm, some, "heads"),
         "agreement": lambda: rl.agreement(rm, spread_over_subsets(pairs, few + 2), controls=1),
     }
     if pairs.n_prompts >= ENOUGH:
-        half = len(pairs) // 2  # one part is intervened on, the other says what is natural
-        changed, natural = spread_over_subsets(pairs[:half], 2 * few), pairs[half:]
+        changed, natural = halves(pairs)  # one part is intervened on, the other says what is natural
+        changed = spread_over_subsets(changed, 2 * few)
         depths = range(0, rm.n_layers, max(1, rm.n_layers // 6))
         sites = [f"L{layer}.{kind}" for layer in depths for kind in ("attn", "mlp")]
         ask["divergence"] = lambda: rl.divergence(rm, changed, sites, natural, n_neighbours=20, min_evaluation=30)
     return ask | {
         "probes": lambda: rl.probe_hacking(rm, spread_over_subsets(pairs, few + 4), PROBES),
-        "knockout": lambda: rl.attention_knockout(rm, some, "sentence"),
         "vocabulary": lambda: rl.vocab_alignment(rm, top=15),
+        "knockout": lambda: rl.attention_knockout(rm, some, "sentence"),
+        "tokens_prefix": lambda: rl.token_attribution(rm, pairs, method="prefix"),
         "tokens_truncate": lambda: rl.token_attribution(rm, some, method="truncate"),
         "words_leave_one_out": lambda: rl.token_attribution(rm, some, method="leave_one_out", by="word"),
     }
 
 
 def spread_over_subsets(pairs: "rl.Pairs", n: int) -> "rl.Pairs":
-    """`n` pairs: the first of every subset, then the second of every subset, and so on, in the order of the file."""
-    seen: dict[str | None, int] = {}
+    """`n` pairs: the first of every subset, then the second of every subset, and so on, in the order of the file. A
+    prompt comes again when all others have come, as it is prompts that are counted."""
+    subsets: Counter[str | None] = Counter()
+    prompts: Counter[str] = Counter()
     ranked = []
     for i, pair in enumerate(pairs):
-        seen[pair.subset] = seen.get(pair.subset, 0) + 1
-        ranked.append((seen[pair.subset], i))
-    keep = sorted(i for _, i in sorted(ranked)[:n])
-    return rl.Pairs([pairs[i] for i in keep])
+        subsets[pair.subset] += 1
+        prompts[pair.prompt_key] += 1
+        ranked.append((prompts[pair.prompt_key], subsets[pair.subset], i))
+    keep = sorted(i for *_, i in sorted(ranked)[:n])
+    return rl.Pairs([pairs[i] for i in keep], pairs.source)
+
+
+def halves(pairs: "rl.Pairs") -> tuple["rl.Pairs", "rl.Pairs"]:
+    """The pairs of every second prompt, and those of the others: no prompt is in both."""
+    prompts = list(dict.fromkeys(pair.prompt_key for pair in pairs))
+    return by_prompt(pairs, set(prompts[::2]))
+
+
+def by_prompt(pairs: "rl.Pairs", prompts: set[str]) -> tuple["rl.Pairs", "rl.Pairs"]:
+    """The pairs whose prompt is one of `prompts` (keys), and the others."""
+    inside, outside = (
+        rl.Pairs([pair for pair in pairs if (pair.prompt_key in prompts) == kept], pairs.source)
+        for kept in (True, False)
+    )
+    return inside, outside

@@ -1,0 +1,26 @@
+"""Which pairs the standard analysis asks its questions of."""
+
+import reward_lens as rl
+from reward_lens.analysis import by_prompt, halves, spread_over_subsets
+
+
+def pairs_of(*prompts: str) -> rl.Pairs:
+    return rl.Pairs([rl.Pair(p, f"yes {i}", f"no {i}", subset=p[0]) for i, p in enumerate(prompts)], "here")
+
+
+def test_no_prompt_is_in_both_halves():
+    """Rows of one prompt that stand side by side, or once in either half of the file, are of one part."""
+    for prompts in (("a", "a", "b", "b", "c", "c", "d", "d"), ("a", "b", "c", "d", "a", "b", "c", "d")):
+        first, second = halves(pairs_of(*prompts))
+        assert {p.prompt for p in first} == {"a", "c"} and {p.prompt for p in second} == {"b", "d"}
+        assert len(first) == len(second) == 4 and first.source == "here"
+    inside, outside = by_prompt(pairs_of("a", "b", "c"), {pairs_of("b")[0].prompt_key})
+    assert [p.prompt for p in inside] == ["b"] and [p.id for p in outside] == ["1", "3"]
+
+
+def test_pairs_are_spread_over_subsets_and_then_over_prompts():
+    chosen = spread_over_subsets(pairs_of("a1", "a2", "b1", "b2", "b3", "c1"), 4)
+    assert [p.prompt for p in chosen] == ["a1", "a2", "b1", "c1"]
+    same = spread_over_subsets(pairs_of("a1", "a1", "a1", "a2", "a3", "b1"), 4)
+    assert [p.prompt for p in same] == ["a1", "a2", "a3", "b1"]
+    assert len(spread_over_subsets(pairs_of("a1", "a1"), 6)) == 2
