@@ -90,6 +90,7 @@ def test_score_is_the_models(model):
         ("patch", "--sites", "L0.H1,L1.mlp", "--mode", "denoise", "--at", "all", "--align", "tail"),
         ("patch", "--path", "direct"),
         ("patch", "--mode", "mean", "--reference", "demo", "--at", "response", "--by-position", "--sites", "L0.mlp"),
+        ("attribute", "--by", "token", "--top", "2"),
         ("agree", "--controls", "0", "--estimators", "gradient"),
     ],
 )
@@ -182,6 +183,29 @@ def test_refusals_are_sentences_with_exit_code_1(model, tmp_path):
     assert "DataError" in run("lens", model, str(tmp_path / "none.jsonl"), code=1).stderr
 
 
+def test_what_cannot_be_saved_has_been_printed(model, pairs, tmp_path):
+    """Paths that cannot be written: a sentence, after the answer or before the work, and no Python error."""
+    place = str(tmp_path / "file" / "result.nc")
+    (tmp_path / "file").write_text("")
+    for command in (("accuracy", model, pairs), ("lens", model, pairs), ("probe", model, pairs, "--probes", "hedge")):
+        result = run(*command, "--save", place, code=1)
+        assert command[0] in result.stdout and "File exists" in result.stderr
+    assert "directory" in run("accuracy", model, pairs, "--save", str(tmp_path), code=2).stderr
+    run("report", model, pairs, "-o", str(tmp_path / "file"), code=2)
+
+
+def test_a_mistake_in_the_data_costs_no_model_and_what_is_odd_is_said(model, tmp_path):
+    missing = str(tmp_path / "none.jsonl")
+    for command in (("lens", "no-model", missing), ("patch", "no-model", missing), ("steps", "no-model", missing),
+                    ("benchmark", "no-model", "demo", missing), ("judge", "no-model", missing)):  # fmt: skip
+        assert "none.jsonl cannot be read" in " ".join(run(*command, code=1).stderr.split())
+    odd = tmp_path / "odd.jsonl"
+    odd.write_text('{"prompt": "a", "chosen": "b", "rejected": ""}\n' * 2)
+    result = run("accuracy", model, str(odd))
+    assert "Note: empty or blank response: 2 (1, 2)" in result.stderr and "95% intervals over prompts" in result.stdout
+    assert result.stdout.splitlines()[3].split()[-2:] == ["2", "1"]  # pairs and prompts of all
+
+
 def test_the_device_is_an_option_and_a_variable(model, monkeypatch):
     assert "cpu" in run("check", model, "--device", "cpu").output
     monkeypatch.setenv("REWARD_LENS_DEVICE", "nowhere")
@@ -202,6 +226,7 @@ def test_the_module_is_the_command():
 
 def test_a_wrong_command_line_is_exit_code_2(model):
     run("accuracy", model, "--limit", "0", code=2)
+    run("attribute", model, "--top", "-3", code=2)
     assert "'sideways'" in run("patch", model, "--mode", "sideways", code=2).output
     run("no-such-command", code=2)
 
@@ -227,6 +252,19 @@ def test_edit_writes_a_checkpoint(model, tmp_path):
     assert "not empty" in " ".join(
         run("edit", model, str(data), "--remove", "exclaim", "-o", str(folder), code=1).output.split()
     )
+
+
+def test_edit_refuses_before_the_work(tmp_path):
+    (tmp_path / "taken").write_text("")
+    folder = str(tmp_path / "edited")
+    assert "family of edits" in run("edit", "no-model", "demo", "--remove", "pad", "-o", folder, code=2).stderr
+    refused = run("edit", "no-model", "demo", "--remove", "pad_1", "-o", str(tmp_path), code=1).stderr
+    assert "not empty" in " ".join(refused.split())
+    run("edit", "no-model", "demo", "--remove", "pad_1", "-o", str(tmp_path / "taken"), code=2)
+
+
+def test_agree_prints_the_random_weights(model, pairs):
+    assert "random 1" in run("agree", model, pairs, "--limit", "3").output
 
 
 def test_pressure_reads_scored_samples(tmp_path):
@@ -272,7 +310,7 @@ def test_concepts_prints_a_row_a_concept_and_position(model, tmp_path):
 
 def test_conflict_prints_labels(model):
     printed = run("conflict", model, "demo", "--terms", "exclaim,hedge", "--limit", "12").output
-    assert "exclaim" in printed and "direction" in printed
+    assert "exclaim" in printed and "direction" in printed and "exclaim ~ hedge: " in printed
 
 
 def test_cascade_reads_counts(tmp_path):

@@ -223,7 +223,7 @@ def test_wilson_at_known_figures(n, low, high):
 
 
 def test_wilson_ends_where_a_share_ends():
-    """Rounding left 2.8e-17 of 6 failures of 6 after all trials were counted as prompts."""
+    """Rounding left 2.8e-17 as the low end of 0 of 7."""
     for n in [*range(1, 60), 5.9999999999, 7.3]:
         assert wilson(0, n)[0] == 0.0 and wilson(n, n)[1] == 1.0
 

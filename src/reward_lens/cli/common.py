@@ -14,6 +14,7 @@ from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColum
 
 import reward_lens as rl
 from reward_lens.cli.loading import given, quietly, readout_of, with_loading
+from reward_lens.report.sections import interval_words
 
 app = typer.Typer(
     help="Look inside reward models. MODEL is 'demo', a hub id, a folder or a PEFT adapter; PAIRS is 'demo', a JSONL, "
@@ -33,18 +34,21 @@ Limit = Annotated[int | None, typer.Option(help="Use only the first N pairs.", m
 Split = Annotated[str | None, typer.Option(help="Split of a hub data set.")]
 Truncation = Annotated[str | None, typer.Option(help="'left' or 'right' cuts over-long texts; default: refuse them.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Save = Annotated[Path | None, typer.Option("--save", "-o", help="Also save the Result to this file.")]
+Save = Annotated[Path | None, typer.Option("--save", "-o", help="Also save the Result to this file.", dir_okay=False)]
+Top = Annotated[
+    int, typer.Option(help="Largest cells that are listed; 0 lists none, and with --json prints all values.", min=0)
+]
 
 
 def refusals(command: Callable) -> Callable:
-    """Print the library's own errors as sentences and leave with exit code 1; a command that loads a model also gets
-    the options of loading."""
+    """Print the library's own errors, and files that cannot be read or written, as sentences and leave with exit code
+    1; a command that loads a model also gets the options of loading."""
 
     @wraps(command)
     def run(*args, **kwargs):
         try:
             return command(*args, **kwargs)
-        except rl.RewardLensError as error:
+        except (rl.RewardLensError, OSError) as error:
             err.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
             raise typer.Exit(1) from error
 
@@ -60,10 +64,20 @@ def load(model: str, objective: str | None = None, truncation: str | None = None
                        **asked.settings())  # fmt: skip
 
 
+def load_both(
+    model: str, pairs: str, split: str | None = None, limit: int | None = None, objective: str | None = None,
+    truncation: str | None = None,
+) -> tuple["rl.RewardModel", "rl.Pairs"]:  # fmt: skip
+    """Model and pairs. The pairs are read first, so that a mistake in them costs no loading, and what is odd about them
+    is said."""
+    data = rl.load_pairs(pairs, split=split, limit=limit)
+    for note in data.notes:
+        err.print(f"Note: {note}", markup=False, highlight=False)
+    return load(model, objective, truncation), data
+
+
 def show(result: "rl.Result", as_json: bool, save: Path | None = None, top: int | None = None) -> None:
-    """Print a result as a table or as JSON, and save it."""
-    if save is not None:
-        result.save(save)
+    """Print a result as a table or as JSON, then save it: what cannot be saved has been seen."""
     if as_json:
         frame = result.top(top) if top else result.to_frame()
         checks = pd.DataFrame([dataclasses.asdict(c) for c in result.checks])  # pandas writes NaN and inf as null
@@ -73,4 +87,8 @@ def show(result: "rl.Result", as_json: bool, save: Path | None = None, top: int 
     else:
         typer.echo(str(result))
         if top:
-            typer.echo(f"\nLargest {top}:\n{result.top(top).to_string(index=False)}")
+            largest = result.top(top)
+            over = f", {interval_words(result)}" if "low" in largest else ""
+            typer.echo(f"\nLargest {len(largest)} by absolute value{over}:\n{largest.to_string(index=False)}")
+    if save is not None:
+        result.save(save)

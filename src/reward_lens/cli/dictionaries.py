@@ -8,6 +8,7 @@ import typer
 from rich.progress import Progress
 
 import reward_lens as rl
+from reward_lens.analysis import by_prompt
 from reward_lens.cli.common import (
     COLUMNS,
     AsJson,
@@ -17,7 +18,7 @@ from reward_lens.cli.common import (
     Truncation,
     app,
     err,
-    load,
+    load_both,
     refusals,
     show,
 )
@@ -63,7 +64,7 @@ def train(
 
     if rl.Site.parse(site).kind not in KINDS:  # before the activations, not after the training
         raise typer.BadParameter(f"{site!r}: expected a residual stream or a write, such as L20.resid_post or L3.mlp")
-    rm, data = load(model, objective, truncation), rl.load_pairs(pairs, split=split, limit=limit)
+    rm, data = load_both(model, pairs, split, limit, objective, truncation)
     fit, test = _halves(data, held_out)
     estimate = rl.estimate_store(rm, fit, site, positions)
     size = f"{estimate.n_samples:,} samples of {estimate.n_texts:,} texts, {estimate.bytes / 2**20:,.1f} MiB"
@@ -101,7 +102,7 @@ def evaluate(
 ):  # fmt: skip
     """How well a dictionary stands in for what it reads: variance, rewards, margins, and other seeds."""
     found, others = rl.SAE.load(folder, subfolder, revision), [rl.SAE.load(other) for other in seeds or ()]
-    rm, data = load(model, objective, truncation), rl.load_pairs(pairs, split=split, limit=limit)
+    rm, data = load_both(model, pairs, split, limit, objective, truncation)
     with err.status(f"Running {2 * len(data)} responses with and without the dictionary"):
         report = rl.sae_report(rm, found, data, others, site=site, seed=seed)
     _print(report, as_json, save)
@@ -128,7 +129,7 @@ def explore(
     from reward_lens.explorer import explorer_results
 
     found = rl.SAE.load(folder, subfolder, revision)
-    rm, data = load(model, objective, truncation), rl.load_pairs(pairs, split=split, limit=limit)
+    rm, data = load_both(model, pairs, split, limit, objective, truncation)
     results = []
     with Progress(*COLUMNS, console=err) as progress:
         task = progress.add_task(f"{len(data)} pairs", total=None)
@@ -147,7 +148,7 @@ def _halves(data: "rl.Pairs", held_out: float) -> tuple["rl.Pairs", "rl.Pairs"]:
     out = {keys[i] for i in order[: round(held_out * len(keys))]}
     if not out:
         return data, data
-    fit, test = (rl.Pairs([p for p in data if (p.prompt_key in out) == held], data.source) for held in (False, True))
+    test, fit = by_prompt(data, out)
     return fit, test
 
 
@@ -155,12 +156,12 @@ def _print(report: "rl.Result", as_json: bool, save: Path | None) -> None:
     """Every measure at both places with its interval."""
     if as_json:
         return show(report, True, save)
-    if save is not None:
-        report.save(save)
     table = report.dataset[["value", "low", "high"]].to_dataframe()[["value", "low", "high", "n"]]
     typer.echo(table.to_string(float_format=lambda x: f"{x:.3g}", na_rep=""))
     for check in report.checks:
         typer.echo(str(check))
+    if save is not None:
+        report.save(save)
 
 
 def _share(stable: dict[str, Any]) -> str:

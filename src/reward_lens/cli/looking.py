@@ -17,13 +17,16 @@ from reward_lens.cli.common import (
     PairsFile,
     Save,
     Split,
+    Top,
     Truncation,
     app,
     err,
     load,
+    load_both,
     refusals,
     show,
 )
+from reward_lens.report.sections import interval_words
 
 
 @app.command(epilog="Example: reward-lens check Skywork/Skywork-Reward-V2-Llama-3.2-1B")
@@ -89,8 +92,23 @@ def accuracy(
     objective: Objective = None, truncation: Truncation = None, as_json: AsJson = False, save: Save = None,
 ):  # fmt: skip
     """How often the chosen response wins, by subset and beside length-only rules."""
-    rm = load(model, objective, truncation)
-    show(rl.accuracy(rm, rl.load_pairs(pairs, split=split, limit=limit)), as_json, save)
+    rm, data = load_both(model, pairs, split, limit, objective, truncation)
+    result = rl.accuracy(rm, data)
+    if as_json:
+        return show(result, True, save)
+    table = result.value.to_series().unstack("rule")[list(result.value["rule"].values)]
+    table = table.reindex(result.value["subset"].values)
+    own = result.dataset.sel(rule="reward model")
+    for place, name in enumerate(("low", "high"), start=1):
+        table.insert(place, name, own[name].values)
+    for name in ("n_pairs", "n_prompts"):
+        table[name] = own[name].values
+    typer.echo(f"accuracy [fraction], {interval_words(result)}")
+    typer.echo(table.to_string(float_format=lambda x: f"{x:.3f}", na_rep=""))
+    for check in result.checks:
+        typer.echo(str(check))
+    if save is not None:
+        result.save(save)
 
 
 @app.command(epilog="Example: reward-lens lens demo demo --norm frozen")
@@ -100,20 +118,20 @@ def lens(
     objective: Objective = None, truncation: Truncation = None, as_json: AsJson = False, save: Save = None,
 ):  # fmt: skip
     """The reward read off the residual stream at every depth."""
-    rm = load(model, objective, truncation)
-    show(rl.reward_lens(rm, rl.load_pairs(pairs, split=split, limit=limit), norm=cast(Any, norm)), as_json, save)
+    rm, data = load_both(model, pairs, split, limit, objective, truncation)
+    show(rl.reward_lens(rm, data, norm=cast(Any, norm)), as_json, save)
 
 
 @app.command(epilog="Example: reward-lens attribute demo demo --by head --top 10")
 @refusals
 def attribute(
-    model: Model = "demo", pairs: PairsFile = "demo", by: str = "component", top: int = 10, split: Split = None,
+    model: Model = "demo", pairs: PairsFile = "demo", by: str = "component", top: Top = 10, split: Split = None,
     limit: Limit = None, objective: Objective = None, truncation: Truncation = None, as_json: AsJson = False,
     save: Save = None,
 ):  # fmt: skip
     """Split rewards and margins exactly over components, heads, neurons or source tokens."""
-    rm = load(model, objective, truncation)
-    show(rl.contributions(rm, rl.load_pairs(pairs, split=split, limit=limit), by=cast(Any, by)), as_json, save, top)
+    rm, data = load_both(model, pairs, split, limit, objective, truncation)
+    show(rl.contributions(rm, data, by=cast(Any, by)), as_json, save, top)
 
 
 At = Annotated[Literal["final", "response", "all"], typer.Option(help="Positions that are changed.")]
@@ -124,7 +142,10 @@ Estimator = Literal["exact", "gradient", "integrated", "integrated_block", "inte
 @app.command(epilog="Example: reward-lens patch demo demo --sites heads --mode denoise --top 10")
 @refusals
 def patch(
-    model: Model = "demo", pairs: PairsFile = "demo", sites: str = "components",
+    model: Model = "demo", pairs: PairsFile = "demo",
+    sites: Annotated[
+        str, typer.Option(help="components, heads, residual, experts, or names such as L3.H5,L4.mlp.")
+    ] = "components",
     mode: Annotated[Literal["noise", "denoise", "zero", "mean", "resample"], typer.Option(
         help="The other response's value (into chosen, into rejected), or an ablation of both.")] = "noise",
     at: At = "final", align: Align = None,
@@ -133,12 +154,11 @@ def patch(
     calibrate: Annotated[int | None, typer.Option(help="Cells on which an estimate is held against exact.")] = None,
     reference: Annotated[str | None, typer.Option(help="Pairs of other prompts, for 'mean' and 'resample'.")] = None,
     by_position: Annotated[bool, typer.Option("--by-position", help="Each position by itself.")] = False,
-    top: int = 10, split: Split = None, limit: Limit = None, objective: Objective = None,
+    top: Top = 10, split: Split = None, limit: Limit = None, objective: Objective = None,
     truncation: Truncation = None, as_json: AsJson = False, save: Save = None,
 ):  # fmt: skip
-    """The causal effect of sites on the reward. SITES: components, heads, residual, experts, or names such as
-    L3.H5,L4.mlp."""
-    rm, data = load(model, objective, truncation), rl.load_pairs(pairs, split=split, limit=limit)
+    """The causal effect of sites on the reward."""
+    rm, data = load_both(model, pairs, split, limit, objective, truncation)
     named: Any = sites if sites in ("components", "heads", "residual", "experts") else sites.split(",")
     options: Any = {"mode": mode, "at": at, "path": path, "estimator": estimator, "align": align}
     options |= {"spans": "position" if by_position else None} | ({} if calibrate is None else {"calibrate": calibrate})
@@ -156,17 +176,22 @@ def patch(
 @app.command(epilog="Example: reward-lens agree demo demo --limit 12 --estimators gradient")
 @refusals
 def agree(
-    model: Model = "demo", pairs: PairsFile = "demo", sites: str = "components", at: At = "final", align: Align = None,
+    model: Model = "demo", pairs: PairsFile = "demo",
+    sites: Annotated[str, typer.Option(help="components, heads, or names such as L3.H5,L4.mlp.")] = "components",
+    at: At = "final", align: Align = None,
     estimators: Annotated[str, typer.Option(help="Estimators to hold against exact effects, by commas.")] = "",
-    controls: int = 1, split: Split = None, limit: Limit = None, objective: Objective = None,
-    truncation: Truncation = None, as_json: AsJson = False, save: Save = None,
+    controls: Annotated[int, typer.Option(help="Copies with random weights, each run as well.", min=0)] = 1,
+    split: Split = None, limit: Limit = None, objective: Objective = None, truncation: Truncation = None,
+    as_json: AsJson = False, save: Save = None,
 ):  # fmt: skip
     """How far contributions, direct and total effects agree, beside a copy with random weights."""
-    rm, data = load(model, objective, truncation), rl.load_pairs(pairs, split=split, limit=limit)
+    rm, data = load_both(model, pairs, split, limit, objective, truncation)
     named: Any = sites if sites in ("components", "heads") else sites.split(",")
     options: Any = {"at": at, "align": align, "estimators": [e for e in estimators.split(",") if e]}
     with err.status(f"Patching {len(data)} pairs"):
         result = rl.agreement(rm, data, named, controls=controls, **options)
     show(result, as_json, save)
     if not as_json:
+        beside = result.summary().to_series().unstack(["mode", "model"])
+        typer.echo(f"\nBeside random weights:\n{beside.to_string(float_format=lambda x: f'{x:.3f}', na_rep='')}")
         typer.echo(f"\nBy length:\n{rl.agreement_by_length(result)}")

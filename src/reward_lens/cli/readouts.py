@@ -6,7 +6,21 @@ from typing import Annotated, Any, Literal, cast
 import typer
 
 import reward_lens as rl
-from reward_lens.cli.common import AsJson, Limit, Model, PairsFile, Save, Split, app, err, load, quietly, refusals, show
+from reward_lens.cli.common import (
+    AsJson,
+    Limit,
+    Model,
+    PairsFile,
+    Save,
+    Split,
+    app,
+    err,
+    load,
+    load_both,
+    quietly,
+    refusals,
+    show,
+)
 from reward_lens.cli.loading import given
 
 Beta = Annotated[float, typer.Option(help="Of the DPO run.")]
@@ -23,7 +37,7 @@ def steps(
     split: Split = None, limit: Limit = None, as_json: AsJson = False, save: Save = None,
 ):  # fmt: skip
     """What a process reward model gives to every step of solutions; --readout says how it reads them."""
-    rm, data = load(model), rl.load_solutions(solutions, split=split, limit=limit)
+    data, rm = rl.load_solutions(solutions, split=split, limit=limit), load(model)
     ask = {"rewards": rl.step_rewards, "lens": rl.step_lens, "contributions": rl.step_contributions}[what]
     with err.status(f"Reading {len(data)} solutions"):
         result = ask(rm, data)
@@ -42,7 +56,7 @@ def judge(
     save: Save = None,
 ):  # fmt: skip
     """Both orders of every pair before a judge, its preference and its position bias; --readout gives its question."""
-    rm, data = load(model), rl.load_pairs(pairs, split=split, limit=limit)
+    rm, data = load_both(model, pairs, split, limit)
     with err.status(f"Asking about {len(data)} pairs in both orders"):
         result = rl.pair_judge(rm, data)
     show(result, as_json, save)

@@ -21,7 +21,7 @@ from reward_lens.cli.common import (
     Truncation,
     app,
     err,
-    load,
+    load_both,
     refusals,
 )
 
@@ -33,7 +33,9 @@ SAME = ("model", "revision", "dtype", "objective", "reads", "inputs_hash", "vers
 def report(
     model: Model = "demo", pairs: PairsFile = "demo", split: Split = None, limit: Limit = None,
     objective: Objective = None, truncation: Truncation = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the page and the results.")] = Path("out"),
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder for the page and the results.", file_okay=False)
+    ] = Path("out"),
     resume: Annotated[bool, typer.Option("--resume", help="Take over what an earlier run left there.")] = False,
 ):  # fmt: skip
     """Run the whole analysis and write one offline HTML file, every Result beside it.
@@ -41,9 +43,7 @@ def report(
     A run that ends early (an interrupt, too little memory, a failed check) leaves a page of what it answered; the same
     command with --resume asks the rest. It scores the pairs first, and refuses the answers of another model or pairs.
     """
-    rm, data = load(model, objective, truncation), rl.load_pairs(pairs, split=split, limit=limit)
-    for note in data.notes:
-        err.print(f"Note: {note}", markup=False)
+    rm, data = load_both(model, pairs, split, limit, objective, truncation)
     with err.status(f"Scoring {len(data)} pairs"):
         scores = rm.score_pairs(data)
     folder = AnswerFolder(output, scores, rm.noise_floor, resume)
@@ -52,7 +52,7 @@ def report(
     try:
         _ask(asked, folder, answers)
     finally:  # hours of answers are worth a page, whatever ended the run
-        _write(list(asked), answers, output / "report.html", f"{rm.name}: reward model report")
+        _write(list(asked), answers, output / "report.html", f"{rm.name} on {data.source}")
 
 
 def _ask(asked: Mapping[str, Question], folder: "AnswerFolder", answers: dict[str, rl.Result | rl.RewardLensError]):

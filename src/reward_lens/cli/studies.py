@@ -1,6 +1,7 @@
 """Commands of whole studies: comparison, concepts, conflict, cascade, distortion."""
 
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,7 @@ from reward_lens.cli.common import (
     app,
     err,
     load,
+    load_both,
     refusals,
     show,
 )
@@ -37,7 +39,8 @@ def compare(
         result = rl.compare({name: partial(load, name) for name in models}, data)
     show(result, as_json, save)
     if not as_json:
-        typer.echo(f"\nLargest disagreements:\n{rl.disagreements(result, n=5).to_string(index=False)}")
+        opposed = rl.disagreements(result, n=5).to_string(index=False)
+        typer.echo(f"\nLargest disagreements, margins in SDs of each model's rewards within prompts:\n{opposed}")
 
 
 @app.command(epilog="Example: reward-lens concepts demo concepts --null 20 --steered 5")
@@ -51,7 +54,7 @@ def concepts(
     as_json: AsJson = False, save: Save = None,
 ):  # fmt: skip
     """Directions of concepts, which way the reward pays for each, and whether reading and steering agree."""
-    rm, given = load(model), rl.load_concepts(texts)
+    given, rm = rl.load_concepts(texts), load(model)
     with err.status(f"Reading {len(given)} texts"):
         vectors = rl.concept_vectors(rm, given, depth=depth)
     with err.status("Steering"):
@@ -74,11 +77,17 @@ def conflict(
     objective: Objective = None, truncation: Truncation = None, as_json: AsJson = False, save: Save = None,
 ):  # fmt: skip
     """How the directions of several edits relate: aligned, orthogonal or in conflict, where the numbers decide."""
-    rm, data = load(model, objective, truncation), rl.load_pairs(pairs, split=split, limit=limit)
+    rm, data = load_both(model, pairs, split, limit, objective, truncation)
     chosen = {edit.name: rl.edited_pairs(data, edit) for edit in rl.edits_of(terms.split(","))}
     with err.status("Reading states"):
         result = rl.term_conflict(rm, chosen, tests=("direction",))
     show(result, as_json, save)
+    if not as_json:
+        for one, other in combinations(chosen, 2):
+            cell = result.dataset.sel(term=one, other=other, test="direction")
+            ends = f"{float(cell['value']):.3f} ({float(cell['low']):.3f} to {float(cell['high']):.3f})"
+            why = f": {cell['reason'].item()}" if cell["reason"].item() else ""
+            typer.echo(f"{one} ~ {other}: {cell['label'].item()}, cosine {ends}{why}")
 
 
 @app.command(epilog="Example: reward-lens cascade run.csv --control control.csv")
@@ -109,7 +118,7 @@ def distortion(
     given = dict(parts)
     if len(given) < len(parts):
         raise typer.BadParameter(f"{weights!r}: a name comes twice")
-    rm, data = load(model, objective, truncation), rl.load_pairs(pairs, split=split, limit=limit)
+    rm, data = load_both(model, pairs, split, limit, objective, truncation)
     chosen = {name: edits for name, edits in rl.DEFAULT_EDITS.items() if not given or name in given}
     with err.status(f"Editing and scoring {2 * len(data)} responses"):
         slopes = rl.sensitivity_slopes(rm, chosen, data)

@@ -46,6 +46,16 @@ def save_pretrained(rm: "RewardModel", folder: str | Path) -> Path:
     """
     refuse_change(rm, "A checkpoint with a reward head")
     require_no_live_adapter(rm.module, "A checkpoint with a reward head")
+    folder = require_empty(folder)
+    # Saving writes the class and the precision into the configuration it saves; the copy's, not the model's.
+    sharing_copy(rm.module).save_pretrained(folder)
+    rm.tokenizer.hf.save_pretrained(folder)
+    (folder / "README.md").write_text(card(rm), encoding="utf-8")
+    return folder
+
+
+def require_empty(folder: str | Path) -> Path:
+    """The folder as a path; a `DataError` where it is a file or has something in it."""
     folder = Path(folder)
     taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if taken:
@@ -55,10 +65,6 @@ def save_pretrained(rm: "RewardModel", folder: str | Path) -> Path:
             expected="an empty folder, or one that does not exist yet",
             do="choose another folder",
         )
-    # Saving writes the class and the precision into the configuration it saves; the copy's, not the model's.
-    sharing_copy(rm.module).save_pretrained(folder)
-    rm.tokenizer.hf.save_pretrained(folder)
-    (folder / "README.md").write_text(card(rm), encoding="utf-8")
     return folder
 
 
