@@ -192,6 +192,7 @@ def test_what_cannot_be_saved_has_been_printed(model, pairs, tmp_path):
         assert command[0] in result.stdout and "File exists" in result.stderr
     assert "directory" in run("accuracy", model, pairs, "--save", str(tmp_path), code=2).stderr
     run("report", model, pairs, "-o", str(tmp_path / "file"), code=2)
+    run("sae", "explore", model, "no-dictionary", "-o", str(tmp_path), code=2)
 
 
 def test_a_mistake_in_the_data_costs_no_model_and_what_is_odd_is_said(model, tmp_path):

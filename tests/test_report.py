@@ -140,6 +140,13 @@ def test_the_page_does_not_depend_on_when_or_from_where(path, tmp_path):
 # --- what is given
 
 
+def test_a_page_makes_its_folder_and_leaves_nothing_where_it_cannot_be(tmp_path):
+    assert write_report([shapes.scores()], tmp_path / "new" / "folder" / "page.html").stat().st_size
+    with pytest.raises(OSError):
+        write_report([shapes.scores()], tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
 def test_nothing_to_show_is_an_error(tmp_path):
     with pytest.raises(DataError, match="The report has nothing to show"):
         write_report([], tmp_path / "page.html")

@@ -65,7 +65,9 @@ def edit(
     alpha: Annotated[float, typer.Option(help="Share of the direction that is taken out.")] = 1.0,
     split: Split = None, limit: Limit = None,
     objective: Objective = None, truncation: Truncation = None,
-    save: Annotated[Path | None, typer.Option("--save", help="Also save the table of before and after.")] = None,
+    save: Annotated[
+        Path | None, typer.Option("--save", help="Also save the table of before and after.", dir_okay=False)
+    ] = None,
 ):  # fmt: skip
     """Take the direction of an edit out of the reward head and write a checkpoint that transformers loads.
 

@@ -37,7 +37,7 @@ Folder = Annotated[str, typer.Argument(help="A dictionary's folder, or a hub id.
 Subfolder = Annotated[str | None, typer.Option(help="Of a release of many: the dictionary's folder in it.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub.")]
 SiteOption = Annotated[str | None, typer.Option(help="Where it is read, if its files do not say: L20.resid_post.")]
-SaveFile = Annotated[Path | None, typer.Option("--save", help="Also save the Result to this file.")]
+SaveFile = Annotated[Path | None, typer.Option("--save", help="Also save the Result to this file.", dir_okay=False)]
 
 
 @sae.command(epilog="Example: reward-lens sae train demo --site L29.resid_post --d-sae 2048 --k 32 -o dictionary/")
@@ -46,7 +46,10 @@ def train(
     model: Annotated[str, MODEL],
     site: Annotated[str, typer.Option(help="What it is trained on: L20.resid_post, L3.mlp, ...")],
     d_sae: Annotated[int, typer.Option("--d-sae", help="Latents.", min=1)],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the dictionary and what it is made from.")],
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", help="Folder for the dictionary and what it is made from.", file_okay=False),
+    ],
     k: Annotated[int, typer.Option("--k", help="Active latents of a sample.", min=1)] = 32,
     pairs: PairsOption = "demo",
     variant: Annotated[Literal["batchtopk", "topk", "jumprelu", "matryoshka"], typer.Option()] = "batchtopk",
@@ -115,7 +118,9 @@ def evaluate(
 @refusals
 def explore(
     model: Annotated[str, MODEL], folder: Folder,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The HTML file.")] = Path("latents.html"),
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The HTML file.", dir_okay=False)
+    ] = Path("latents.html"),
     pairs: PairsOption = "demo",
     latents: Annotated[int, typer.Option(help="Latents on the page.", min=1)] = 200,
     tested: Annotated[int, typer.Option(help="Latents that are set to 0 and tested.", min=0)] = 20,
@@ -123,7 +128,9 @@ def explore(
     at: Annotated[Literal["final", "response"], typer.Option(help="Where latents count.")] = "final",
     subfolder: Subfolder = None, revision: Revision = None, site: SiteOption = None, split: Split = None,
     limit: Limit = None, objective: Objective = None, truncation: Truncation = None, seed: int = 0,
-    save: Annotated[Path | None, typer.Option("--save", help="Also save the Results in this folder.")] = None,
+    save: Annotated[
+        Path | None, typer.Option("--save", help="Also save the Results in this folder.", file_okay=False)
+    ] = None,
 ):  # fmt: skip
     """Write one offline HTML page on which the latents of a dictionary are searched, sorted and looked at."""
     from reward_lens.explorer import explorer_results

@@ -66,12 +66,16 @@ def data_block(value) -> Markup:
 
 
 def write(page: str, path: str | Path) -> Path:
-    """Write a page, whole or not at all. Returns its path."""
+    """Write a page, whole or not at all, and the folders it is in. Returns its path."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
     # A lone surrogate has no UTF-8 form; it is written as the escape that stands for it.
-    partial.write_text(page, encoding="utf-8", errors="backslashreplace", newline="\n")
-    partial.replace(path)
+    try:
+        partial.write_text(page, encoding="utf-8", errors="backslashreplace", newline="\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     return path
 
 
