@@ -215,7 +215,8 @@ def test_the_head_and_the_checks(page):
     assert "48 latents, topk, k 6" in page.words and "L2.resid_post" in page.words
     for result in results():
         for check in result.checks:
-            assert check.name in page.words and numbers.gap(check.gap) in page.words
+            written = numbers.gap if np.isfinite(check.tolerance) else numbers.fact
+            assert check.name in page.words and written(check.gap) in page.words
         assert result.meta["cannot_show"] in page.words
 
 
