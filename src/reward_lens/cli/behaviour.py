@@ -73,14 +73,15 @@ def edit(
 
     The direction comes from the pairs of every second prompt; probes and accuracy before and after are of the others.
     """
-    named = rl.edits_of([remove])
-    if len(named) > 1:
-        raise typer.BadParameter(f"{remove!r} is a family of edits: name one of {', '.join(e.name for e in named)}")
+    chosen, *others = rl.edits_of([remove])
+    if others:
+        names = ", ".join(one.name for one in (chosen, *others))
+        raise typer.BadParameter(f"{remove!r} is a family of edits: name one of {names}")
     require_empty(output)  # before the work, not after it
     rm, data = load_both(model, pairs, split, limit, objective, truncation)
     fit, test = halves(data)
     with err.status("Finding the direction"):
-        direction = rl.bias_direction(rm, rl.edited_pairs(fit, named[0]))
+        direction = rl.bias_direction(rm, rl.edited_pairs(fit, chosen))
         edited = rl.edit_head(rm, direction, alpha)
     with err.status("Probing before and after"):
         outcome = rl.evaluate_edit(rm, edited, test, {pairs: test})
