@@ -18,6 +18,7 @@ from reward_lens.methods.terms import term_scores as scored
 from reward_lens.methods.terms.conflict import TESTS, related, term_conflict, verdict
 from reward_lens.methods.terms.direction_cosines import Measured, Moves, moves_of
 from reward_lens.methods.terms.reward_terms import Term, pool_of
+from reward_lens.methods.terms.term_tests import _over_prompts, _ratio
 from term_states import planted_terms
 
 EDGES = dict.fromkeys(TESTS, 0.2)
@@ -147,10 +148,10 @@ def test_gap_by_hand():
     0, 1, 1, 1, 2, 2, so the mean gap is 2 - 7/6 = 5/6."""
     a = np.array([[1.0, 0.0, -1.0]])
     orders = np.array([[o] for o in itertools.permutations(range(3))])
-    np.testing.assert_allclose(scored.gaps(a, -a, orders), [[2, 5 / 6]])
-    np.testing.assert_allclose(scored.gaps(a, a, orders), [[0, 5 / 6]])
-    assert scored.conflict_index(scored.gaps(a, -a, orders).sum(0)) == pytest.approx(1 - 12 / 5)
-    assert scored.conflict_index(scored.gaps(a, a, orders).sum(0)) == 1
+    np.testing.assert_allclose(scored.gaps(a, -a, orders), [[2, 5 / 6, 17 / 36]])
+    np.testing.assert_allclose(scored.gaps(a, a, orders), [[0, 5 / 6, 17 / 36]])
+    assert scored.conflict_index(scored.gaps(a, -a, orders).sum(0)[:2]) == pytest.approx(1 - 12 / 5)
+    assert scored.conflict_index(scored.gaps(a, a, orders).sum(0)[:2]) == 1
     lost = scored.losses(a, np.array([[-1.0, 0.5, 0.5]]))  # sums 0, .5, -.5: the second is best
     assert [x.tolist() for x in lost] == [[1.0], [0.0]]
 
@@ -234,11 +235,43 @@ def test_prompts_that_all_agree_leave_an_interval_of_some_width():
     responses = [rl.Group(f"Say {i}", ["a sea", "a red"]) for i in range(6)]
     x = np.tile([1.0, 0.0], 6) * np.repeat([1, 2, 3, 4, 5, 6], 2)
     a, same, against = (Term(str(k), "scores", None, None, None, k * x, None, None) for k in (1, 2, -1))
-    for b, sign, tests in ((same, 1, ("score", "optimisation")), (against, -1, ("score",))):
-        table, _ = related([a, b], tests, EDGES, pool_of(responses), 300, 0)
+    wilson = 2 * 6 / (6 + norm.ppf(0.975) ** 2) - 1
+    for b, sign in ((same, 1), (against, -1)):
+        table, _ = related([a, b], ("score", "optimisation"), EDGES, pool_of(responses), 300, 0)
         inner = table.cells["low" if sign > 0 else "high"][0, 1]
-        np.testing.assert_allclose(table.cells["value"][0, 1], sign)
-        np.testing.assert_allclose(inner, sign * (2 * 6 / (6 + norm.ppf(0.975) ** 2) - 1))
+        np.testing.assert_allclose(table.cells["value"][0, 1, 0], sign)
+        np.testing.assert_allclose(inner[0], sign * wilson)
+        if sign > 0:  # prompts count by what is at stake in them: fewer than six coins
+            np.testing.assert_allclose(table.cells["value"][0, 1, 1], sign)
+            assert inner[1] < wilson
+
+
+def test_the_index_of_few_responses_that_agree_by_chance():
+    """Unrelated scores of two responses to six prompts: the jackknife alone gave .12 of them a label."""
+    rng, wrong, runs = np.random.default_rng(1), 0, 150
+    pool = pool_of([rl.Group(f"Say {i}", ["a sea", "a red"]) for i in range(6)])
+    for seed in range(runs):
+        a, b = (Term(name, "scores", None, None, None, rng.standard_normal(12), None, None) for name in "ab")
+        table, _ = related([a, b], ("optimisation",), EDGES, pool, 300, seed)
+        wrong += table.text["label"][0, 1, 0] in ("aligned", "in_conflict")
+    assert wrong <= 0.05 * runs
+
+
+def test_a_few_pairs_beside_a_large_pool_have_their_own_degrees_of_freedom():
+    """Six prompts decide a number that no prompt of the pool changes: the t of its interval is that of six. Blocks that
+    mixed both sets took the quantile of 60: of an intervention by 6 pairs beside 100, .86 held; now .92 of 200 do."""
+    pool = pool_of([rl.Group(f"Say {i}", ["a sea", "a red"]) for i in range(100)])
+    values = {f"a {i}": float(i * i) for i in range(6)}
+
+    def parts(without):
+        mean = np.mean([x for key, x in values.items() if key not in without])
+        return np.tile([mean, 1.0], (100, 1))
+
+    found = _over_prompts(parts, _ratio, pool, (frozenset(values),), 300, 0)
+    left = [_ratio(parts(frozenset([key]))[0], frozenset()) for key in values]
+    spread = np.sqrt(65 / 66 * np.square(np.array(left) - np.mean(left)).sum())
+    assert found.value == pytest.approx(np.mean(list(values.values())))
+    assert found.high - found.value == pytest.approx(t.ppf(0.975, 5) * spread, rel=1e-3)
 
 
 def test_the_seed_is_that_of_every_interval():

@@ -11,9 +11,10 @@
             lies between them; otherwise, or where a fitted direction's reliability is under .5, undetermined
 
 All are near 0 for unrelated terms; noise in a fitted direction draws the last two towards 0. Intervals are over
-prompts, by leaving each (from 61 on, blocks of them) out of everything it enters, a fitted direction included; where
-scores rank alike in every prompt, so that none changes anything, Wilson's of a share of 1. Every label has its own 5%:
-nothing corrects for the number of terms.
+prompts, by leaving each (from 61 of a set on, blocks of them) out of everything it enters, a fitted direction included.
+That of the optimisation test is no narrower than Wilson's of as many coins as spread like its shuffles (`term_scores`),
+that of scores which rank alike in every prompt than of as many coins as prompts. Every label has its own 5%: nothing
+corrects for the number of terms.
 
 This is an analogy. arXiv 2603.30036 classifies, before training, a reward on a chain of thought beside a reward on the
 output: can a text that shows the computation the output needs also have the highest reward? Reward models that score

@@ -7,7 +7,8 @@
 
 The gap is what the two terms lose together when one response has to serve both. It is 0 where they have the same
 favourite. By itself it also grows with the number of responses, so it is held against shuffled responses: the index is
-1 where nothing is lost, 0 where as much is lost as between unrelated terms, and below 0 where more is.
+1 where nothing is lost, 0 where as much is lost as between unrelated terms, and below 0 where more is. Of unrelated
+terms it spreads as 2 share - 1 of `coins` = (sum of mean shuffled gaps)^2 / sum of their variances coins does.
 
 Scores are arrays [group, response], NaN past a group's last response.
 
@@ -87,13 +88,13 @@ def gaps(
     a: Float[np.ndarray, "group response"],
     b: Float[np.ndarray, "group response"],
     orders: Int[np.ndarray, "shuffle group response"],
-) -> Float[np.ndarray, "group 2"]:
-    """Gap of two standardised terms, and its mean with b in other `orders`, by group."""
+) -> Float[np.ndarray, "group 3"]:
+    """Gap of two standardised terms, and its mean and variance with b in other `orders`, by group."""
     a, b = (np.where(np.isnan(x), -np.inf, x) for x in (a, b))
     top = a.max(1) + b.max(1)
     shuffled = np.take_along_axis(np.broadcast_to(b, orders.shape), orders, axis=2)
-    chance = top - (a + shuffled).max(2).mean(0)
-    return np.stack([top - (a + b).max(1), chance], 1)
+    chance = top - (a + shuffled).max(2)
+    return np.stack([top - (a + b).max(1), chance.mean(0), chance.var(0)], 1)
 
 
 def conflict_index(sums: Float[np.ndarray, " 2"]) -> float:

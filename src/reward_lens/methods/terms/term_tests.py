@@ -25,7 +25,7 @@ def measured(
     assert pool is not None
     if test == "intervention":
         return [_intervention(a, b, pool, n_boot, seed), _intervention(b, a, pool, n_boot, seed)]
-    refit = a.fitted_on | b.fitted_on
+    refit = (a.fitted_on, b.fitted_on)
     if test == "score":
         length = pool.length
 
@@ -38,15 +38,17 @@ def measured(
             noise = math.prod(max(cosines.share(moves, without), 0.0) for moves in fitted)
             return scored.partial_correlation(sums) / math.sqrt(noise) if noise > 0 else math.nan
 
-        return [_within_one(_with_width(_over_prompts(ranks, correlation, pool, refit, n_boot, seed)))] * 2
+        ranked = _over_prompts(ranks, correlation, pool, refit, n_boot, seed)
+        return [_within_one(_as_wide_as_coins(ranked, ranked.n) if ranked.high - ranked.low < 1e-9 else ranked)] * 2
     orders = scored.shuffles(pool.length, seed)
 
     def gaps(without):
         one, two = (scored.standardised(pool.padded(t.scores(without))) for t in (a, b))
         return scored.gaps(one, two, orders)
 
-    index = _over_prompts(gaps, lambda sums, _: scored.conflict_index(sums), pool, refit, n_boot, seed)
-    return [_with_width(index)] * 2
+    index = _over_prompts(gaps, lambda sums, _: scored.conflict_index(sums[:2]), pool, refit, n_boot, seed)
+    _, chance, spread = gaps(frozenset()).sum(0).tolist()
+    return [_as_wide_as_coins(index, chance**2 / spread if spread else math.nan)] * 2
 
 
 def _effects(a: Term, b: Term, pool: Pool):
@@ -61,7 +63,7 @@ def _effects(a: Term, b: Term, pool: Pool):
         change = b.read(h + pool.spread(h @ v) * v, without) - before
         return pool.means(change) / pool.spread(before)
 
-    return effects, frozenset(moves.keys) | b.fitted_on
+    return effects, (frozenset(moves.keys), b.fitted_on)
 
 
 def _intervention(a: Term, b: Term, pool: Pool, n_boot: int, seed: int) -> Measured:
@@ -86,24 +88,35 @@ def _ratio(sums: np.ndarray, _without: frozenset[str]) -> float:
     return float(sums[0] / sums[1]) if sums[1] else math.nan
 
 
-def _over_prompts(parts, total, pool: Pool, refit: frozenset[str], n_boot: int, seed: int) -> Measured:
-    """total(sum over groups of parts, prompts left out), and its interval by leaving out blocks of prompts."""
-    whole, left_out = parts(frozenset()), []
-    keys = {*pool.keys.tolist(), *refit}
-    for block in cosines.blocks(keys, MOST_BLOCKS, seed):
-        now = parts(block) if block & refit else whole
-        left_out.append(total(now[[key not in block for key in pool.keys.tolist()]].sum(0), block))
-    over = cosines.jackknife(total(whole.sum(0), frozenset()), np.array(left_out), n_boot, seed)
+def _over_prompts(parts, total, pool: Pool, refit: tuple[frozenset[str], ...], n_boot: int, seed: int) -> Measured:
+    """total(sum over groups of parts, prompts left out), and its interval by leaving out blocks of prompts.
+
+    `refit`: prompts of each fit that enters. Blocks are of one set of prompts each, so that a small one beside a large
+    one keeps its own degrees of freedom.
+    """
+    whole, left_out, of = parts(frozenset()), [], []
+    sets = (frozenset(pool.keys.tolist()), *refit)
+    members: dict[int, set[str]] = {}
+    for key in frozenset().union(*sets):
+        members.setdefault(sum(2**i for i, one in enumerate(sets) if key in one), set()).add(key)
+    for code, keys in sorted(members.items()):
+        for block in cosines.blocks(keys, MOST_BLOCKS, seed):
+            now = parts(block) if code > 1 else whole
+            left_out.append(total(now[[key not in block for key in pool.keys.tolist()]].sum(0), block))
+            of.append(code)
+    over = cosines.jackknife(total(whole.sum(0), frozenset()), np.array(left_out), n_boot, seed, of=np.array(of))
     return dataclasses.replace(over, n=len(set(pool.keys.tolist())))
 
 
-def _with_width(m: Measured) -> Measured:
-    """Where no prompt left out changes anything, Wilson's interval of all n prompts, on the scale from -1 to 1."""
-    if not m.high - m.low < 1e-9:
+def _as_wide_as_coins(m: Measured, coins: int | float) -> Measured:
+    """No narrower than Wilson's interval of the share (1 + value) / 2 in so many coins, on the scale from -1 to 1.
+
+    Few prompts of few responses agree by chance, and then no prompt left out changes much.
+    """
+    if not math.isfinite(m.low + m.high + coins):
         return m
-    least = 2 * stats.wilson(m.n, m.n)[0] - 1
-    return dataclasses.replace(m, low=min(m.low, least) if m.value > 0 else m.low,
-                               high=max(m.high, -least) if m.value < 0 else m.high)  # fmt: skip
+    ends = stats.wilson(float(np.clip((1 + m.value) / 2, 0, 1)) * coins, coins)
+    return dataclasses.replace(m, low=min(m.low, 2 * ends[0] - 1), high=max(m.high, 2 * ends[1] - 1))
 
 
 def _within_one(m: Measured) -> Measured:
