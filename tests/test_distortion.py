@@ -124,6 +124,21 @@ def test_full_coverage_by_positive_pay_has_a_mean_of_one():
     np.testing.assert_allclose(result.dataset["over_mean"], result.value)
 
 
+def test_a_mean_index_that_is_not_above_zero_compares_nothing():
+    """r = 3, -5: Dbar is -.5 at lambda 1 after rescaling and .25 at .5. Over it, the dimension that the signal pays for
+    came out as -3 and the one it punishes as 5."""
+    for r in ([3, -5], estimates(np.random.default_rng(0).normal(size=(30, 2)) * 0.1 + [3, -5])):
+        result = distortion_index(r, [1, 1])
+        assert result.value["mean_index"].sel(lam=1) < 0 < result.value["mean_index"].sel(lam=0.5)
+        keys = [k for k in result.dataset.coords if k.startswith("over_mean")]
+        assert len(keys) == (1 if isinstance(r, list) else 3)
+        for key in keys:
+            assert np.isnan(at(result, 1.0, key)).all() and np.isfinite(at(result, 0.5, key)).all()
+        np.testing.assert_allclose(at(result, 0.5, "over_mean").mean(), 1)
+        (check,) = (c for c in result.checks if c.name == "lambdas without D / Dbar")
+        assert check.gap == 1 and check.note.endswith("at 1")
+
+
 def test_congruity_is_the_cosine_and_says_whose_it_is():
     cosine = distortion_index([3, 4, 9], [4, 3, 1e-9], covered=[1, 1, 0]).meta["congruity"]
     assert cosine["cosine"] == pytest.approx(24 / 25) and cosine["low"] is None

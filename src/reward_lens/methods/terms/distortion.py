@@ -61,8 +61,9 @@ def distortion_index(
     Returns value (dimension, lam), the signed ratio D. low and high where r or w is estimated (NaN under 6 prompts):
     Fieller's, with the covariance of the prompts that r and w share, infinite where the interval of a weight includes
     0. Coordinates over both dims: `over_mean` (D / Dbar) with `over_mean_low` and `over_mean_high`, `severity` with
-    `severity_low` and `severity_high`; over lam: `mean_index` (Dbar; not above 0, it compares nothing); over
-    dimension: `r` (as rescaled), `w`, `covered`, `weight` (a word where an estimated weight is not clearly above 0).
+    `severity_low` and `severity_high`; over lam: `mean_index` (Dbar; not above 0 it compares nothing: D / Dbar is
+    NaN, and a check says so); over dimension: `r` (as rescaled), `w`, `covered`, `weight` (a word where an estimated
+    weight is not clearly above 0).
     meta: `coverage` (N, K, K / N, kappa, and K estimated: slopes whose
     Holm-adjusted p is under 1 - level), `unbounded` (infinite intervals in words), `scale` (what r was multiplied by)
     and `congruity`, the cosine of r and w (Baker 1992), which is not this paper's.
@@ -87,6 +88,9 @@ def distortion_index(
     signal = _signal(scaled, worth, seen, n, level)
     index, low, high = (_along(x, lams) for x in (np.where(seen, ratio, 0.0), signal.low, signal.high))
     over = np.stack([_over_mean(scaled, worth, seen, x, n.min(), level) for x in lams.tolist()], -1)
+    mean_index = lams * scaled.value.sum() / worth.value.sum() + 1 - lams
+    compares = mean_index > 0
+    over[..., ~compares] = np.nan
     coords: dict[str, Any] = {
         "dimension": np.array(dimensions, dtype=object),
         "lam": lams,
@@ -94,7 +98,7 @@ def distortion_index(
         "w": ("dimension", worth.value),
         "covered": ("dimension", seen.astype(int)),
         "weight": ("dimension", np.array(_weight_words(worth, level), dtype=object)),
-        "mean_index": ("lam", lams * scaled.value.sum() / worth.value.sum() + 1 - lams),
+        "mean_index": ("lam", mean_index),
         "over_mean": (DIMS, over[0]),
         "severity": (DIMS, np.abs(index - 1)),
     }
@@ -105,8 +109,14 @@ def distortion_index(
         coords |= {key: (DIMS, end) for key, end in zip(keys, ends, strict=True)}
     value = xr.DataArray(index, dims=DIMS, coords=coords)
     checks = []
-    if np.isfinite(over[0]).all():
-        mean, size = worth.value @ over[0] / worth.value.sum(), np.abs(worth.value) @ np.abs(over[0])
+    if not compares.all():
+        which = ", ".join(f"{x:g}" for x in lams[~compares])
+        checks.append(
+            Check("lambdas without D / Dbar", float((~compares).sum()), np.inf, f"Dbar not above 0 at {which}")
+        )
+    if np.isfinite(over[0][:, compares]).all() and compares.any():
+        known = over[0][:, compares]
+        mean, size = worth.value @ known / worth.value.sum(), np.abs(worth.value) @ np.abs(known)
         gap = np.abs(mean - 1) / np.maximum(1, size / abs(worth.value.sum()))
         checks.append(Check("the weighted mean of D / Dbar is 1", float(gap.max()), 1e-9))
     meta = _provenance(r, w) | {
