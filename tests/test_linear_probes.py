@@ -297,6 +297,17 @@ def test_a_number_and_a_named_feature():
     assert float(own.value[0, 0]) > 0.5 and float(own.value["cosine"][0, 0]) > 0.3
 
 
+def test_the_order_of_the_texts_does_not_matter():
+    """One text a prompt gives the gradients; from the same texts in another order other ones were drawn."""
+    rm, (rows, labels) = model(), texts()
+    order = np.random.default_rng(2).permutation(len(rows))
+    settings = {"depths": [0, 1], "n_control": 5}
+    first = linear_probes(rm, rows, labels, **settings)
+    again = linear_probes(rm, [rows[i] for i in order], [labels[i] for i in order], **settings)
+    for key in ("value", "low", "high", "cosine", "cosine_low", "cosine_high", "control", "cosine_control_sd"):
+        np.testing.assert_allclose(again.dataset[key], first.dataset[key], atol=1e-4, err_msg=key)
+
+
 def test_pairs_are_texts_in_turn_and_the_same_call_gives_the_same(tmp_path):
     rm = model()
     pairs = [rl.Pair(f"q{i}", f"the apple {WORDS[i]} {WORDS[-i]}", f"{WORDS[i]} sun {WORDS[3]}") for i in range(12)]

@@ -19,6 +19,7 @@ Reference: Alain and Bengio 2016, arXiv 1610.01644 (probes by depth); Hewitt and
 (selectivity; here their control task over word types becomes one over prompts). The cosine with g is our addition.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,6 +90,12 @@ def linear_probes(
     _require(rm, items, tokens, depths, at, n_control)
     named, y = _labels(labels, items)
     task = probe_fits.make_task(y, _groups(groups, items), folds, seed)
+    keys = [item.prompt_key for item in items]
+    # Controls and gradients draw texts: in an order of their own, so that the caller's does not matter.
+    order = sorted(range(len(items)), key=lambda i: (keys[i], items[i].chosen, y[i]))
+    tokens, keys = [tokens[i] for i in order], [keys[i] for i in order]
+    rows = {name: getattr(task, name)[order] for name in ("labels", "prompts", "fold")}
+    task = dataclasses.replace(task, **rows)
     states, last = _states(rm, tokens, depths, at)
     some = _one_a_prompt(task, seed)
     read, gap = _gradients(rm, [tokens[i] for i in some], last[some], depths, at)
@@ -112,7 +119,7 @@ def linear_probes(
                   "penalty": probe_fits.PENALTY if task.classes else probe_fits.RIDGE},
         interval={"level": 0.95, "unit": "prompt", "method": "jackknife over prompts, widened for shared training"},
         prompts_per_class=[task.prompts_with(k) for k in (0.0, 1.0)] if task.classes else None,
-        reward=_used(rewards, task, length, [item.prompt_key for item in items]),
+        reward=_used(rewards, task, length, keys),
         length_alone={k: _plain(alone[k]) for k in ("value", "low", "high")},
         shows=f"At which depths a linear probe reads {named} on held-out prompts, against labels dealt anew, and how "
         "far the probe's direction is the one the reward reads there.",
