@@ -280,9 +280,20 @@ def test_coverage_of_a_share(groups, correlation):
 # Design and regression
 
 
-@pytest.mark.parametrize(("d", "n"), [(0.2, 199), (0.3, 90), (0.5, 34), (-0.8, 15)])
+@pytest.mark.parametrize(("d", "n"), [(0.2, 199), (0.3, 90), (0.5, 34), (-0.8, 15), (1, 10), (2, 5)])
 def test_sample_sizes_at_known_figures(d, n):
     assert paired_n_needed(d) == n
+
+
+@pytest.mark.parametrize(("d", "n"), [(3, 4), (6, 3), (-10, 3), (12, 2), (50, 2), (float("inf"), 2)])
+def test_sample_sizes_of_large_shifts(d, n, rng):
+    """The solver has no root there: a ValueError at 6 and 50, and 2 at 10, where the power is .73."""
+    assert paired_n_needed(d) == n
+    for size, enough in ((n, True), (n - 1, False)):
+        if size > 1:
+            drawn = rng.normal(min(abs(d), 100), 1, size=(20_000, size))
+            found = np.abs(drawn.mean(1)) / drawn.std(1, ddof=1) * size**0.5 > scipy.stats.t.ppf(0.975, size - 1)
+            assert (found.mean() >= 0.8) == enough
 
 
 def test_no_sample_finds_a_shift_of_zero():
