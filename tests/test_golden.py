@@ -87,6 +87,8 @@ def test_a_model_without_golden_scores_is_told(rm):
         (entry(1.0, tolerance=True), "'tolerance'"),
         (entry(1.0, text="a", prompt="b", response="c"), "'text'"),
         (entry(1.0, response=None), "'text'"),
+        (entry(1.0, text="a", prompt="b"), "prompt, text given"),
+        (entry(1.0, text="a", response="b"), "response, text given"),
         (entry(1.0, minus="a"), "'text'"),
         (entry(1.0, source=" "), "'source'"),
         ("a text", "this is no golden score"),

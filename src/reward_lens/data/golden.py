@@ -58,11 +58,11 @@ class GoldenScore:
                 raise malformed(name, shown(value), "a number")
         if not self.tolerance > 0:
             raise malformed("tolerance", shown(self.tolerance), "a number above 0")
-        conversation = self.prompt is not None and self.response is not None
-        if conversation == (self.text is not None) or (self.minus is not None and self.text is None):
-            found = ", ".join(n for n in ("prompt", "response", "text", "minus") if getattr(self, n) is not None)
-            raise malformed("text", f"{found or 'none'} given", "prompt and response, or text (and minus)")
-        if conversation:
+        given = [n for n in ("prompt", "response", "text", "minus") if getattr(self, n) is not None]
+        if given not in (["prompt", "response"], ["text"], ["text", "minus"]):
+            found = f"{', '.join(given) or 'none'} given"
+            raise malformed("text", found, "prompt and response, or text (and minus)")
+        if self.prompt is not None:
             as_messages(self.prompt)
         for name in ("response", "text", "minus"):
             if getattr(self, name) is not None:
