@@ -172,6 +172,8 @@ def test_a_direction_is_saved_drawn_and_repeated(tmp_path):
         ([rl.Pair(f"Say {i}", "yes", "yes") for i in range(6)], {}, "mean difference of zero over 6 prompts"),
         (PAIRS, {"depth": 4}, "depth=4.*0 to 3"),
         (PAIRS, {"n_splits": 10}, "n_splits=10.*at least 50"),
+        (PAIRS, {"n_boot": 0}, "n_boot=0.*n_boot of at least 1"),
+        (edited_texts(21), {"n_boot": 99}, "direction was not understood.*n_boot=99.*n_boot of at least 100"),
     ],
 )
 def test_no_direction(pairs, settings, message):

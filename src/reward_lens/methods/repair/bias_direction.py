@@ -51,7 +51,7 @@ def bias_direction(
     edited_pairs: pairs whose chosen response is the edited one and whose rejected response is the original.
     depth: the residual entering this block, 0 to n_layers (None: n_layers, what the final norm reads).
     n_splits: random halvings of the prompts, at least 50.
-    n_boot: resamples of the intervals (from 21 prompts on), and sign flips of the null.
+    n_boot: resamples of the intervals (from 21 prompts on, where it is at least 100), and sign flips of the null.
 
     Returns value (d_model,), of length one. In `meta`: `norm` of the mean difference, in the residual's own unit, and
     `norm_share`, of the mean norm of the original residuals there; `reliability` and `cosine_with_u` (u the effective
@@ -128,11 +128,13 @@ def _require(rm: RewardModel, pairs: data.Pairs, depth: int, n_splits: int, n_bo
             expected=f"at least {stats.FEWEST}: under that there is no interval of its reliability",
             do="edit responses to more prompts; several hundred are usual",
         )
-    if not 0 <= depth <= rm.n_layers or n_splits < FEWEST_SPLITS or n_boot < 1:
+    fewest = 1 if pairs.n_prompts < stats.FEWEST_BOOTSTRAP else stats.FEWEST_RESAMPLES
+    if not 0 <= depth <= rm.n_layers or n_splits < FEWEST_SPLITS or n_boot < fewest:
         raise DataError(
             "The direction was not understood",
             found=f"depth={depth}, n_splits={n_splits}, n_boot={n_boot}",
-            expected=f"a depth of 0 to {rm.n_layers}, n_splits of at least {FEWEST_SPLITS}, n_boot of at least 1",
+            expected=f"a depth of 0 to {rm.n_layers}, n_splits of at least {FEWEST_SPLITS}, n_boot of at least "
+            f"{fewest} for {pairs.n_prompts} prompts",
             do="correct these; the defaults are a good start",
         )
 
