@@ -82,6 +82,12 @@ def test_numbers_are_text_in_a_csv_file(rows, tmp_path):
     assert list(rl.load_pairs(path)) == list(rl.load_pairs(written(tmp_path, rows)))
 
 
+def test_the_limit_counts_pairs_and_not_halves_of_them(tmp_path):
+    path = written(tmp_path, RATINGS)
+    assert [len(rl.load_pairs(path, limit=n)) for n in (1, 2, 3)] == [1, 2, 2]  # the third is a tie
+    assert len(rl.load_pairs(written(tmp_path, LLMBAR), limit=1)) == 1
+
+
 def test_labels_and_earlier_turns_are_kept(tmp_path):
     pairs = rl.load_pairs(written(tmp_path, JUDGEBENCH))
     assert [(p.id, p.subset) for p in pairs] == [("a", "math"), ("b", "math")]

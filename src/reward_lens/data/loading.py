@@ -21,16 +21,17 @@ def load_pairs(source: Source, split: str | None = None, limit: int | None = Non
     Columns: `prompt` (text, or messages ending with a user turn), `chosen`, `rejected`, and where present
     `id` and `subset`; others are ignored. In TRL's conversational form `chosen` and `rejected` are message
     lists: one assistant message after an explicit `prompt`, or conversations that differ in the last turn
-    only. A CSV cell may hold messages as JSON. `split` picks one of a hub data set, `limit` the first rows.
-    Published sets with other columns (HH, LLMBar, JudgeBench, HelpSteer2 and 3; `data.published`) are read as
-    they are; their rows without a preference are left out and noted.
+    only. A CSV cell may hold messages as JSON. `split` picks one of a hub data set, `limit` the first rows
+    (two that are one pair count as one). Published sets with other columns (HH, LLMBar, JudgeBench,
+    HelpSteer2 and 3; `data.published`) are read as they are; their rows without a preference are left out and
+    noted.
 
     Returns `Pairs`, whose `notes` say what is odd. Raises `DataError` naming file, line (row, for parquet,
     CSV, JSON arrays and the hub) and field.
     """
-    name, rows = open_rows(source, split, limit)
+    name, rows = open_rows(source, split, limit, joined_ratings)
     ties: list[str] = []
-    pairs = parse_rows(name, joined_ratings(rows), _pair, ties)
+    pairs = parse_rows(name, rows, _pair, ties)
     return Pairs(pairs, name, [f"{len(ties)} rows without a preference left out: {_some(ties)}"] if ties else ())
 
 

@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,17 @@ _BUNDLED = {"demo": "pairs.jsonl", "diagnostic": "diagnostic.jsonl", "misalignme
 _FORMS = "'demo', 'diagnostic', 'misalignment', a .jsonl, .json, .parquet or .csv file, or a hub id such as 'org/name'"
 
 
-def open_rows(source: str | Path, split: str | None, limit: int | None) -> tuple[str, Rows]:
+def open_rows(
+    source: str | Path, split: str | None, limit: int | None, joined: Callable[[Rows], Rows] = iter
+) -> tuple[str, Rows]:
+    """Name and rows of a source; of what `joined` makes of them the first `limit`."""
     name = str(source)
     if limit is not None and limit < 1:
         raise unreadable(f"{name} with limit={limit}", "no rows asked for", "1 or more", "raise the limit")
     path = resources.files("reward_lens") / "assets" / _BUNDLED[name] if name in _BUNDLED else Path(source)
     kind = Path(path.name).suffix.lower()
     if kind not in _READERS and _HUB_ID.fullmatch(name) and not os.path.exists(name):
-        return name, itertools.islice(_hub_rows(name, split), limit)
+        return name, itertools.islice(joined(_hub_rows(name, split)), limit)
     if kind not in _READERS and os.path.isfile(name):
         raise unreadable(name, f"a file ending in '{kind}'", _FORMS, "convert the file")
     try:
@@ -38,7 +41,7 @@ def open_rows(source: str | Path, split: str | None, limit: int | None) -> tuple
     if split is not None:
         do = "leave split out, or cut the result: pairs[:100]"
         raise unreadable(f"{name} with split={split!r}", "a file", "a hub data set, which has splits", do)
-    return name, itertools.islice(_READERS[kind](name, data), limit)
+    return name, itertools.islice(joined(_READERS[kind](name, data)), limit)
 
 
 def _json_line_rows(name: str, data: bytes) -> Rows:
