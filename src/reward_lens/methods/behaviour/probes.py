@@ -7,8 +7,9 @@
     corrected   mean r(edited) - r(edited and edited back), where editing back does not restore the text (RATE)
     dose        the slope over the doses of a family of graded edits, a prompt at a time
 
-The prompt is the unit: its shifts are averaged, intervals and sign-flip tests are over prompts (`stats`), p is adjusted
-by Holm over the probes. A response that an edit does not change has no shift.
+The prompt is the unit of intervals and tests (`stats`). Means are over responses: a prompt with more pairs counts for
+more; those of `net` and the doses are over prompts, each the mean of its responses, and sign-flip tests flip prompt
+means. p is adjusted by Holm over the probes. A response that an edit does not change has no shift.
 
 What this cannot show: that an edit changes nothing else; every edit says what it changes, and an unlikely text gets an
 unusual reward for being unlikely. A shift is not a fault: some of these properties may be worth a reward.

@@ -1,11 +1,12 @@
 """What an edit of a reward model changes: every probe and the accuracy on every set, before, after, and the difference.
 
-    shift of a probe    mean over prompts of r(edited text) - r(text), in units of that model's within-prompt SD
+    shift of a probe    mean over responses of r(edited text) - r(text), in units of that model's within-prompt SD
     accuracy            share of pairs in the right order, a tie half
 
 Differences are paired: the same prompts, both models; that of accuracies as in `shared.paired_shares`. All probes are
 measured, not the one that was edited for: taking one bias away may move its pressure to another. Intervals are over
-prompts; p of the differences by sign-flip, adjusted by Holm over all rows.
+prompts, of which one with more pairs counts for more; p of the differences by sign-flips of prompt means, adjusted by
+Holm over all rows.
 
 What this cannot show: effects on texts unlike these, or on what is trained against the edited model. The prompts should
 be ones that neither the directions nor alpha were chosen on.
