@@ -372,12 +372,28 @@ def test_fewer_say_how_many_more(source):
         (chunks(), {"n_train": 9000}, "ended before.*fewer than 9,000"),
         ([SMALL, SMALL[:, :5]], {}, "different widths"),
         (["text"], {}, "a str"),
+        (SMALL, {"checkpoint_every": 0}, "checkpoint_every=0"),
+        (SMALL, {"report_every": 0}, "report_every=0"),
     ],
 )
 def test_what_cannot_be_trained_on_is_named(source, settings, words):
     arguments = {"d_sae": 24, "k": 3, **SHORT, **settings}
     with pytest.raises(DataError, match=words):
         train_sae(source, **arguments)
+
+
+def test_a_container_that_is_empty_when_gone_through_again_is_named():
+    """It was asked for one pass after another without end."""
+
+    class Spent:
+        left = 2  # passes that give samples: for the width, and for the scales
+
+        def __iter__(self):
+            self.left -= 1
+            return iter(SMALL.split(100) if self.left >= 0 else ())
+
+    with pytest.raises(DataError, match="gave no samples.*none in pass 2"):
+        train_sae(Spent(), 24, 3, n_train=6400, batch_size=64)
 
 
 def test_an_unknown_variant_is_named():

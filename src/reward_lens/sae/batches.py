@@ -118,6 +118,13 @@ class Samples:
             for chunk in self._checked(self.source):
                 n += len(chunk[0])
                 yield chunk
+            if not n and number:
+                raise DataError(
+                    "The container gave no samples",
+                    found=f"none in pass {number + 1}",
+                    expected="the same samples in every pass",
+                    do="pass an iterator with n_train=, which is gone through once, or a list of batches",
+                )
             self.n = n
             return
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)

@@ -150,6 +150,10 @@ class Run:
 
     def train(self, checkpoint, checkpoint_every: int, progress, evaluate, report_every: int | None, current) -> None:
         """All steps that are left."""
+        for name, number in (("checkpoint_every", checkpoint_every), ("report_every", report_every)):
+            if number is not None and number < 1:
+                raise DataError(f"{name} is no number of steps", found=f"{name}={number}", expected="1 or more",
+                                do="leave it at its default")  # fmt: skip
         folder = None if checkpoint is None else Path(checkpoint)
         if folder is not None:
             self._resume(folder)
