@@ -71,6 +71,15 @@ def test_a_round_trip_changes_nothing(sae, fmt, tmp_path):
     sae.save(tmp_path / "one", fmt=fmt)  # over itself
 
 
+@pytest.mark.parametrize("fmt", ["saelens", "sparsify"])
+def test_a_meta_that_json_cannot_hold_leaves_no_half_of_a_dictionary(fmt, tmp_path):
+    sae = dictionary("topk")
+    sae.meta = {"seen": {1}}
+    with pytest.raises(DataError, match="meta cannot be written.*set is not JSON"):
+        sae.save(tmp_path / "one", fmt=fmt)
+    assert not (tmp_path / "one").exists()
+
+
 @pytest.mark.parametrize("activation", ["topk", "jumprelu"])
 def test_a_saelens_file_has_the_names_of_saelens(activation, tmp_path):
     sae = dictionary(activation)

@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from reward_lens.errors import DataError, LoadError
+from reward_lens.sae.files import as_json
 
 FILE = "crosscoder.safetensors"
 _FORMAT = "reward-lens crosscoder 1"
@@ -149,12 +150,12 @@ class Crosscoder(torch.nn.Module):
     def save(self, folder: str | Path) -> Path:
         """Write `crosscoder.safetensors`: the weights, and names, sites and meta as text. Returns the folder."""
         folder = Path(folder)
+        about = as_json({"names": self.names, "sites": self.sites, "meta": self.meta})
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: getattr(self, name) for name in _SHARED}
         tensors |= {f"{name}.{m}": w for name in _OF_MODEL for m, w in enumerate(getattr(self, name))}
-        about = {"names": self.names, "sites": self.sites, "meta": self.meta}
         flat = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}  # no two of one memory
-        save_file(flat, folder / FILE, metadata={"format": _FORMAT, "about": json.dumps(about)})
+        save_file(flat, folder / FILE, metadata={"format": _FORMAT, "about": about})
         return folder
 
     @classmethod

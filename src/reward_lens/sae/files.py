@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from reward_lens.errors import LoadError
+from reward_lens.errors import DataError, LoadError
 
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+")
 _HOOKS = {
@@ -48,6 +48,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise _unreadable(path, f"a {type(found).__name__}", "a JSON object")
     return found
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """What goes beside weights, as text; to be made before they are written. `DataError` for what JSON cannot hold."""
+    try:
+        return json.dumps(value, indent=indent)
+    except (TypeError, ValueError) as error:
+        raise DataError("The dictionary's meta cannot be written", found=str(error), expected="what JSON can hold",
+                        do="put text, numbers, lists and dicts of these into meta")  from error  # fmt: skip
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

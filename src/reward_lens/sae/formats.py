@@ -9,7 +9,6 @@ refused: read without it, it would give other latents. SAELens centres a model's
 anyway; whether the norm does is known with the model, so `meta["centred_writes"]` keeps it for methods to refuse.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from reward_lens.sae import releases
 from reward_lens.sae.dictionary import SAE
 from reward_lens.sae.files import (
     HUB_ID,
+    as_json,
     download,
     hook_name,
     read_json,
@@ -52,10 +52,11 @@ def save_sae(sae: SAE, folder: str | Path, fmt: str = "saelens") -> Path:
         raise DataError(f"{folder} already holds a dictionary", found=other, expected=f"nothing, or {name}",
                         do="choose another folder")  # fmt: skip
     config, weights = (_to_saelens if fmt == "saelens" else _to_sparsify)(sae)
+    written = as_json(config, indent=1)
     folder.mkdir(parents=True, exist_ok=True)
     own = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in weights.items()}
     save_file(own, folder / name)  # which takes no two tensors of one memory, as tied weights are
-    (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+    (folder / CONFIG).write_text(written, encoding="utf-8")
     return folder
 
 
