@@ -125,6 +125,9 @@ def test_latent_scaling_is_a_ratio_of_least_squares():
         assert float(found.nu_reconstruction[i]) == pytest.approx(expected, rel=1e-3)
     with pytest.raises(DataError, match="widths 5, 7"):
         latent_scaling(by_hand(widths=(5, 7)), (torch.ones(3, 5), torch.ones(3, 7)))
+    for latents in ([-1], [0, crosscoder.d_sae]):  # -1 was taken for the last
+        with pytest.raises(DataError, match=f"no such latent.*{latents[-1]}.*0 to {crosscoder.d_sae - 1}"):
+            latent_scaling(crosscoder, xs, latents)
 
 
 # the training
@@ -339,6 +342,8 @@ def test_a_crosscoder_is_saved_and_loaded(tmp_path):
         assert getattr(found, name) == getattr(crosscoder, name)
     with pytest.raises(LoadError, match="cannot be read"):
         Crosscoder.load(tmp_path)
+    with pytest.raises(DataError, match="meta cannot be written"):
+        by_hand(meta={"seen": {1}}).save(tmp_path / "other")
     shared = shrunk_and_true()[1]  # both models have one b_dec
     assert same(Crosscoder.load(shared.save(tmp_path / "shared")), shared)
     file = tmp_path / "c" / "crosscoder.safetensors"

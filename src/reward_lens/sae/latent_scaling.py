@@ -44,6 +44,9 @@ class Scaled(NamedTuple):
 def latent_scaling(crosscoder: Crosscoder, xs: Sequence[Tensor], latents: Sequence[int] | None = None) -> Scaled:
     """Latent scaling over samples xs[m] [n, d_m]; `latents`: all of them where None."""
     chosen = torch.arange(crosscoder.d_sae) if latents is None else torch.as_tensor(list(latents))
+    if outside := [j for j in chosen.tolist() if not 0 <= j < crosscoder.d_sae]:
+        raise DataError("There is no such latent", found=", ".join(map(str, outside)),
+                        expected=f"0 to {crosscoder.d_sae - 1}", do="name latents of this crosscoder")  # fmt: skip
     sums = torch.zeros(2, 2, len(chosen), dtype=torch.float64)
     active = torch.zeros(len(chosen), dtype=torch.int64)
     for some in zip(*(x.split(1024) for x in xs), strict=True):
