@@ -287,6 +287,7 @@ def test_ratios():
     assert found.value[0] == pytest.approx(top.sum() / bottom.sum()) and found.value[1] == pytest.approx(1)
     assert found.low[0] < 0.5 < found.high[0] and found.high[0] - found.low[0] < 0.05
     assert np.isnan(prompt_ratio(top[:8], bottom[:8], prompts[:8]).low)
+    assert all(np.isnan(end) for end in prompt_ratio([], [], []))
 
 
 # --- contexts -----------------------------------------------------------------------------------------------

@@ -23,12 +23,12 @@ class Ratio(NamedTuple):
 
 
 def prompt_ratio(top, bottom, prompts) -> Ratio:
-    """Ratio of the sums of `top` [n, ...] and `bottom` [n] or [n, ...] over rows that belong to prompts."""
+    """Ratio of the sums of `top` [n, ...] and `bottom` [n] or [n, ...] over rows of prompts; NaN of none."""
     top = np.asarray(top, dtype=float)
     bottom = np.asarray(bottom, dtype=float)
     bottom = np.broadcast_to(bottom.reshape(bottom.shape + (1,) * (top.ndim - bottom.ndim)), top.shape)
     _, codes = np.unique(np.asarray(prompts), return_inverse=True)
-    groups = codes.max() + 1
+    groups = codes.max(initial=0) + 1
     sums = np.zeros((2, groups, *top.shape[1:]))
     for row, values in zip(sums, (top, bottom), strict=True):
         np.add.at(row, codes, values)
