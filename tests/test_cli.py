@@ -205,6 +205,9 @@ def test_a_mistake_in_the_data_costs_no_model_and_what_is_odd_is_said(model, tmp
     result = run("accuracy", model, str(odd))
     assert "Note: empty or blank response: 2 (1, 2)" in result.stderr and "95% intervals over prompts" in result.stdout
     assert result.stdout.splitlines()[3].split()[-2:] == ["2", "1"]  # pairs and prompts of all
+    for command in (("benchmark", model, str(odd)), ("compare", model, "demo", "--pairs", str(odd)),
+                    ("implicit", "no-model", "no-model", str(odd))):  # fmt: skip
+        assert "Note: empty or blank response: 2 (1, 2)" in CliRunner().invoke(app, command).stderr
 
 
 def test_the_device_is_an_option_and_a_variable(model, monkeypatch):

@@ -21,6 +21,7 @@ from reward_lens.cli.common import (
     err,
     load,
     load_both,
+    load_pairs,
     refusals,
     show,
 )
@@ -125,7 +126,7 @@ def benchmark(
     split: Split = None, limit: Limit = None, objective: Objective = None, truncation: Truncation = None,
 ):  # fmt: skip
     """Accuracy on several sets, beside the rule that the longer response wins, with intervals over prompts."""
-    sets = [(source, rl.load_pairs(source, split=split, limit=limit)) for source in sources]
+    sets = [(source, load_pairs(source, split, limit)) for source in sources]
     styled = [(source, rl.load_style_items(source, split=split, limit=limit)) for source in styles or ()]
     rm = load(model, objective, truncation)
     rows = []

@@ -68,12 +68,17 @@ def load_both(
     model: str, pairs: str, split: str | None = None, limit: int | None = None, objective: str | None = None,
     truncation: str | None = None,
 ) -> tuple["rl.RewardModel", "rl.Pairs"]:  # fmt: skip
-    """Model and pairs. The pairs are read first, so that a mistake in them costs no loading, and what is odd about them
-    is said."""
+    """Model and pairs. The pairs are read first, so that a mistake in them costs no loading."""
+    data = load_pairs(pairs, split, limit)
+    return load(model, objective, truncation), data
+
+
+def load_pairs(pairs: str, split: str | None, limit: int | None) -> "rl.Pairs":
+    """The pairs; what is odd about them is said."""
     data = rl.load_pairs(pairs, split=split, limit=limit)
     for note in data.notes:
         err.print(f"Note: {note}", markup=False, highlight=False)
-    return load(model, objective, truncation), data
+    return data
 
 
 def show(result: "rl.Result", as_json: bool, save: Path | None = None, top: int | None = None) -> None:

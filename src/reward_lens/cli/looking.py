@@ -23,6 +23,7 @@ from reward_lens.cli.common import (
     err,
     load,
     load_both,
+    load_pairs,
     refusals,
     show,
 )
@@ -162,7 +163,7 @@ def patch(
     named: Any = sites if sites in ("components", "heads", "residual", "experts") else sites.split(",")
     options: Any = {"mode": mode, "at": at, "path": path, "estimator": estimator, "align": align}
     options |= {"spans": "position" if by_position else None} | ({} if calibrate is None else {"calibrate": calibrate})
-    options |= {} if reference is None else {"reference": rl.load_pairs(reference)}
+    options |= {} if reference is None else {"reference": load_pairs(reference, None, None)}
     with Progress(*COLUMNS, console=err) as bar:
         task = bar.add_task("Patching", total=len(data))
         show(

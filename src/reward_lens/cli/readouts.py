@@ -17,6 +17,7 @@ from reward_lens.cli.common import (
     err,
     load,
     load_both,
+    load_pairs,
     quietly,
     refusals,
     show,
@@ -80,7 +81,7 @@ def implicit(
     split: Split = None, limit: Limit = None, as_json: AsJson = False, save: Save = None,
 ):  # fmt: skip
     """The reward that a DPO policy implies beside its reference: log-ratios by response, token, depth or component."""
-    data = rl.load_pairs(pairs, split=split, limit=limit)
+    data = load_pairs(pairs, split, limit)
     asks: Any = {"rewards": rl.implicit_reward, "tokens": rl.implicit_tokens, "lens": rl.implicit_lens,
                  "contributions": rl.implicit_contributions}  # fmt: skip
     with err.status(f"Reading {2 * len(data)} responses with either model"):

@@ -21,6 +21,7 @@ from reward_lens.cli.common import (
     err,
     load,
     load_both,
+    load_pairs,
     refusals,
     show,
 )
@@ -34,7 +35,7 @@ def compare(
     split: Split = None, limit: Limit = None, as_json: AsJson = False, save: Save = None,
 ):  # fmt: skip
     """Where models agree: preferences, rewards, where in depth the margin arises, and states."""
-    data = rl.load_pairs(pairs, split=split, limit=limit)
+    data = load_pairs(pairs, split, limit)
     with err.status(f"Running {len(models)} models on {len(data)} pairs"):
         result = rl.compare({name: partial(load, name) for name in models}, data)
     show(result, as_json, save)
