@@ -347,6 +347,12 @@ class TestTexts:
             rm.score("Hello", long)
         with pytest.raises(rl.DataError, match="truncation='left' may cut"):
             rl.RewardModel(rm.module, rm.tokenizer.hf, truncation="left").score("Hello", long)
+        with pytest.raises(rl.DataError, match="Pair b: a conversation is longer than"):
+            rm.score_pairs([rl.Pair("Hello", "a", "b", id="a"), rl.Pair("Hello", "a", long, id="b")])
+        with pytest.raises(rl.DataError, match="Group 2: a conversation is longer than"):
+            rm.score_many([rl.Group("Hello", ["a", "b"]), rl.Group("Hello", ["a", long])])
+        with pytest.raises(rl.DataError, match="Pair b: a conversation is longer than"):
+            rl.probe_hacking(rm, [rl.Pair("Hello", "a", long, id="b")], ["hedge"])
         cut = rl.RewardModel(rm.module, rm.tokenizer.hf, truncation="right").tokenize("Hello", long)
         assert len(cut) == 512 and cut.truncated > 30_000
         assert cut.ids[-len(cut.tail) :] == rm.tokenize("Hello", "x").ids[-len(cut.tail) :]  # the template's tail stays

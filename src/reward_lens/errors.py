@@ -10,6 +10,9 @@
 The message is four sentences: what happened, what was found, what was expected, what to do.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 
 class RewardLensError(Exception):
     """Base of all errors of the library; `what`, `found`, `expected` and `do` are also attributes."""
@@ -47,6 +50,15 @@ class DataError(RewardLensError):
 
 class CheckFailed(RewardLensError):
     """An identity that a result claims does not hold within its tolerance."""
+
+
+def named(item: str, call: Callable, *args: Any) -> Any:
+    """`call(*args)`; a `DataError` that it raises says which item of many it is about."""
+    try:
+        return call(*args)
+    except DataError as error:
+        what = f"{item}: {error.what[0].lower()}{error.what[1:]}"
+        raise DataError(what, found=error.found, expected=error.expected, do=error.do) from error
 
 
 def _sentence(text: str) -> str:

@@ -5,6 +5,7 @@ that needs nothing but the published number.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from importlib import resources
@@ -14,7 +15,7 @@ from typing import Any, no_type_check
 from reward_lens.data.checks import checked_text, malformed, shown
 from reward_lens.data.items import as_messages
 from reward_lens.data.sources import open_rows
-from reward_lens.errors import DataError
+from reward_lens.errors import DataError, named
 
 
 @no_type_check  # as in `data.items`: a wrong type is a DataError
@@ -108,11 +109,7 @@ def _entry(where: str, row: Any) -> GoldenScore:
             expected=f"an object with {', '.join(sorted(needed))}, and a conversation or a text",
             do="correct or leave out the row",
         )
-    try:
-        return GoldenScore(**row)
-    except DataError as error:
-        what = f"{where}: {error.what[0].lower()}{error.what[1:]}"
-        raise DataError(what, found=error.found, expected=error.expected, do=error.do) from None
+    return named(where, functools.partial(GoldenScore, **row))
 
 
 def _short(text: str) -> str:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reward_lens import data
-from reward_lens.errors import DataError
+from reward_lens.errors import DataError, named
 from reward_lens.model import checks
 from reward_lens.model import structure as structures
 from reward_lens.model.forward import Batch, OnTrunk, batches, padding_id, rotary_threshold, trunk_of
@@ -235,7 +235,8 @@ class RewardModel(OnTrunk):
     def tokenize_pairs(self, pairs: Iterable["data.Pair"]) -> list[tuple[Tokens, Tokens]]:
         """(chosen, rejected) tokens of every pair."""
         pairs = data.as_pairs(pairs)
-        return [self.tokenizer.both(p.messages, p.chosen, p.rejected, self.truncation) for p in pairs]
+        both, cut = self.tokenizer.both, self.truncation
+        return [named(f"Pair {p.id}", both, p.messages, p.chosen, p.rejected, cut) for p in pairs]
 
     def score_pairs(self, pairs: Iterable["data.Pair"], batch_size: int | None = None) -> Result:
         """Rewards of both responses and their margin.
@@ -271,7 +272,8 @@ class RewardModel(OnTrunk):
         if not groups:
             raise DataError("There are no groups to work on", found="an empty sequence",
                             expected="at least one rl.Group", do="pass groups, as load_groups gives them")  # fmt: skip
-        tokens = [self.tokenizer.conversation(g.messages, r, self.truncation) for g in groups for r in g.responses]
+        tokens = [named(f"Group {g.id or i}", self.tokenize, g.messages, r)
+                  for i, g in enumerate(groups, 1) for r in g.responses]  # fmt: skip
         rewards = iter(self.rewards(tokens, batch_size).tolist())
         width = max(len(g.responses) for g in groups)
         value = np.full((len(groups), width), np.nan)

@@ -11,6 +11,7 @@ import numpy as np
 from reward_lens import data
 from reward_lens.edits import TextEdit
 from reward_lens.engine.continuations import rewards_by_beginning
+from reward_lens.errors import named
 from reward_lens.model.reward_model import RewardModel
 
 SIDES = ("chosen", "rejected")
@@ -56,7 +57,8 @@ def scored_edits(models: Sequence[RewardModel], pairs: data.Pairs, edits: Sequen
                 e.inverse(asked, t) if e.inverse is not None and not e.exact else t
                 for e, t in zip(edits, edited, strict=True)
             ]
-            tokens = [first.tokenize(pair.prompt, text) for text in (response, *edited, *back)]
+            texts = (response, *edited, *back)
+            tokens = [named(f"Pair {pair.id}", first.tokenize, pair.prompt, text) for text in texts]
             rows.append([(pair.prompt_key, len(group) + i) for i in range(len(tokens))])
             group.extend(tokens)
             lengths.append([len(t.response) for t in tokens[: 1 + len(edits)]])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reward_lens import data
 from reward_lens.engine import hooks
-from reward_lens.errors import DataError
+from reward_lens.errors import DataError, named
 from reward_lens.methods.shared.paired import labelled, over_prompts
 from reward_lens.model.forward import Batch
 from reward_lens.model.language_model import End, Given, LanguageModel, Reply, opened, require_end
@@ -77,7 +77,8 @@ def _read(
 ) -> Reading:
     lm = opened(given, role)
     if before is None:
-        texts = [lm.tokenizer.reply(p.messages, response, end) for p in pairs for response in p.responses]
+        texts = [named(f"Pair {p.id}", lm.tokenizer.reply, p.messages, response, end)
+                 for p in pairs for response in p.responses]  # fmt: skip
     else:
         texts = [_same_tokens(lm, text, end, before.name) for text in before.texts]
     values: list[np.ndarray] = [np.empty(0)] * len(texts)
