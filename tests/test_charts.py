@@ -310,6 +310,25 @@ def test_pairs_without_a_value_and_intervals_without_ends_are_said():
     assert panel.note == "An interval without an end is not drawn."
 
 
+def test_labels_without_a_value_are_counted():
+    names = {"label": np.array(["a", "b", "c"], dtype=object)}
+    dose = {"family": ("label", np.array(["f"] * 3, dtype=object)), "dose": ("label", [1.0, 2.0, 3.0])}
+    one = xr.DataArray([1.0, np.nan, 3.0], dims=("label",), coords=names | dose)
+    states = xr.DataArray([[1.0, 2.0], [np.nan, 1.0], [3.0, 2.0]], dims=("label", "state"),
+                          coords=names | {"state": np.array(["before", "after"], dtype=object)})  # fmt: skip
+    for value, forms in ((one, 2), (states, 1)):
+        drawn = panels(Result("x", value, unit="reward", low=value - 1, high=value + 1, undefined="a test's gap"))
+        assert len(drawn) == forms and all("1 of 3 values are undefined and not drawn." in p.note for p in drawn)
+
+
+def test_steps_past_a_million_stay_apart():
+    steps = [1_000_001.0, 1_000_002.0, 1_000_003.0]
+    value = xr.DataArray([1.0, 2.0, 3.0], dims=("step",), coords={"step": steps})
+    (panel,) = panels(Result("x", value, unit="reward"))
+    (rows,) = (list(r) for r in panel.chart.to_dict()["datasets"].values() if "x" in r[0])
+    assert [row["x"] for row in rows] == steps
+
+
 def test_subsets_get_a_row_each():
     _, by_subset = panels(shapes.scores())
     assert {row["y"] for row in values(by_subset) if "pair" in row} == {"one", "two"}

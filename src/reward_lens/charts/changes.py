@@ -12,6 +12,7 @@ from reward_lens.charts.rows import (
     frame,
     in_order,
     layered,
+    left_out,
     rows,
     span,
     text_of,
@@ -49,7 +50,8 @@ def before_after(result: Result) -> list[Panel]:
         inside = np.flatnonzero((kinds == kind) & np.isfinite(change))
         if len(inside):
             order = inside[np.argsort(change[inside], kind="stable")]
-            out += _pairs_of_points(result, data.isel({label: order}), label, kind.capitalize())
+            left = left_out(len(inside), int((kinds == kind).sum()))
+            out += _pairs_of_points(result, data.isel({label: order}), label, kind.capitalize(), left)
     return out
 
 
@@ -73,7 +75,8 @@ def dosed(result: Result, data: xr.Dataset) -> list[Panel]:
         order = inside[np.argsort(doses[inside], kind="stable")]
         table = frame(data.isel({value.dims[0]: order}), x="dose", label=str(value.dims[0]))
         if len(table):
-            out.append(Panel(f"Dose: {words(family)}", _curve(table, unit_of(result), limits)))
+            drawn = _curve(table, unit_of(result), limits)
+            out.append(Panel(f"Dose: {words(family)}", drawn, left_out(len(table), len(order))))
     return out
 
 
@@ -91,7 +94,7 @@ def _curve(table: pd.DataFrame, unit: str, limits: tuple[float, float]) -> Drawi
     return layered([zero("y"), *layers] if limits[0] <= 0 <= limits[1] else layers, 200)
 
 
-def _pairs_of_points(result: Result, data: xr.Dataset, label: str, title: str) -> list[Panel]:
+def _pairs_of_points(result: Result, data: xr.Dataset, label: str, title: str, left: str) -> list[Panel]:
     units = list(dict.fromkeys(data["unit_of"].values.tolist())) if "unit_of" in data.coords else [result.unit]
     unit = words(" or ".join(map(str, units)))
     table = frame(data, y=label, series="state", change="change_")
@@ -109,5 +112,5 @@ def _pairs_of_points(result: Result, data: xr.Dataset, label: str, title: str) -
         base.mark_point(style="dot", filled=True).encode(x=alt.X("value:Q", **x)),
     ]
     layers = [zero("x"), *layers] if least <= 0 <= most else layers
-    note = "Sorted by the change, the most negative first."
+    note = f"Sorted by the change, the most negative first. {left}".strip()
     return [Panel(title, layered(layers, max(60, 34 * len(set(table["y"])))), note)]

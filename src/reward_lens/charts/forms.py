@@ -19,6 +19,7 @@ from reward_lens.charts.rows import (
     is_numeric,
     largest,
     layered,
+    left_out,
     rows,
     span,
     text_of,
@@ -188,6 +189,7 @@ def listing(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Dataset
         x = {"title": title, "scale": alt.Scale(domain=[min(least, 0), max(most, 0)])}
         layers = [base.mark_bar(style="bar").encode(x=alt.X("value:Q", **x)), zero("x")]
     note = f"The {MAX_ROWS} largest of {count:,} by absolute value." if len(table) < count else ""
+    note = f"{note} {left_out(count, data['value'].size)}".strip()
     return [Panel("", layered(layers, max(60, round(height))), note)]
 
 

@@ -17,7 +17,7 @@ Drawing = alt.LayerChart | alt.FacetChart  # what `alt.layer` returns
 
 
 def rows(table: pd.DataFrame | list[dict]) -> alt.InlineData:
-    """Rows as inline data: numbers cut to six digits (a page holds many), undefined ones as null."""
+    """Rows as inline data: numbers under a million cut to six digits (a page holds many), undefined ones as null."""
     records: list = table if isinstance(table, list) else table.to_dict("records")
     return alt.InlineData(values=[{k: _plain(v) for k, v in record.items()} for record in records])
 
@@ -51,6 +51,11 @@ def frame(data: xr.Dataset, **fields: str | None) -> pd.DataFrame:
     flat = columns(data, dict.fromkeys(sources.values()))
     defined = ~np.isnan(flat["value"])
     return pd.DataFrame({field: flat[source][defined] for field, source in sources.items()})
+
+
+def left_out(drawn: int, of: int) -> str:
+    """The note on labels whose value is undefined; empty where there are none."""
+    return f"{of - drawn} of {of} values are undefined and not drawn." if drawn < of else ""
 
 
 def tooltip(table: pd.DataFrame, titles: dict[str, str | None]) -> list[alt.Tooltip]:
@@ -115,5 +120,7 @@ def _line(table: pd.DataFrame, field: str, title: str) -> alt.Tooltip:
 
 def _plain(value):
     if isinstance(value, float | np.floating):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
+        if not math.isfinite(value):
+            return None
+        return float(f"{value:.6g}") if abs(value) < 1e6 else float(value)  # steps past a million stay apart
     return value.item() if isinstance(value, np.generic) else value
