@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,6 +11,7 @@ from torch import nn
 from transformers import ByT5Tokenizer
 
 import reward_lens as rl
+from encoders import tiny_encoder
 from families import tiny_model, tiny_tokenizer
 from reward_lens.model.checks import PROBES
 from reward_lens.model.objectives import with_every_objective
@@ -216,6 +218,19 @@ def test_a_network_in_training_mode_is_refused():
         rm.score(*PROBES[0])
     module.eval()
     assert rm.score(*PROBES[0]) == expected
+
+
+@pytest.mark.parametrize("of", [tiny_model, tiny_encoder])
+def test_a_text_with_a_token_that_has_no_embedding_is_refused(of):
+    module, tokenizer = of("llama" if of is tiny_model else "bert")
+    rows = module.get_input_embeddings().num_embeddings
+    tokenizer.add_tokens([f"<extra {i}>" for i in range(len(tokenizer), rows + 2)])
+    rm = rl.RewardModel(module, tokenizer)
+    assert rm.tokenizer.n_embedded == rows
+    assert np.isfinite(rm.score("Is it?", f"Yes. <extra {rows - 1}>"))
+    for ask in (lambda text: rm.score("Is it?", text), lambda text: rm.score(text, "Yes."), rm.tokenizer.text):
+        with pytest.raises(rl.DataError, match=f"no embedding for.*<extra {rows}>' .id {rows}.*under {rows}, the rows"):
+            ask(f"Yes. <extra {rows}>")
 
 
 def test_a_head_of_zeros_is_refused():

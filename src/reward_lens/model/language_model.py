@@ -102,6 +102,7 @@ class LanguageModel(OnTrunk):
         require_usable_weights(module, self.name)
         text_config = self.config.get_text_config()
         self.tokenizer = PolicyTokenizer(tokenizer, None, getattr(text_config, "max_position_embeddings", None))
+        self.tokenizer.n_embedded = module.get_input_embeddings().weight.shape[0]
         ids = (padding_id(self.config), tokenizer.pad_token_id, tokenizer.eos_token_id)
         self.pad_id = next((i for i in ids if i is not None), 0)
         # Where the rotary factors depend on a batch's longest text, every text runs alone.

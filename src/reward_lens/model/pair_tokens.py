@@ -83,6 +83,7 @@ class FirstTokenTokenizer(Tokenizer):
         # In a list an empty answer is one; alone the tokenizer takes it for none.
         encoded = self.hf([question], [answer], return_offsets_mapping=True, truncation=False, verbose=False)
         ids, offsets = list(encoded["input_ids"][0]), list(encoded["offset_mapping"][0])
+        self._require_embedded(ids)
         part = list(encoded.sequence_ids(0))
         closing = _closing(list(self.hf("a", "a").sequence_ids(0)))  # an empty answer leaves two separators there
         end = len(ids) - closing

@@ -97,6 +97,7 @@ class RewardModel(OnTrunk):
                 self.structure = structures.prove(module, found, probe)
             own_texts = getattr(module, "tokenizer_for", FirstTokenTokenizer if found.reads_first else Tokenizer)
             self.tokenizer: Tokenizer = written(tokenizer, limit) if written else own_texts(tokenizer, pad_id, limit)
+            self.tokenizer.n_embedded = module.get_input_embeddings().weight.shape[0]
             self.head = head_of(module, found)
             self.trunk = trunk_of(module, found)
             set_inputs(self.trunk, self.tokenizer, self.config)

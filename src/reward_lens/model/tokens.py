@@ -73,6 +73,8 @@ class Tokenizer:
     """Whether a "response" is an ordered pair of them (`model.judge`)."""
     adds_special = False
     """Whether special tokens are the tokenizer's to add; a chat template writes them itself."""
+    n_embedded: int | None = None
+    """Rows of the model's embedding, beyond which no token can be run; None where no model has said."""
 
     def __init__(self, tokenizer: Any, pooled_skips: int | None, max_length: int | None):
         if not getattr(tokenizer, "is_fast", False):
@@ -183,6 +185,7 @@ class Tokenizer:
                 expected="at least one token for the reward head to read",
                 do="pass a non-empty text",
             )
+        self._require_embedded(ids)
         real = [i for i, (a, b) in enumerate(offsets) if b > a]  # the others are special tokens that were added
         first = next((i for i in real if offsets[i][1] > start), len(ids))
         end = next((i for i in real if i >= first and offsets[i][0] >= stop), real[-1] + 1 if real else len(ids))
@@ -202,6 +205,17 @@ class Tokenizer:
             reward_pos=self.reward_position(ids),
             truncated=len(cut),
         )
+
+    def _require_embedded(self, ids: Sequence[int]) -> None:
+        """Raise for a token that the model has no embedding of: a tokenizer may have been given tokens since."""
+        beyond = [] if self.n_embedded is None else sorted({i for i in ids if i >= self.n_embedded})
+        if beyond:
+            raise DataError(
+                "A text has a token that the model has no embedding for",
+                found=", ".join(f"{self.hf.convert_ids_to_tokens(i)!r} (id {i})" for i in beyond[:3]),
+                expected=f"ids under {self.n_embedded}, the rows of the model's embedding",
+                do="take it out of the text, or pass the tokenizer that was published with the model",
+            )
 
     def _fit(self, length: int, first: int, end: int, truncation: str | None) -> tuple[list[int], list[int]]:
         """Positions kept and cut: "left" cuts the prompt's beginning (not its first token), "right" the response."""
