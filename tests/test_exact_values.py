@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import reward_lens as rl
 from families import STRUCTURES, TEXT_PAIRS, tiny_model
@@ -48,6 +49,25 @@ def test_a_contribution_is_what_removing_the_write_takes_away(family):
         moved = (full - without).numpy()
         for start, side in enumerate(("chosen", "rejected")):
             np.testing.assert_allclose(parts.sel(side=side, component=write), moved[start::2], atol=2e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_scale_of_a_norm_near_zero_is_what_epsilon_makes_it(family):
+    module, tokenizer = tiny_model(family)
+    norm, eps = rl.RewardModel(module, tokenizer).readout.norm, {"llama": 1e-6, "gpt2": 1e-5}[family]
+    x = torch.randn(norm.gain.shape, generator=torch.Generator().manual_seed(0))
+    for h in (x, 1e-3 * x, 1e-7 * x, 0 * x, 0 * x + norm.centred):
+        spread = float(h.var(correction=0) if norm.centred else h.square().mean())
+        assert norm.scale(h).item() == pytest.approx((spread + eps) ** -0.5, rel=1e-6)
+        np.testing.assert_allclose(norm.frozen(h, norm.scale(h)), norm(h), atol=1e-4)
+
+
+def test_a_part_behind_a_norm_that_writes_nothing_is_split_like_the_others():
+    module, tokenizer = tiny_model("gemma2")
+    nn.init.zeros_(module.model.layers[1].mlp.down_proj.weight)
+    parts = rl.contributions(rl.RewardModel(module, tokenizer), PAIRS[:2], by="neuron").value
+    silent = parts.isel(component=(parts.layer == 1) & (parts.kind == "neuron"))
+    assert silent.size and not silent.any()
 
 
 @pytest.mark.parametrize("family", STRUCTURES)

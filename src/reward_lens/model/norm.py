@@ -6,6 +6,7 @@ Freezing s at an input makes the norm linear, and `pull_back` is the transpose o
 """
 
 import dataclasses
+import functools
 
 import torch
 from jaxtyping import Float
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 
 from reward_lens.errors import StructureError
 from reward_lens.model.placement import loaded_copy
+
+HIDDEN = 3e-4
+"""Size of an input in what epsilon adds to it, under which the scale is that at 0 to half of float32's last digit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +40,20 @@ class Norm:
         x = x.to(self.gain)
         if isinstance(self.module, nn.Identity):
             return torch.ones_like(x[..., :1])
-        direction = self.gain * self._centre(x)
-        return ((self.module(x) - self.shift) * direction).sum(-1, True) / direction.square().sum(-1, True)
+        centred = self._centre(x)
+        direction, size = self.gain * centred, centred.square().mean(-1, True).sqrt()
+        small = size * self._at_zero < HIDDEN
+        along, squared = ((self.module(x) - self.shift) * direction).sum(-1, True), direction.square().sum(-1, True)
+        return torch.where(small, self._at_zero, along / torch.where(small, 1.0, squared))
+
+    @functools.cached_property
+    def _at_zero(self) -> float:
+        """The scale where epsilon hides the input, which is where nothing is left of the input to recover it from."""
+        module, size = tail_copy(self.module, torch.device("cpu"), torch.float64), len(self.gain)
+        tiny = 1e-12 * torch.linspace(-1, 1, size, dtype=torch.float64)
+        direction = self.gain.cpu().double() * tiny
+        with torch.no_grad():
+            return float(((module(tiny) - module(-tiny)) / 2 * direction).sum() / direction.square().sum())
 
     def frozen(self, x: Float[Tensor, "*batch d_model"], scale: Float[Tensor, "*batch_or_1 1"]) -> Tensor:
         """The norm of `x` with its scale held at `scale`."""
