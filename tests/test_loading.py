@@ -133,6 +133,20 @@ def test_an_adapter_without_a_head_leaves_the_rows_of_its_base(tmp_path):
     assert rl.load(tmp_path / "adapter", objective=1).score(*PROBES[0]) == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("task", ["SEQ_CLS", None])
+def test_an_adapter_over_a_head_that_standardises_keeps_mean_and_scale(saved, tmp_path, task):
+    from peft import LoraConfig, get_peft_model
+
+    plain = saved()
+    settings = LoraConfig(r=2, task_type=task, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(rl.load(plain).module, settings).save_pretrained(tmp_path / "adapter")
+    reward = rl.load(tmp_path / "adapter").score(*PROBES[0])
+    config = json.loads((plain / "config.json").read_text())
+    config |= {"architectures": ["LLMForSequenceRegression"], "normalize_reward": True, "mean": 0.4, "std": 1.6}
+    (plain / "config.json").write_text(json.dumps(config))
+    assert rl.load(tmp_path / "adapter").score(*PROBES[0]) == pytest.approx((reward - 0.4) / 1.6, abs=1e-5)
+
+
 def test_revisions_of_an_adapter_and_of_its_base_are_two(saved, tmp_path, monkeypatch):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification, AutoTokenizer

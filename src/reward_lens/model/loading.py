@@ -225,19 +225,23 @@ def _not_a_language_model(name: str, found: str) -> LoadError:
 
 
 def _load_adapter(path: str, options: dict, settings: dict):
-    """A PEFT adapter merged into its base, the head taken from the adapter if it was saved there."""
+    """A PEFT adapter merged into its base, which may have a published head of its own; the head taken from the adapter
+    if it was saved there."""
     from peft import PeftConfig
     from transformers import AutoModelForSequenceClassification
 
     adapter = PeftConfig.from_pretrained(path, revision=options["revision"])
     base = str(adapter.base_model_name_or_path)
     saved = _saved_shapes(path, options["revision"])
-    heads = [shape[0] for key, shape in saved.items() if key.endswith(_HEAD_SUFFIXES)]
-    rows = {"num_labels": heads[0]} if heads else {}
+    of_heads = [shape[0] for key, shape in saved.items() if key.endswith(_HEAD_SUFFIXES)]
+    rows = {"num_labels": of_heads[0]} if of_heads else {}
     base_options = {"trust_remote_code": options["trust_remote_code"], "revision": adapter.revision}
-    module, info = AutoModelForSequenceClassification.from_pretrained(
-        base, output_loading_info=True, **rows, **base_options, **settings
-    )
+    module = heads.load_known(base, base_options | settings)
+    info: dict[str, Any] = {"missing_keys": [], "unexpected_keys": []}  # load_known has refused either
+    if module is None:
+        module, info = AutoModelForSequenceClassification.from_pretrained(
+            base, output_loading_info=True, **rows, **base_options, **settings
+        )
     missing = sorted(k for k in info["missing_keys"] if _IN_PEFT + k not in saved)
     if missing:
         raise LoadError(
