@@ -9,7 +9,7 @@ import torch
 
 import reward_lens as rl
 from families import TEXT_PAIRS
-from invented import BULK, FORMS, LOBES, SLABS, invented_model
+from invented import BULK, FORMS, LOBES, SLABS, Quarry, invented_model
 from reference.loops import plain_lens
 
 PAIRS = [rl.Pair(*texts) for texts in TEXT_PAIRS]
@@ -41,6 +41,16 @@ def test_parts_are_found_and_the_reward_is_the_models_own(form):
         assert row == pytest.approx(own, abs=1e-4) and rm.score(pair.prompt, pair.chosen) == pytest.approx(
             own, abs=1e-5
         )
+
+
+def test_a_part_whose_name_begins_like_the_blocks_is_none_of_them(monkeypatch):
+    module, tokenizer = invented_model("plain")
+    module.quarry.add_module("slabs_end", module.quarry.skim)
+    del module.quarry.skim
+    monkeypatch.setattr(Quarry, "skim", property(lambda self: self.slabs_end), raising=False)
+    rm = rl.RewardModel(module, tokenizer)
+    assert rm.structure.final_norm == "quarry.slabs_end"
+    assert rm.score("Is it?", "Yes.") == model("plain").score("Is it?", "Yes.")
 
 
 @each

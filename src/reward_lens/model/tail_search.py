@@ -31,7 +31,7 @@ def find_tail(model: Any, blocks_path: str, run_probe, known: str | None) -> tup
 
     wanted = [hooks.read_output(last, lambda t: ends.__setitem__("post", t.detach().clone()))]
     for path, module in model.named_modules():
-        if path and not path.startswith(blocks_path):
+        if path and not path.startswith(blocks_path + "."):
             wanted += record(path, module)
     with hooks.attached(wanted):
         logits = run_probe()
