@@ -34,6 +34,12 @@ def test_settings_of_the_model_reach_it():
         rl.load("demo", objective="helpfulness")
 
 
+def test_another_revision_than_the_one_it_has_is_refused(demo):
+    assert rl.load("demo", revision=demo.revision).revision == demo.revision
+    with pytest.raises(rl.LoadError, match=f"no such revision.*'v1'.*{demo.revision}"):
+        rl.load("demo", revision="v1")
+
+
 def test_a_second_load_neither_merges_nor_tests_again(demo, monkeypatch):
     def forbidden(*args):
         raise AssertionError("done twice")

@@ -59,7 +59,12 @@ def load_demo(
         module = placed(module, device)
     report = None if folder is None else folder / f"load_report-{str(settings['dtype']).removeprefix('torch.')}.nc"
     loading = {"missing_keys": [], "kept_report": report}
-    return RewardModel(module, tokenizer, name="demo", revision=_key()[:12], loading=loading, **settings_of_model)
+    return RewardModel(module, tokenizer, name="demo", revision=demo_revision(), loading=loading, **settings_of_model)
+
+
+def demo_revision() -> str:
+    """The one revision of the demo model: a name of its weights."""
+    return _key()[:12]
 
 
 def demo_tokenizer() -> Any:

@@ -57,7 +57,7 @@ def load(
     network's parts cannot be found. Nothing is loaded in their place.
     """
     if str(path) == "demo":
-        from reward_lens.model.demo import load_demo
+        from reward_lens.model.demo import demo_revision, load_demo
 
         _refuse(
             "The demo model takes no such setting", "device=, which moves the whole of it",
@@ -65,6 +65,11 @@ def load(
             device_map=device_map, offload_folder=offload_folder, quantization_config=quantization_config,
             tokenizer=tokenizer,
         )  # fmt: skip
+        if revision is not None and revision != demo_revision():
+            raise LoadError(
+                "The demo model has no such revision", found=f"revision={revision!r}", expected=repr(demo_revision()),
+                do="leave revision= out, or install the version of the library that has it",
+            )  # fmt: skip
         return load_demo(device, dtype, attn_implementation, objective=objective, structure=structure, readout=readout,
                          truncation=truncation)  # fmt: skip
     if isinstance(readout, StepReadout):
