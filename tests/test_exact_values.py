@@ -43,10 +43,10 @@ def test_a_contribution_is_what_removing_the_write_takes_away(family):
     scale = rm.readout.norm.scale(h)
     parts = rl.contributions(rm, acts, scale="own").value
     writes = ["embed", *(f"L{layer}.{kind}" for layer in range(rm.n_layers) for kind in ("attn", "mlp"))]
-    full = rm.readout.frozen_reward(h, scale)
+    full = rm.readout.norm.frozen(h, scale)
     for write in writes:
-        without = rm.readout.frozen_reward(h - acts[write], scale)
-        moved = (full - without).numpy()
+        without = rm.readout.norm.frozen(h - acts[write], scale)
+        moved = ((full - without) @ rm.readout.weight).numpy()
         for start, side in enumerate(("chosen", "rejected")):
             np.testing.assert_allclose(parts.sel(side=side, component=write), moved[start::2], atol=2e-5)
 

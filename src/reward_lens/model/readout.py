@@ -127,10 +127,6 @@ class LinearReadout:
     def reward(self, h: Float[Tensor, "*batch d_model"], inputs=None) -> Float[Tensor, "*batch"]:
         return self.norm(h) @ self.weight + self.bias
 
-    def frozen_reward(self, h: Float[Tensor, "*batch d_model"], scale: Float[Tensor, "*rows 1"]) -> Tensor:
-        """Reward of `h` with the norm's scale held at `scale`."""
-        return self.norm.frozen(h, scale) @ self.weight + self.bias
-
     def direction(self, h: Float[Tensor, "batch d_model"], inputs=None) -> Direction:
         u = self.norm.pull_back(self.weight, self.norm.scale(h))
         constant = self.weight @ self.norm.shift + self.bias
