@@ -96,6 +96,16 @@ def test_padding_past_n_positions_needs_no_reason():
         Result("curve", value.assign_coords(n_positions=("pair", [3, 3])), unit="reward")
 
 
+def test_a_summary_of_other_labels_than_the_values_is_refused():
+    """xarray would join the labels and fill up with NaN, or sort them where only their order differs."""
+    mean = components().mean.transpose("component", "side")
+    renamed = mean.assign_coords(component=["embed", "L0.attn", "L1.mlp"])
+    for other in (renamed, mean[:2], mean[::-1]):
+        for name in ("mean", "low", "high"):
+            with pytest.raises(ValueError, match="join='exact'.*component"):
+                components(**{name: other}, undefined="a reason")
+
+
 def test_meta_is_copied_and_must_be_json():
     meta = {"layers": [1, 2], "norm": "own"}
     result = components(meta=meta)

@@ -57,7 +57,8 @@ class Result:
     unit: ``"reward"``, ``"reward_sd"``, ``"fraction"``, ``"cosine"``, ``"accuracy"``, ...
     checks: the identities that hold for these values; one out of tolerance raises `CheckFailed`.
     meta: provenance and settings, JSON-able; ``shows`` and ``cannot_show`` are the two sentences of the report.
-    mean, low, high: summary over pairs and its interval, each without the `pair` dim.
+    mean, low, high: summary over pairs and its interval, each without the `pair` dim; other labels than those of
+        `value` raise `ValueError`.
     undefined: the reason for NaN cells. NaN without a reason raises; padding past `n_positions` needs none.
     """
 
@@ -75,7 +76,9 @@ class Result:
         undefined: str | None = None,
     ):
         variables = {"value": value, "mean": mean, "low": low, "high": high}
-        self.dataset = xr.Dataset({k: v for k, v in variables.items() if v is not None})
+        given = {k: v for k, v in variables.items() if v is not None}
+        xr.align(*given.values(), join="exact", copy=False)  # a Dataset would join other labels and fill up with NaN
+        self.dataset = xr.Dataset(given)
         self.name = name
         self.unit = unit
         self.meta = json.loads(json.dumps(dict(meta or {})))
