@@ -252,6 +252,15 @@ def test_ids_pieces_and_numbers_come_back_equal(tmp_path):
     xr.testing.assert_identical(loaded.dataset, result.dataset)
 
 
+def test_a_text_that_is_missing_comes_back_missing(tmp_path):
+    texts = np.array(["nan", None, "\\N", "N", np.nan], dtype=object)
+    value = xr.DataArray(np.zeros(5), dims="pair", coords={"label": ("pair", texts)})
+    result = Result("tokens", value, unit="reward")
+    loaded = load_result(result.save(tmp_path / "result.nc"))
+    assert loaded.value["label"].isnull().values.tolist() == [False, True, False, False, True]
+    xr.testing.assert_identical(loaded.dataset, result.dataset)
+
+
 def test_numpys_own_strings_come_back_equal(tmp_path):
     texts = np.array(ODD_TEXT, dtype=np.dtypes.StringDType())
     value = xr.DataArray(np.zeros(len(texts)), dims="pair", coords={"pair": texts})

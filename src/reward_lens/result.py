@@ -21,6 +21,7 @@ import xarray as xr
 from reward_lens.errors import CheckFailed, DataError
 
 FORMAT = "reward-lens result 1"
+MISSING = "\\N"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -250,7 +251,7 @@ def load_result(path: str | Path) -> Result:
     try:
         with xr.open_dataset(path, engine="h5netcdf") as opened:
             dataset = opened.load()
-        head = json.loads(_unescape(dataset.attrs["reward_lens"]))
+        head = json.loads(str(_unescape(dataset.attrs["reward_lens"])))
         if head["format"] != FORMAT:
             raise ValueError(f"the format {head['format']!r}, where this version reads {FORMAT!r}")
     except (OSError, KeyError, ValueError) as error:
@@ -295,16 +296,21 @@ def _map_text(values: np.ndarray, change) -> np.ndarray:
     for index, text in np.ndenumerate(values):
         out[index] = change(text)
     # pandas makes Arrow strings of an object array, which hold no lone surrogates; fixed-width text does.
-    return out.astype(str) if any(map(_SURROGATE.search, out.flat)) else out
+    return out.astype(str) if any(isinstance(text, str) and _SURROGATE.search(text) for text in out.flat) else out
 
 
-def _escape(text: str) -> str:
-    """netCDF strings hold neither NUL nor lone surrogates; both are written as backslash escapes."""
+def _escape(text: str | float) -> str:
+    """netCDF strings hold neither NUL nor lone surrogates; both are written as backslash escapes, a NaN (which xarray
+    puts where a text is missing) as another."""
+    if text != text:
+        return MISSING
     text = str(text).replace("\\", "\\\\").replace("\0", "\\u0000")
     return _SURROGATE.sub(lambda lone: f"\\u{ord(lone[0]):04x}", text)
 
 
-def _unescape(text: str) -> str:
+def _unescape(text: str) -> str | float:
+    if text == MISSING:
+        return math.nan
     parts = str(text).split("\\\\")
     for i, part in enumerate(parts):
         head, *rest = part.split("\\u")
