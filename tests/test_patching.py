@@ -12,12 +12,14 @@ from transformers.integrations import sdpa_attention
 import reward_lens as rl
 from families import STRUCTURES, by_family, tiny_model
 from reference.sweeps import patched_reward, values_at
-from reward_lens.engine import shared_keys
+from reward_lens.engine import patching, shared_keys
 from reward_lens.engine.editing import Edit
-from reward_lens.engine.intervention import values
+from reward_lens.engine.intervention import add, values
 from reward_lens.engine.patching import patch_rows
+from reward_lens.methods.causation.steering import responses
 from reward_lens.model.forward import Trunk, suffix_batch
 from reward_lens.model.prefix import NO_PREFIX, PrefixCache
+from reward_lens.model.sites import Site
 from reward_lens.model.tokens import common_prefix
 
 PROMPT = "What is the capital of France, and why there?"
@@ -95,6 +97,27 @@ def test_e5_a_runs_own_values_change_nothing(family, reuse):
         rows = [(Edit(rl.Site.parse(s), where, values(held[s][0][list(where)])),) for s in sites_of(rm)]
         out = patch_rows(rm, base, rows, reuse=reuse, max_rows=5)
         assert float(out.change.abs().max()) <= rm.noise_floor
+
+
+def test_a_large_change_does_not_loosen_what_is_asked_of_the_clean_row(monkeypatch):
+    rm = model("gpt2")
+    text, down = runs(rm)[0], patching._Walk.down
+    alone = float(rm.rewards([text])[0])
+
+    def clean_row_moved(self, rows, names):
+        reached = down(self, rows, names)
+        reached.final[0] += 0.01 * torch.arange(rm.d_model)
+        return reached
+
+    monkeypatch.setattr(patching._Walk, "down", clean_row_moved)
+    push = 1e3 * torch.randn(4, rm.d_model, generator=torch.Generator().manual_seed(0))
+    site = Site("resid_post", rm.n_layers - 1)
+    out = patch_rows(rm, text, [(Edit(site, [text.reward_pos], add(one)),) for one in push])
+    moved = float((out.clean - alone).abs().max())
+    assert moved > 1e-3 and float(out.change.abs().max()) > 1.2 * rm.effect_scale(alone)
+    assert out.clean_gap == pytest.approx(moved / rm.effect_scale(alone), rel=1e-3)
+    _, gap = responses(rm, text, site, push, np.array([0.0, 1.0]), "final", alone, None)
+    assert gap == pytest.approx(out.clean_gap, rel=1e-3)
 
 
 @pytest.mark.parametrize("family", STRUCTURES)

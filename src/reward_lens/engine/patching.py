@@ -76,7 +76,8 @@ class Patched:
     alone: float
     """Reward of the recorded pass, in which the text ran by itself."""
     clean_gap: float
-    """Largest distance of a clean row from that, over the scale of effects."""
+    """Largest distance of a clean row from that, over the scale of that reward: what the other rows changed is no
+    measure of it."""
 
     @property
     def change(self) -> Float[Tensor, " row"]:
@@ -293,8 +294,7 @@ class _Collected:
             self.states[depth][[rows[i] for i in which]] = state.to(self.final)
 
     def patched(self, start: int) -> Patched:
-        size = self.rm.effect_scale(self.alone, float((self.rewards - self.clean).abs().max()))
-        gap = float((self.clean - self.alone).abs().max()) / size
+        gap = float((self.clean - self.alone).abs().max()) / self.rm.effect_scale(self.alone)
         return Patched(
             self.clean,
             self.rewards,

@@ -132,8 +132,7 @@ def responses(
     out = patch_rows(rm, text, rows, max_rows=max_rows)
     changes = np.zeros((len(moves), len(doses)))
     changes[tuple(np.array(cells).T)] = out.change.numpy()
-    size = rm.effect_scale(clean, float(np.abs(changes).max()))
-    return changes, float((out.clean - clean).abs().max()) / size
+    return changes, float((out.clean - clean).abs().max()) / rm.effect_scale(clean)
 
 
 def line_slopes(rewards: Float[np.ndarray, "*some strength"], doses: Float[np.ndarray, " strength"]) -> np.ndarray:
