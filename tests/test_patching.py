@@ -189,5 +189,5 @@ def test_keys_and_values_are_handed_over_under_the_name_that_the_class_declares(
     Renamed.forward.__signature__ = inspect.Signature(parameters)
     rm = model("llama")
     past = PrefixCache(NO_PREFIX, 0)
-    Trunk(Renamed(), [], None, {}).run(suffix_batch(runs(rm)[0], 0, torch.device("cpu")), past=past)
+    Trunk(Renamed().eval(), [], None, {}).run(suffix_batch(runs(rm)[0], 0, torch.device("cpu")), past=past)
     assert handed == {argument: past}
