@@ -161,6 +161,13 @@ def test_ablations_are_interventions(family, at):
         np.testing.assert_allclose(result.sel(component=name), -change, atol=2e-5 * max(1, float(np.abs(change).max())))
 
 
+@pytest.mark.parametrize("mode", ["zero", "mean", "resample"])
+@pytest.mark.parametrize("path", ["total", "direct"])
+def test_an_ablation_refuses_an_alignment(mode, path):
+    with pytest.raises(rl.DataError, match=f"given an alignment.*'{mode}', align='tail'.*leave align= out"):
+        rl.effects(model("llama"), PAIRS, ["L1.mlp"], mode=mode, at="all", align="tail", path=path)
+
+
 @some
 def test_mean_ablation_takes_the_mean_of_other_prompts(family):
     rm = model(family)

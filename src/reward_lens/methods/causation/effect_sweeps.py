@@ -11,6 +11,7 @@ from reward_lens.engine.alignment import align as aligned
 from reward_lens.engine.patching import patch_rows
 from reward_lens.engine.places import gate_inside, require_site
 from reward_lens.engine.runs import common_start, keys_before, run_text
+from reward_lens.errors import DataError
 from reward_lens.methods.causation.ablations import Ablation, ablated_cells, prepare_ablation
 from reward_lens.methods.causation.effect_cells import (
     Cells,
@@ -65,6 +66,13 @@ def sweep_settings(
     """What every sweep's result says of how it was asked."""
     if align not in HOW:
         raise not_understood(at, align)
+    if align is not None and mode not in EXCHANGES:
+        raise DataError(
+            "An ablation was given an alignment of the two responses",
+            found=f"mode={mode!r}, align={align!r}",
+            expected="align=None: every run is changed where it stands, by nothing of the other one",
+            do="leave align= out, or exchange values between the responses (mode='noise' or 'denoise')",
+        )
     named = isinstance(spans, str)
     return {
         "sites": sites if isinstance(sites, str) else [str(s) for s in wanted], "mode": mode, "at": at, "align": align,

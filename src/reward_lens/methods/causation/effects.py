@@ -74,7 +74,7 @@ def effects(
     path: "direct" adds a dim `part`: direct (frozen norm), norm_rescale, mediated, total; under a prompt-gated head
         also gate and interaction, the route through what the gate reads.
     align: "tail", "diff" or "legacy_prefix" (a known artefact; not with path="direct", whose end is what the head reads
-        in both runs), for responses of different length.
+        in both runs), for responses of different length; ablations have none and refuse one.
     spans: patch parts of the aligned positions one by one: "position" (each by itself: a dim `position`), or {name:
         range of positions in the changed run} for all pairs or one such mapping a pair (a dim `span`). Ablations change
         both runs at these; by position their margin has those that the two runs begin with in common.
