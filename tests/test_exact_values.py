@@ -131,6 +131,12 @@ class TestInterventions:
         value = rl.intervene(rm, ["A text of its own"], {"L1.mlp": rl.mean_of(acts)}).value
         assert value.sel(state="change").item() == 0.0
 
+    def test_values_that_hold_positions_have_no_mean_over_others(self, rm):
+        reference = rl.capture(rm, PAIRS, ["L1.Q1", "L1.K0", "L1.P1"])
+        for site in reference.tensors:
+            with pytest.raises(rl.DataError, match=f"cannot come from another text.*mean_of at {site}.*ablate by zero"):
+                rl.intervene(rm, PAIRS, {site: rl.mean_of(reference)})
+
     def test_lengths_that_differ_are_refused(self, rm):
         uneven = [p for p, (a, b) in zip(PAIRS, rm.tokenize_pairs(PAIRS), strict=True) if len(a) != len(b)]
         acts = rl.capture(rm, uneven, ["L1.mlp"], at="all").swapped()

@@ -25,6 +25,8 @@ from reward_lens.model.tokens import Tokens
 
 RESIDUALS = ("embed", "resid_pre", "resid_post")
 IN_ATTENTION = ("q", "k", "v", "pattern")
+POSITIONAL = ("q", "k", "pattern")
+"""Kinds whose values belong to the positions of their own text."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from reward_lens.engine.activations import Activations, positions_of, runs_of
 from reward_lens.engine.attention_tap import AttentionTap
-from reward_lens.engine.editing import IN_ATTENTION, Edit, Placed, Source, hooks_of
+from reward_lens.engine.editing import IN_ATTENTION, POSITIONAL, Edit, Placed, Source, hooks_of
 from reward_lens.engine.gate_states import pooled_and_gate
 from reward_lens.engine.places import reaches_gate, require_site
 from reward_lens.errors import AlignmentError, DataError
@@ -81,16 +81,32 @@ def project_out(basis: Tensor) -> Source:
 
 
 def mean_of(reference: Activations) -> Source:
-    """Mean ablation. Returns a `Source`: the mean over a reference set's runs (and positions, if it holds several)."""
+    """Mean ablation. Returns a `Source`: the mean over a reference set's runs (and positions, if it holds several).
+
+    Raises `DataError` for queries, keys and attention patterns, which hold positions of their own text.
+    """
     means: dict[Site, Tensor] = {}
 
     def give(x: Tensor, site: Site, run: int, positions: range) -> Tensor:
+        if site.kind in POSITIONAL:
+            raise positional_elsewhere("mean_of", [site])
         if site not in means:
             held = reference[site]
             means[site] = (held if isinstance(held, Tensor) else torch.cat(held)).mean(0)
         return means[site].to(x).expand_as(x)
 
     return Source("mean", give)
+
+
+def positional_elsewhere(found: str, sites: Sequence[Site]) -> DataError:
+    """The refusal of queries, keys and patterns of other texts than the one that is changed."""
+    return DataError(
+        "A value that holds positions cannot come from another text",
+        found=f"{found} at {', '.join(map(str, sites[:4]))}",
+        expected="sites other than queries, keys and attention patterns, which belong to positions of their text",
+        do="ablate by zero, or exchange values between responses of the same token count; or ablate values ('L1.V0'), "
+        "heads or writes",
+    )
 
 
 def from_run(source: Activations) -> Source:
@@ -108,7 +124,7 @@ def from_run(source: Activations) -> Source:
         if run >= len(held):
             raise _unaligned(f"run {run} to change, {len(held)} runs in the source")
         own = positions_of(source.tokens[run], source.at)
-        if isinstance(held, Tensor) and site.kind not in ("q", "k", "pattern"):
+        if isinstance(held, Tensor) and site.kind not in POSITIONAL:
             fits = len(positions) == 1
         else:
             fits = own.start <= min(positions) and max(positions) < own.stop

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from reward_lens import data
 from reward_lens.engine.activations import Activations, capture, positions_of
-from reward_lens.engine.editing import Edit, Source
-from reward_lens.engine.intervention import values, zeros
+from reward_lens.engine.editing import POSITIONAL, Edit, Source
+from reward_lens.engine.intervention import positional_elsewhere, values, zeros
 from reward_lens.engine.patching import patch_rows
 from reward_lens.engine.run import passes
 from reward_lens.errors import DataError
-from reward_lens.methods.causation.effect_cells import POSITIONAL, Cells, contiguous
+from reward_lens.methods.causation.effect_cells import Cells, contiguous
 from reward_lens.methods.causation.effect_readings import Reading
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
@@ -66,15 +66,9 @@ def prepare_ablation(
     """Check the reference set and, for means, run it once."""
     if mode == "zero":
         return Ablation("zero", "none")
-    positional = [str(site) for site in sites if site.kind in POSITIONAL]
+    positional = [site for site in sites if site.kind in POSITIONAL]
     if positional:
-        raise DataError(
-            "A value that holds positions cannot come from another text",
-            found=f"mode={mode!r} at {', '.join(positional[:4])}",
-            expected="sites other than queries, keys and attention patterns, which belong to positions of their text",
-            do="use mode='zero', or 'noise' and 'denoise' for responses of the same token count; or ablate values "
-            "('L1.V0'), heads or writes",
-        )
+        raise positional_elsewhere(f"mode={mode!r}", positional)
     if mode == "resample" and n_draws < FEWEST_DRAWS:
         raise DataError("Too few draws to resample", found=f"n_draws={n_draws}", expected=f"at least {FEWEST_DRAWS}",
                         do="draw more: one draw brings one other text's information")  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from reward_lens.engine.alignment import Alignment, require_unshifted
-from reward_lens.engine.editing import Edit
+from reward_lens.engine.editing import POSITIONAL, Edit
 from reward_lens.engine.intervention import pattern, values
 from reward_lens.engine.patching import Row
 from reward_lens.engine.runs import TextRun
@@ -18,7 +18,6 @@ from reward_lens.model.tokens import Tokens, common_prefix
 
 Span = range | tuple[int, int]
 Spans = Literal["position"] | Mapping[str, Span] | Sequence[Mapping[str, Span]] | None
-POSITIONAL = ("q", "k", "pattern")
 UNTOUCHED = "the span has no position that the alignment patches"
 
 

@@ -7,9 +7,10 @@ import numpy as np
 from torch import Tensor
 
 from reward_lens.engine.alignment import Alignment, require_unshifted
+from reward_lens.engine.editing import POSITIONAL
 from reward_lens.engine.intervention import pattern
 from reward_lens.engine.runs import TextRun
-from reward_lens.methods.causation.effect_cells import POSITIONAL, Cells
+from reward_lens.methods.causation.effect_cells import Cells
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
 

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from reward_lens import data
 from reward_lens.engine.activations import Activations, capture, positions_of
-from reward_lens.engine.editing import RESIDUALS, Edit
+from reward_lens.engine.editing import POSITIONAL, RESIDUALS, Edit
 from reward_lens.engine.intervention import Source, constant, zeros
 from reward_lens.engine.places import require_site
 from reward_lens.errors import DataError
-from reward_lens.methods.causation.effect_cells import POSITIONAL
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
 from reward_lens.model.tokens import Tokens, require_equal_length
