@@ -1,5 +1,6 @@
 """Changes of the prompt under a prompt-gated head, against whole forwards of the Hugging Face module."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -308,13 +309,16 @@ def test_prompts_cut_to_different_lengths_differ_at_the_gate(tmp_path):
         )
         assert abs(float(found.sel(component=site, route="gate"))) > 1e-6
     held = (
-        lambda: rl.effects(rm, PAIRS[:1], ["L1.attn"], at="all", align="tail", path="direct"),
-        lambda: rl.path_effects(rm, PAIRS[:1], ["L1.attn"], ["reward"], at="all", align="tail"),
-        lambda: rl.effects(rm, PAIRS[:1], ["L1.attn"], at="all", align="tail", estimator="gradient", norm="frozen"),
+        lambda at: rl.effects(rm, PAIRS[:1], ["L1.attn"], at=at, align="tail", path="direct"),
+        lambda at: rl.path_effects(rm, PAIRS[:1], ["L1.attn"], ["reward"], at=at, align="tail"),
+        lambda at: rl.effects(rm, PAIRS[:1], ["L1.attn"], at=at, align="tail", estimator="gradient", norm="frozen"),
     )
+    refused = "reaches the gate of the reward head, which is held here.*shorten the conversation, patch at='final', or"
     for ask in held:
-        with pytest.raises(rl.StructureError, match="reaches the gate of the reward head, which is held here"):
-            ask()
+        for at in ("all", "response"):
+            with pytest.raises(rl.StructureError, match=refused):
+                ask(at)
+        assert np.isfinite(ask("final").value).all()
 
 
 @one_quick

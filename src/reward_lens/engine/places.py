@@ -66,7 +66,7 @@ def require_behind_gate(rm: RewardModel, tokens: Tokens, positions: Iterable[int
             "A patch between two responses reaches the gate of the reward head, which is held here",
             found=f"a patch at position {min(positions)}; the gate is read at position {gate_inside(rm, tokens, 0)}",
             expected="two texts that share the prompt, which truncation may cut to different lengths",
-            do="shorten the conversation, patch at='response', or ask effects (path='total', norm='live') or "
+            do="shorten the conversation, patch at='final', or ask effects (path='total', norm='live') or "
             "gate_routes, where the gate answers",
         )
 
