@@ -411,6 +411,7 @@ def test_counterfactual_patches_beside_plain_ones(family, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
     assert fingerprint(rm) == before and found.value.identical(again.value)
     assert found.value.dims == ("pair", "component", "patch")
+    assert [check.name for check in found.checks] == ["minimum", "clean row"]
     for site in sites:
         source = rl.from_run(rl.capture(rm, PAIRS[:6], [site]).swapped())
         change = rl.intervene(rm, PAIRS[:6], {site: source}).value.sel(side="chosen", state="change")

@@ -69,8 +69,9 @@ def counterfactual_patch(
 
     Returns value (pair, component, patch) in reward units, patch = plain, counterfactual, difference (counterfactual
     less plain), with mean and interval over prompts. Coordinates `distance_before` and `distance_after` (pair,
-    component): |s - h_CL| and |h - h_CL|. Check "minimum": the loss's gradient at h, relative to its terms. Raises
-    `DataError` for natural values fewer than `n_natural`. Source: Grant et al. 2025, arXiv 2511.04638.
+    component): |s - h_CL| and |h - h_CL|. Check "minimum": the loss's gradient at h, relative to its terms,
+    and "clean row" as in `effects`. Raises `DataError` for natural values fewer than `n_natural`. Source: Grant et al.
+    2025, arXiv 2511.04638.
     """
     bad = mode not in ("noise", "denoise") or variant not in VARIANTS or at != "final"
     if bad or not 0 <= weight < float("inf") or n_natural < 1:
@@ -91,7 +92,7 @@ def counterfactual_patch(
     held = capture(rm, natural_pairs, plan.whole, "final")
     runs = range(1 if mode == "noise" else 0, len(held.tokens), 2)
     natural = [torch.stack([value_of(held, site, run).flatten() for run in runs]).double() for site in wanted]
-    effects, before, after, worst = [], [], [], 0.0
+    effects, before, after, gaps, worst = [], [], [], [], 0.0
     for pair, tokens in zip(pairs, rm.tokenize_pairs(pairs), strict=True):
         base = plan.base(tokens)
         where = range(base.reward_pos, base.reward_pos + 1)
@@ -110,6 +111,7 @@ def counterfactual_patch(
                 rows.append((Edit(site, where, given(moved)),))
             which.append(len(rows) - 1)
         out = patch_rows(rm, base, rows)
+        gaps.append(out.clean_gap)
         effect = plan.effect(out.clean, out.rewards)[which].view(-1, 2)
         effects.append(torch.cat([effect, effect[:, 1:] - effect[:, :1]], 1).numpy())
         before.append([d for d, _ in distances])
@@ -123,7 +125,8 @@ def counterfactual_patch(
     }
     return paired_result(
         rm, "counterfactual_patch", pairs, np.stack(effects), ("pair", "component", "patch"), coords,
-        checks=[Check("minimum", worst, 1e-6)], seed=seed, title="Patches pulled towards natural values",
+        checks=[Check("minimum", worst, 1e-6), Check("clean row", max(gaps), 2e-2 if rm.sixteen_bit else 1e-4)],
+        seed=seed, title="Patches pulled towards natural values",
         settings={"sites": [str(site) for site in wanted], "mode": mode, "at": at, "weight": weight,
                   "variant": variant, "n_natural": n_natural, "natural_class": "rejected" if mode == "noise" else
                   "chosen", "natural_hash": data.inputs_hash(natural_pairs)},
