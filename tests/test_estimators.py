@@ -144,6 +144,13 @@ def test_calibration():
         rl.effects(rm, MANY, ["L1.attn"], estimator="gradient", calibrate=100)
 
 
+def test_the_ten_largest_of_ten_cells_are_no_recall():
+    few = rl.effects(model("llama"), MANY * 20, estimator="gradient", calibrate=100).meta["calibration"]
+    assert few["top_10_recall"] is None and "no pair has more than 10 cells" in few["no_recall"]
+    more = rl.effects(model("llama"), MANY * 5, "heads", estimator="gradient", calibrate=100).meta["calibration"]
+    assert 0 < more["top_10_recall"] <= 1 and "no_recall" not in more
+
+
 @every
 def test_edges_sum_to_the_gradient(family):
     rm = model(family)

@@ -39,6 +39,7 @@ from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
 from reward_lens.result import Result
 
+RECALLED = 10
 FEWEST_CELLS = 100
 
 
@@ -52,7 +53,8 @@ def estimated_effects(
     `steps`: nodes of integrated (8), integrated_joint (5) and integrated_block (2). `grad_drop` (of gradient): a
     coordinate of that name, the mean size of the estimate over gradients that skip one block each. `calibrate`: at
     least 100 (pair, site) cells, of whole pairs drawn at random, on which the estimate is held against exact effects;
-    Pearson, Spearman and the recall of the ten largest stand in meta["calibration"].
+    Pearson, Spearman and the recall of the ten largest (over pairs with more than ten, None without any) stand in
+    meta["calibration"].
     """
     mode, estimator = settings["mode"], settings["estimator"]
     steps = _require(mode, estimator, steps, grad_drop, calibrate, unknown)
@@ -145,14 +147,17 @@ def _calibration(rm, pairs, sites, settings, spans, found, calibrate: int, seed:
         keep = np.isfinite(truth) & np.isfinite(estimate)
         exact.append(truth[keep])
         guess.append(estimate[keep])
-        top = min(10, keep.sum())
-        best = [set(np.argsort(-np.abs(v[keep]), kind="stable")[:top].tolist()) for v in (truth, estimate)]
-        recalls.append(len(best[0] & best[1]) / max(1, top))
+        if keep.sum() > RECALLED:
+            best = [set(np.argsort(-np.abs(v[keep]), kind="stable")[:RECALLED].tolist()) for v in (truth, estimate)]
+            recalls.append(len(best[0] & best[1]) / RECALLED)
         if sum(map(len, exact)) >= calibrate:
             break
     x, y = np.concatenate(exact), np.concatenate(guess)
     if len(x) < calibrate:
         raise DataError("There are too few cells to calibrate on", found=f"{len(x)} (pair, site) cells",
                         expected=f"at least {calibrate}", do="pass more pairs or sites")  # fmt: skip
+    recall: dict[str, Any] = {"top_10_recall": float(np.mean(recalls)) if recalls else None}
+    if not recalls:
+        recall["no_recall"] = f"no pair has more than {RECALLED} cells, so that all of them are the largest"
     return {"cells": len(x), "pairs": len(exact), "pearson": float(np.array(pearsonr(x, y))[0]),
-            "spearman": float(np.array(spearmanr(x, y))[0]), "top_10_recall": float(np.mean(recalls))}  # fmt: skip
+            "spearman": float(np.array(spearmanr(x, y))[0])} | recall  # fmt: skip
