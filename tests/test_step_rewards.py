@@ -50,6 +50,15 @@ def test_aggregates_are_columns_by_name(name):
         assert float(one.last_log_odds) == pytest.approx(float(one.values[len(p) - 1]))
 
 
+def test_log_odds_of_any_size_have_a_probability():
+    module, tokenizer, readout = published("skywork-o1")
+    with torch.no_grad():
+        module.v_head.summary.weight.mul_(1e5)
+    value = rl.step_rewards(rl.step_model(module, tokenizer, readout), FEW).value
+    assert float(value.min()) < -710 and float(value.max()) > 710
+    assert set(value.probability.values[~np.isnan(value)].tolist()) == {0.0, 1.0}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_lens_and_contributions_end_at_the_steps_rewards(name):
     rm = model(name)

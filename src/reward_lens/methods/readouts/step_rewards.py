@@ -64,10 +64,12 @@ def step_rewards(rm: RewardModel, solutions, seed: int = 0) -> Result:
     Raises `DataError` for a solution without a boundary and for boundaries inside a token, `StructureError` for a model
     that rewards no steps.
     """
+    from scipy.special import expit
+
     read = _read(rm, solutions, [Site("resid_post", rm.n_layers - 1)])
     reward = rm.readout.reward(read.acts[Site("resid_post", rm.n_layers - 1)]).double().cpu().numpy()
     values = _by_solution(read, reward)
-    chance = 1 / (1 + np.exp(-values))
+    chance = expit(values)
     lengths = [len(text.positions) for text in read.texts]
     last = np.arange(len(lengths)), np.array(lengths) - 1
     aggregates = {
