@@ -279,6 +279,11 @@ def test_crystallization_by_its_definition():
         assert depth == pytest.approx(first / (len(row) - 1))
 
 
+def test_a_negative_number_of_controls_is_refused(micro):
+    with pytest.raises(rl.DataError, match="negative number of control models.*control_seeds=-1"):
+        rl.crystallization_depth(micro, PAIRS, control_seeds=-1)
+
+
 def test_a_reward_of_zero_does_not_fail_the_lens_at_all_positions():
     """What is left over is measured against what the head sums, not against a reward that happens to be zero."""
     module, tokenizer = tiny_model("llama")

@@ -86,6 +86,9 @@ def crystallization_depth(rm: RewardModel, pairs, norm: Norms = "own", control_s
     the model with random weights (norms and biases kept): late values can be mere norm growth. Undefined (NaN, with the
     reason) where the final margin is under the model's noise floor. Mean and interval over prompts.
     """
+    if control_seeds < 0:
+        raise DataError("A negative number of control models was asked for", found=f"control_seeds={control_seeds}",
+                        expected="0 or more", do="leave control_seeds out for none")  # fmt: skip
     pairs = data.as_pairs(pairs)
     names, rows = ["trained"], [_crystallized(rm, reward_lens(rm, pairs, norm))]
     for i in range(control_seeds):
