@@ -15,8 +15,9 @@ from families import tiny_model
 from planted import planted_model, planted_pairs
 from reward_lens import data
 from reward_lens.charts import kind
+from reward_lens.methods.causation import divergence as behind
 from reward_lens.methods.causation.counterfactual import pulled_to, remaining_gradient
-from reward_lens.methods.causation.divergence import _nearest_class, divergence
+from reward_lens.methods.causation.divergence import _nearest_class, divergence, set_aside
 from reward_lens.methods.causation.downstream import Psi, Units, downstream, natural_states
 from reward_lens.methods.causation.interchange import Interchange, first_mlp, lands_at, sites_named
 from reward_lens.methods.causation.natural_distance import natural_standard
@@ -133,16 +134,34 @@ def test_scaling_the_head_scales_what_is_in_reward_units(planted, table):
 
 @pytest.mark.parametrize("mode", ["zero", "mean", "resample"])
 def test_ablations_run_the_chosen_response(planted, mode):
-    found = divergence(planted, PAIRS, ["L0.mlp"], NATURAL, mode=mode, by="pair", min_evaluation=28, **FEW)
+    values, rest = set_aside(data.as_pairs(NATURAL), seed=0)
+    left = len(NATURAL) if mode == "zero" else len(rest)
+    found = divergence(planted, PAIRS, ["L0.mlp"], NATURAL, mode=mode, by="pair", min_evaluation=left, **FEW)
+    assert found.meta["settings"]["n_natural"] == left
     assert found.meta["settings"]["natural_class"] == "chosen"
     effect = found.value.sel(component="L0.mlp", measure="effect")
     if mode == "resample":
         assert effect.std() > 0
         return
-    acts = rl.capture(planted, NATURAL, ["L0.mlp"])
+    acts = rl.capture(planted, values, ["L0.mlp"])
     source = rl.zeros() if mode == "zero" else rl.constant(acts.chosen("L0.mlp").mean(0))
     change = rl.intervene(planted, PAIRS, {"L0.mlp": source}).value.sel(side="chosen", state="change")
     np.testing.assert_allclose(effect, -change, atol=1e-5)
+
+
+def test_a_resampled_state_is_not_held_against_what_it_was_made_from():
+    """The last block behind another text's residual: of that text's own state it would be a near copy."""
+    pairs, values = different_prompts("keyword", 60), []
+    for source in (None, pairs[48:]):
+        with pytest.MonkeyPatch.context() as patch:
+            if source is not None:  # values from pairs that are natural states of nothing
+                given = data.as_pairs(source)
+                patch.setattr(behind, "Interchange", lambda *a, given=given: Interchange(*a[:4], given, *a[5:]))
+            found = divergence(tiny("llama"), pairs[:12], ["L2.resid_pre"], pairs[12:48], mode="resample",
+                               min_evaluation=20, **FEW)  # fmt: skip
+        values.append(found.value.sel(component="L2.resid_pre", measure="local PCA distance").item())
+        baseline = found.value.sel(component="L2.resid_pre", measure="local PCA baseline").item()
+    assert values[0] > 0.85 * baseline and values[0] == pytest.approx(values[1], rel=0.15)
 
 
 @pytest.mark.parametrize("mode", ["noise", "denoise"])

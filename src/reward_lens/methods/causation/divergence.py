@@ -82,10 +82,10 @@ def divergence(
     Parameters
     ----------
     interventions: "components", "heads", "residual", a list of sites, or a Result of `effects`, whose sites, mode and
-        positions are run again (then `mode` and `at` are not read). Mean and resample take their values from
-        `natural_pairs`.
+        positions are run again (then `mode` and `at` are not read).
     natural_pairs: pairs of other prompts (a shared prompt raises `DataError`). Half of their prompts give mean, SD
-        and the units' ranges, the other half is what is compared.
+        and the units' ranges, the other half is what is compared. Mean and resample take their values from a third of
+        the prompts, which are no natural states then: a state is close to what it was made from.
     depth: where the states are compared, after every site; None: the pre-norm residual.
     natural_class: which responses are natural states. None: both for noise and denoise, the chosen ones for the
         ablations, whose runs are chosen responses. Of both, the energy distance is that to the nearer class
@@ -125,7 +125,10 @@ def divergence(
         raise DataError("There is no such depth after a site", found=f"depth={depth}",
                         expected=f"1 to {rm.n_layers}", do="pass one of these, or None for the last")  # fmt: skip
     sites = sites_named(rm, named, depth)
-    plan = Interchange(rm, sites, mode, at, natural_pairs, seed)
+    natural_hash, given = data.inputs_hash(natural_pairs), natural_pairs
+    if mode in ("mean", "resample") and natural_pairs.n_prompts >= 2 * stats.FEWEST:  # fewer are refused below
+        given, natural_pairs = set_aside(natural_pairs, seed)
+    plan = Interchange(rm, sites, mode, at, given, seed)
     of_class = natural_class or ("both" if mode in ("noise", "denoise") else "chosen")
     rng = np.random.default_rng(seed)
     natural = natural_states(rm, natural_pairs, depth, of_class, rng)
@@ -155,7 +158,8 @@ def divergence(
             "eps_rule": "0.05 SD of the reward over the natural states" if eps is None else "given",
             "n_natural": len(natural.states), "n_natural_prompts": natural_pairs.n_prompts,
             "n_evaluation": planes.n_evaluation, "evaluation_subsets": planes.subsets, "n_tested": planes.n_tested,
-            "n_permutations": n_permutations, "natural_hash": data.inputs_hash(natural_pairs),
+            "n_permutations": n_permutations, "natural_hash": natural_hash,
+            "n_value_prompts": given.n_prompts if given is not natural_pairs else 0,
         },
         "shows": "How far the states after an intervention are from natural ones, in several measures that each stand "
         "beside their natural counterpart.",
@@ -287,6 +291,14 @@ def _settings_of(effects: Result) -> tuple[Any, str, str]:
             do="pass the sites themselves, with mode= and at=",
         )
     return settings["sites"], settings["mode"], settings["at"]
+
+
+def set_aside(pairs: data.Pairs, seed: int) -> tuple[data.Pairs, data.Pairs]:
+    """The pairs of a third of the prompts, and the others."""
+    prompts = np.random.default_rng(seed).permutation(sorted({pair.prompt_key for pair in pairs}))
+    chosen = set(prompts[: len(prompts) // 3].tolist())
+    aside, rest = ([p for p in pairs if (p.prompt_key in chosen) == inside] for inside in (True, False))
+    return data.Pairs(aside, pairs.source), data.Pairs(rest, pairs.source)
 
 
 def _require_enough(
