@@ -177,6 +177,16 @@ def test_the_interval_covers_zero_for_unrelated_sites():
     assert 0.91 <= np.mean(covered) <= 0.985
 
 
+def test_an_interval_of_correlations_ends_at_one():
+    split = rl.agreement_by_length(found())
+    for result in (found(), split):
+        assert result.low is not None and result.high is not None
+        assert float(result.low.min()) >= -1 and float(result.high.max()) == 1  # the t interval would pass it
+    inside = stats.mean_interval(found().value.values, [p.prompt_key for p in PAIRS])
+    assert np.nanmax(inside.high) > 1
+    np.testing.assert_allclose(found().high, np.minimum(inside.high, 1))
+
+
 def test_repeatable_saved_drawn_and_without_traces(tmp_path):
     rm, result = model("llama"), found()
     assert rl.agreement(rm, FEW).value.identical(rl.agreement(rm, FEW).value)

@@ -9,6 +9,7 @@ import reward_lens as rl
 from families import STRUCTURES, TEXT_PAIRS, tiny_model
 from micro import EXPECTED, EXPECTED_CONTRIBUTIONS, EXPECTED_LENS, PROMPT, micro_model
 from planted import planted_model, planted_pairs
+from reward_lens import stats
 
 PAIRS = [rl.Pair(*texts) for texts in TEXT_PAIRS]
 
@@ -277,6 +278,13 @@ def test_crystallization_by_its_definition():
         settled = [np.sign(m) == np.sign(row[-1]) and abs(m) >= abs(row[-1]) / 2 for m in row]
         first = next(d for d in range(len(row)) if all(settled[d:]))
         assert depth == pytest.approx(first / (len(row) - 1))
+
+
+def test_an_interval_of_a_share_of_the_depth_stays_inside_it():
+    deep = rl.crystallization_depth(rl.RewardModel(*tiny_model("llama")), PAIRS, control_seeds=4)
+    assert deep.low is not None and float(deep.low.min()) >= 0 and float(deep.high.max()) <= 1
+    over = stats.mean_interval(deep.value.values, [p.prompt_key for p in PAIRS])
+    assert np.nanmax(over.high) > 1 or np.nanmin(over.low) < 0
 
 
 def test_a_negative_number_of_controls_is_refused(micro):

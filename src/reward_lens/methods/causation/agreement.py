@@ -114,6 +114,7 @@ def agreement(
     tolerance = 1e-2 if rm.sixteen_bit else 1e-5
     return paired_result(
         rm, "agreement", pairs, values, ("pair", "comparison", "mode", "layers", "model"), coords, unit="spearman",
+        limits=(-1.0, 1.0),
         checks=[Check("mean direct effect", max(checks), tolerance)] if checks else [],
         undefined=UNDEFINED if np.isnan(values).any() else None, seed=seed, noise_floor=rm.noise_floor,
         settings={"sites": sites if isinstance(sites, str) else [str(s) for s in wanted], "at": at, "align": align,
@@ -144,6 +145,7 @@ def agreement_by_length(result: Result, layers: str = "all", model: str = "train
         if inside.any():
             over = stats.mean_interval(value.values[inside], prompts[inside], seed=result.meta.get("seed", 0))
             cells = {key: getattr(over, key) for key in found}
+            cells |= {end: np.clip(cells[end], -1.0, 1.0) for end in ("low", "high")}
         else:
             cells = {key: np.full(value.shape[1:], 0.0 if key.startswith("n") else np.nan) for key in found}
         for key, cell in cells.items():

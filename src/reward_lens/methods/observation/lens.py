@@ -100,7 +100,7 @@ def crystallization_depth(rm: RewardModel, pairs, norm: Norms = "own", control_s
     if not control_seeds:
         values, dims, coords = values[:, 0], ("pair",), {}
     return paired_result(
-        rm, "crystallization_depth", pairs, values, dims, coords, unit="fraction", seed=seed,
+        rm, "crystallization_depth", pairs, values, dims, coords, unit="fraction", limits=(0.0, 1.0), seed=seed,
         undefined="the final margin is under the noise floor", title="Crystallization depth",
         settings={"norm": norm, "control_seeds": control_seeds, "noise_floor": rm.noise_floor},
         shows="How late in the network the lens margin takes its final sign and half its final size.",

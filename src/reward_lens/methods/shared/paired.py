@@ -24,17 +24,21 @@ def paired_result(
     checks: Sequence[Check] = (),
     undefined: str | None = None,
     interval: bool = True,
+    limits: tuple[float, float] | None = None,
     seed: int = 0,
     **meta: Any,
 ) -> Result:
     """`values` [pair, ...] with `dims` ("pair", ...); a dim "side" gets chosen, rejected, margin.
 
     The interval is over prompts (pairs of one prompt are resampled together); see `stats.mean_interval` for small n.
+    `limits`: what no value can pass; a t interval is cut there.
     """
     value = labelled(pairs, values, dims, coords)
     summary = {}
     if interval:
         summary, meta["interval"] = over_prompts(pairs, value, seed)
+    if summary and limits is not None:
+        summary |= {end: summary[end].clip(*limits) for end in ("low", "high")}
     return Result(
         name,
         value,
