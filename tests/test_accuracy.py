@@ -133,6 +133,12 @@ def test_scores_are_used_and_checked(rm):
         accuracy(rm, pairs, scores._with(scores.dataset.isel(pair=slice(5))))
     with pytest.raises(DataError, match="model"):
         accuracy(rl.RewardModel(*tiny_model("gpt2"), name="other"), pairs, scores)
+    halved = rl.RewardModel(*tiny_model("llama", dtype=torch.bfloat16), name=rm.name)
+    with pytest.raises(DataError, match="dtype 'float32'"):
+        accuracy(halved, pairs, scores)
+    cut = rl.RewardModel(rm.module, rm.tokenizer.hf, name=rm.name, truncation="left")
+    with pytest.raises(DataError, match="truncation None"):
+        accuracy(cut, pairs, scores)
 
 
 # calibration

@@ -11,6 +11,9 @@ from reward_lens.errors import DataError
 from reward_lens.model.reward_model import SIDES, RewardModel, pair_coords
 from reward_lens.result import Check, Result
 
+SAME_SCORES = ("method", "model", "revision", "dtype", "objective", "reads", "truncation", "inputs_hash")
+"""What says of a Result of scores whose they are, and of what."""
+
 
 def paired_result(
     rm: RewardModel,
@@ -76,11 +79,12 @@ def margin_of(chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
 
 
 def given_scores(rm: RewardModel, inputs, scores: Result | None, score, method: str) -> Result:
-    """The given scores if they are of these inputs and this model, else new ones."""
+    """The given scores if they are of these inputs and this model as it stands, else new ones. Models in memory are
+    told apart by their names (`rl.RewardModel(..., name=)`) alone."""
     if scores is None:
         return score(inputs)
-    expected = {"method": method, "model": rm.name, "revision": rm.revision}
-    expected |= {"objective": rm.readout.objective, "inputs_hash": data.inputs_hash(inputs)}
+    own = rm.describe(method, inputs)
+    expected = {key: own.get(key) for key in SAME_SCORES}
     found = {key: scores.meta.get(key) for key in expected}
     other = [f"{key} {found[key]!r}" for key in expected if found[key] != expected[key]]
     if len(scores.value) != len(inputs):
