@@ -184,7 +184,7 @@ class Studies:
                   "undone exactly, double where a text edited there and back stands for the original. Then D, what "
                   "the reward pays over what the labels are worth (1 is undistorted, below 0 the wrong way), at "
                   "two values of lambda, the share of behaviour that the reward drives; severity is the distance "
-                  "of D from 1.",
+                  "of D from 1; D / mean D is left out where the mean is not above 0.",
                   "slopes = rl.sensitivity_slopes(rm, pairs=diagnostic[::4], pool=demo)\n"
                   "weights = rl.fitted_weights(diagnostic, list(rl.DEFAULT_EDITS), pool=demo)\n"
                   "rl.distortion_index(slopes, weights)",
