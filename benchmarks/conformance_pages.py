@@ -62,7 +62,9 @@ def _models(methods: pd.DataFrame, identities: pd.DataFrame) -> str:
         "not here is searched and put to the same proof when it is loaded: the load report decides, and refuses what "
         "does not hold (`reward-lens check MODEL`).", "",
         "Directions are *exact* where one axis reads every state whose norm has the same scale (and, behind a gate, of "
-        "one prompt), and *local* where they are the head's slope at each state.", "",
+        "one prompt), and *local* where they are the head's slope at each state. Identities: in which precisions every "
+        "sum closes. Heads and neurons: whether what each writes can be told apart. Prefix: whether the keys and "
+        "values of a prompt are computed once for all of its texts, or whole texts are run.", "",
         _row("model", "class", "readout", "directions", "identities", "methods answered", "heads", "neurons", "prefix"),
         _row(*["---"] * 9),
     ]  # fmt: skip

@@ -154,6 +154,11 @@ def main() -> None:
         f"{meta['passes']:g} passes; measured on {len(pairs)} pairs of the diagnostic set, {pairs.n_prompts} prompts. "
         "Intervals are over prompts.", "",
         *measures(report), "",
+        "fvu is the share of the activations' variance that the dictionary misses, l0 the number of active latents at "
+        "a position, dead the share of latents that are active nowhere in these texts, error_norm the size of the "
+        "error over that of the activation. The other rows put the reconstruction in the activation's place: "
+        "how much of the reward comes back (1 is all, 0 what the mean activation gives), how often the margin keeps "
+        "its sign, and the accuracy with it (spliced).", "",
         f"In the split of the margins over latents ({split.meta['settings']['estimator']}) the error term is "
         f"{np.mean(error):.3f} on average in absolute size, what the split leaves to the row rest {np.mean(rest):.3f}.",
         "",

@@ -35,20 +35,51 @@ N_STEPS, N_EPISODES, ONSET = 20, 200, 8
 class Study:
     name: str
     title: str
+    reading: str
+    """What the columns of its tables are."""
     call: str
     run: Callable[[], rl.Result]
     lines: Callable[[rl.Result], list[str]]
 
 
-def table(frame: pd.DataFrame, digits: int = 3) -> list[str]:
+HEADINGS = {
+    "p_holm": "p (Holm)", "p_bh": "p (BH)", "n_prompts": "prompts", "lam": "lambda", "over_mean": "D / mean D",
+    "between": "dimensions", "flagged": "no control", "needed": "prompts needed", "auc": "AUC", "unit_of": "unit",
+    "causal_p_holm": "p, directions (Holm)", "shuffle_p_holm": "p, labels (Holm)", "sign_share": "sign, share",
+    "expected": "by chance", "pos": "at",
+}  # fmt: skip
+COUNTS = ("n", "n_prompts", "needed", "step")
+
+
+def table(frame: pd.DataFrame, value: str = "value") -> list[str]:
+    """Rows of Markdown; `value` is the heading of the column value, or mean."""
+
     def cell(x, name: str) -> str:
-        if not isinstance(x, float) or np.isnan(x):
-            return "" if isinstance(x, float) else str(x)
-        return "< .001" if x < 0.001 and name.split("_")[0].split(" ")[0] == "p" else f"{x:.{digits}f}"
+        if name == "flagged":
+            return "yes" if x else "no"
+        if not isinstance(x, float):
+            return str(x).replace("in_conflict", "in conflict")
+        if not np.isfinite(x):
+            return "" if np.isnan(x) else "no bound"
+        if name in COUNTS:
+            return f"{x:,.0f}"
+        if name == "lam":
+            return f"{x:g}"
+        return "< .001" if x < 0.001 and name.split("_")[0].split(" ")[0] == "p" else f"{x:.3f}"
 
     names = list(map(str, frame.columns))
-    rows = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
+    headings = [(HEADINGS | {"value": value, "mean": value}).get(name, name) for name in names]
+    rows = [f"| {' | '.join(headings)} |", "| --- " * len(names) + "|"]
     return rows + [f"| {' | '.join(map(cell, row, names))} |" for row in frame.itertuples(index=False)]
+
+
+def coverage_line(coverage: dict) -> str:
+    line = (
+        f"The reward is taken to see {coverage['K']} of {coverage['N']} attributes; the slopes of "
+        f"{coverage['K_estimated']} of them differ from 0 (p below {coverage['alpha']:.2g} after Holm): "
+        f"{', '.join(coverage['paid_for'])}."
+    )
+    return line + (f" {coverage['reason']}." if coverage["reason"] else "")
 
 
 def columns(result: rl.Result, names: list[str], keys: list[str]) -> pd.DataFrame:
@@ -148,6 +179,12 @@ class Studies:
         groups = [rl.Group(p.prompt, p.responses) for p in self.diagnostic[1::4]]
         return [
             Study("distortion", "Distortion index",
+                  "First what the reward pays for each attribute of a text: reward, in SDs within prompts, for one "
+                  "SD of the attribute, from edits that change it. The contrast is exact where the edit can be "
+                  "undone exactly, double where a text edited there and back stands for the original. Then D, what "
+                  "the reward pays over what the labels are worth (1 is undistorted, below 0 the wrong way), at "
+                  "two values of lambda, the share of behaviour that the reward drives; severity is the distance "
+                  "of D from 1; D / mean D is left out where the mean is not above 0.",
                   "slopes = rl.sensitivity_slopes(rm, pairs=diagnostic[::4], pool=demo)\n"
                   "weights = rl.fitted_weights(diagnostic, list(rl.DEFAULT_EDITS), pool=demo)\n"
                   "rl.distortion_index(slopes, weights)",
@@ -155,60 +192,88 @@ class Studies:
                       self.slopes(), rl.fitted_weights(self.diagnostic, list(rl.DEFAULT_EDITS), pool=self.demo)),
                   self.distortion_lines),
             Study("cascade", "Misalignment cascade",
+                  "Fractions of episodes before and after the step at which hacking begins, and how much more they "
+                  "change than in a run without hacking. The score is the mean of the dimensions.",
                   "rl.detect_cascade(**run, control=control)  # simulated, at the rates of arXiv 2511.18397",
-                  self.cascade, lambda r: [f"{r.meta['label']}: {r.meta['reason']}.", "",
+                  self.cascade, lambda r: [f"Label: {r.meta['label']} ({r.meta['reason']}).", "",
                                            *table(columns(r, ["p", "p_holm"], ["dimension", "measure"])
-                                                  .query("measure in ('before', 'after', 'change beyond control')"))]),
+                                                  .query("measure in ('before', 'after', 'change beyond control')"),
+                                                  "fraction")]),
             Study("susceptibility", "Susceptibility over items",
+                  "Rank correlation, over the 32 settings, of the margins of every two dimensions of misalignment, "
+                  "length held fixed.",
                   'rl.susceptibility_correlation(margins of rl.load_pairs("misalignment"), length="tokens")',
-                  self.susceptibility, lambda r: table(columns(r, ["p_bh", "label"], ["between"]))),
+                  self.susceptibility, lambda r: table(columns(r, ["p_bh", "label"], ["between"]), "rho")),
             Study("transfer", "Transfer between biases",
+                  "Change of the mean margin of a bias (edited over original) when the head no longer reads the "
+                  "direction of the row; before is the margin with the head as it is, share the change over it. "
+                  "Where no control is yes, the direction does not even move its own bias.",
                   "rl.transfer_matrix(rm, directions of demo pairs, edited pairs of diagnostic[::8])",
                   lambda: rl.transfer_matrix(rm, {b: self.direction(b) for b in BIASES},
                                              {b: self.edited(b, tenth) for b in BIASES}),
-                  lambda r: table(columns(r, ["before", "share", "p_holm", "flagged"], ["direction", "bias"]))),
+                  lambda r: table(
+                      columns(r, ["before", "share", "p_holm", "flagged"], ["direction", "bias"]), "change")),
             Study("conflict", "Conflict of terms",
+                  "Each term is an edit that the reward is to pay for. The four tests are of the scores within "
+                  "prompts, of the two directions, of one score as states move along the other's direction, and of "
+                  "the best response for the sum; each is near 0 for unrelated terms. Prompts needed is how many "
+                  "would settle a label if the value stayed as it is.",
                   "rl.term_conflict(rm, {name: edited pairs of diagnostic[::4]}, responses=groups of diagnostic[1::4])",
                   lambda: rl.term_conflict(
                       rm, {t: self.edited(t, self.diagnostic[::4]) for t in TERMS}, responses=groups),
                   lambda r: table(columns(r, ["label", "needed"], ["term", "other", "test"]).query("term < other"))),
             Study("valuation", "Concepts",
+                  "Causal is the change of the reward for a step along the concept's vector, added at the response "
+                  "or at the reward position; direct the vector's cosine with what the reward reads; read the "
+                  "correlation of the rewards of the other concepts' texts with their projection on the vector. The p "
+                  "are against random directions and against vectors of shuffled labels. AUC and sign say how well and "
+                  "which way round the vector tells positive from negative texts of topics it was not made of; "
+                  "reliability how alike the vectors of two halves of the topics are.",
                   'texts = rl.load_concepts("concepts")\nvectors = rl.concept_vectors(rm, texts)\n'
                   "rl.valuation(rm, vectors, texts, n_null=60, n_texts=8)",
                   lambda: rl.valuation(rm, self.vectors(), self.texts, n_null=60, n_texts=8), self.concept_lines),
             Study("swapped", f"A planted sign error: {SWAPPED}",
+                  "The positive and the negative texts of one concept are exchanged; the sign test has to find "
+                  "that concept and no other.",
                   "rl.valuation(rm, vectors, texts_with_one_concept_turned_round, n_null=0, n_texts=2)",
                   lambda: rl.valuation(rm, self.vectors(), self.swapped(), n_null=0, n_texts=2),
                   lambda r: [f"Sign errors found: {', '.join(r.meta['sign_errors']) or 'none'}."]),
             Study("linear_probes", "Linear probes of correctness",
+                  "AUC of a logistic probe on held-out prompts at the state that enters a block, averaged over the "
+                  "response or at the reward position; control is the AUC with labels dealt anew, selectivity the "
+                  "difference. The cosine is between the probe's direction and what the reward reads there.",
                   "rl.linear_probes(rm, correct_pairs, labels, depths=range(0, 31, 5))",
                   lambda: rl.linear_probes(rm, correct, labels, depths=range(0, rm.n_layers + 1, 5)),
-                  lambda r: [f"By length alone: {r.meta['length_alone']}.", "",
-                             *table(columns(r, ["control", "selectivity", "p_bh", "cosine"], ["depth", "at"]))]),
+                  lambda r: ["The same probe given the number of tokens only: AUC "
+                             "{value:.3f} ({low:.3f} to {high:.3f}).".format(**r.meta["length_alone"]), "",
+                             *table(columns(r, ["control", "selectivity", "p_bh", "cosine"], ["depth", "at"]), "AUC")]),
             Study("compare", "Comparison of models",
+                  "Agreement is the share of pairs with the same preference, by chance what two models of these "
+                  "accuracies would share; kappa puts that at 0. Correlations are of rewards within prompts, of "
+                  "margins, of what the lens gains and what components write by depth. CKA compares states at the "
+                  "reward position, the reward angle the axes that the two heads read.",
                   'rl.compare({"demo": rm, "repaired": edited, "random weights": rl.random_weight_copy(rm)}, demo)',
                   self.compared, lambda r: table(columns(r, ["expected", "p_holm", "n"], ["models", "measure"]))),
             Study("base", "The model beside its base",
+                  "The measures are those above; the base is the language model that the demo model was trained "
+                  "from, read by the demo model's head.",
                   'rl.compare({"demo": rm, "base under its head": rl.base_under_head(rm, base)}, demo)',
                   self.compared_with_base,
                   lambda r: table(columns(r, ["expected", "p_holm", "n"], ["models", "measure"]))),
             Study("checkpoints", "Checkpoints of the training",
+                  "Each checkpoint beside step 0. Accuracy and the SD of rewards within prompts are its own, the "
+                  "other measures those above.",
                   'rl.compare_checkpoints({"step 0": base, "step 124": rm, "step 247": last}, diagnostic[::4], '
                   "steps=[0, 124, 247])",
                   self.checkpoints, lambda r: table(columns(r, ["unit_of"], ["step", "measure"]))),
         ]  # fmt: skip
 
     def distortion_lines(self, result: rl.Result) -> list[str]:
-        coverage = result.meta["coverage"]
         slopes = columns(self.slopes(), ["p_holm", "contrast", "n_prompts"], ["attribute"])
         index = columns(result, ["over_mean", "severity"], ["dimension", "lam"]).query("lam in (.5, 1)")
-        return [
-            *table(slopes),
-            "",
-            *table(index),
-            "",
-            f"Coverage: {coverage}. {'; '.join(result.meta['unbounded'].values())}",
-        ]
+        lines = [*table(slopes, "slope"), "", *table(index, "D"), "", coverage_line(result.meta["coverage"])]
+        unbounded = [f"- {name}: {words}." for name, words in result.meta["unbounded"].items()]
+        return lines + (["", "Where D has no bound:", "", *unbounded] if unbounded else [])
 
     def concept_lines(self, result: rl.Result) -> list[str]:
         names = ["direct", "read", "causal_p_holm", "shuffle_p_holm", "auc", "sign", "sign_share"]
@@ -219,7 +284,7 @@ class Studies:
              "p against sets of random directions": (fit.get("null") or {}).get("p")}
             for pos, fits in result.meta["agreement"].items() for of, fit in fits.items()
         ])  # fmt: skip
-        return [*table(frame), "", "Read-write agreement over concepts:", "", *table(agreement)]
+        return [*table(frame, "causal"), "", "Read-write agreement over concepts:", "", *table(agreement)]
 
 
 def main() -> None:
@@ -245,14 +310,17 @@ def main() -> None:
     lines = [
         "# The extensions on the demo model", "",
         "`python benchmarks/extensions.py`, bundled texts only: `demo` (48 pairs), `diagnostic` (480), `misalignment` "
-        "(192), `concepts` (1,040 texts). Intervals are over prompts, topics, items or steps, as each result says.", "",
+        "(192), `concepts` (1,040 texts). Low and high are the ends of a 95% interval, over prompts where nothing else "
+        "is said (topics for concepts, settings for susceptibility, episodes for the cascade). A p marked Holm or BH "
+        "is corrected for the number of rows.", "",
     ]  # fmt: skip
     results = {}
     for study in studies.all():
         if study.name == "checkpoints" and not (adapters or (args.work / "checkpoints.nc").exists()):
             continue
         results[study.name] = result = kept(study.name, study.run)
-        lines += [f"## {study.title}", "", "```python", study.call, "```", "", *study.lines(result), "",
+        lines += [f"## {study.title}", "", "```python", study.call, "```", "", study.reading, "",
+                  *study.lines(result), "",
                   f"Shows: {result.meta['shows']} Cannot show: {result.meta['cannot_show']}", ""]  # fmt: skip
         args.docs.write_text("\n".join(lines))
     rl.write_report(results, args.work / "report.html", title="The extensions on the demo model")

@@ -107,8 +107,8 @@ def probe_page(rm: rl.RewardModel, result: rl.Result, lengths: list[str], comman
         f"`{command}`. {len(np.unique(v['pair']))} pairs of the diagnostic set (`rl.load_pairs(\"diagnostic\")`), "
         f"a prompt each, both responses edited: `rl.probe_hacking(rm, pairs)`. Within-prompt SD of the reward: "
         f"{meta['within_prompt_sd']:.3f}. Intervals (95%) and tests are over prompts, p by sign-flip and Holm over "
-        f"{v.sizes['probe']} probes. A shift of half an SD of shifts is found in 80% of studies of "
-        f"{meta['prompts_needed']['n']} prompts. p = {meta['smallest_p'] * v.sizes['probe']:.3f} is the smallest that "
+        f"{v.sizes['probe']} probes. With {meta['prompts_needed']['n']} prompts a shift of half an SD of the shifts is "
+        f"found in 80% of cases. p = {meta['smallest_p'] * v.sizes['probe']:.3f} is the smallest that "
         "10,000 sign flips and Holm can give.", "",
         "*Net* is the shift less what as many tokens of filler buy on the same prompt. *Corrected* compares with the "
         "text edited back, where that is not the original (RATE). *Flips*: pairs that were right and are wrong once "
@@ -177,9 +177,11 @@ def repair_page(chosen: rl.Result, directions: list[rl.Result], outcome: rl.Resu
     v = chosen.value
     lines = [
         "# A repair of the demo model, from the bias to the checkpoint", "",
-        f"`{command}`. Nothing below was measured on prompts that chose anything: directions on {N_FIT} prompts of "
-        f"alpaca_eval_train (responses of at most {LONGEST} words), strength on {N_DEV} others, the guard {N_GUARD} "
-        "others again. The edits are those with the largest shifts upwards in [all probes](probes.md).", "",
+        f"`{command}`. The directions come from {N_FIT} prompts of alpaca_eval_train (responses of at most {LONGEST} "
+        f"words), their strength from {N_DEV} others (dev), and the accuracy that it may not cost from {N_GUARD} "
+        "others again (guard); what is measured before and after is of other sets. The edits are those with the "
+        "largest shifts upwards in [all probes](probes.md), which are of the diagnostic set, as the probes before and "
+        "after are.", "",
         "```python", "edits = rl.edits_of([" + ", ".join(f'"{name}"' for name in REMOVED) + "])",
         "directions = [rl.bias_direction(rm, rl.edited_pairs(fit, edit)) for edit in edits]",
         "dev_edits = [pair for edit in edits for pair in rl.edited_pairs(dev, edit)]",
@@ -195,8 +197,9 @@ def repair_page(chosen: rl.Result, directions: list[rl.Result], outcome: rl.Resu
                 for key in ("reliability", "cosine_with_u")]  # fmt: skip
         lines.append(f"| {name} | {m['n_prompts']} | {pair[0]} | {pair[1]} |")
     lines += [
-        "", "## Strength", "", "The least shift left on the edited texts of the dev prompts that does not cost the "
-        "guard pairs .05 of accuracy (lower end of the interval).", "",
+        "", "## Strength", "", "Alpha says how much of the directions is taken out of the head (1 is all of it). "
+        "Chosen is the one that leaves the least shift on the edited texts of the dev prompts, among those whose cost "
+        "in accuracy on the guard pairs is under .05 (lower end of the interval).", "",
         "| alpha | shift left on dev | accuracy on guard | change | allowed |", "| --- " * 5 + "|",
     ]  # fmt: skip
     for i, alpha in enumerate(v["alpha"].values):
