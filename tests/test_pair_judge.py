@@ -136,7 +136,7 @@ def test_intervals_and_shares_are_over_prompts(tmp_path, capfd):
 
 FEW = ("effects", "by token", "path effects", "knock-out")
 some = [pytest.param(name, marks=[] if name in FEW else pytest.mark.full) for name in METHODS]
-ONE_RESPONSE = "A pair judge gives no reward to one response alone"
+ONE_RESPONSE = "pair judge gives no reward to one response alone"
 
 
 @pytest.mark.parametrize("name", some)

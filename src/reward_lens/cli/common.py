@@ -49,7 +49,7 @@ def refusals(command: Callable) -> Callable:
         try:
             return command(*args, **kwargs)
         except (rl.RewardLensError, OSError) as error:
-            err.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
+            err.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(1) from error
 
     return with_loading(command, run)
@@ -77,7 +77,7 @@ def load_pairs(pairs: str, split: str | None, limit: int | None) -> "rl.Pairs":
     """The pairs; what is odd about them is said."""
     data = rl.load_pairs(pairs, split=split, limit=limit)
     for note in data.notes:
-        err.print(f"Note: {note}", markup=False, highlight=False)
+        err.print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
     return data
 
 

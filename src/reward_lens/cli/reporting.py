@@ -75,7 +75,7 @@ def _write(asked: Sequence[str], answers: Mapping[str, rl.Result | rl.RewardLens
         missing |= dict.fromkeys(left, Exception(f"The run ended at {left[0]}; with --resume it goes on from there."))
     page = rl.write_report(results, path, title, missing)
     for name, why in missing.items():
-        err.print(f"Not answered: {name}: {why}", markup=False, highlight=False)
+        err.print(f"Not answered: {name}: {why}", markup=False, highlight=False, soft_wrap=True)
     typer.echo(f"Report: {page}")
 
 
