@@ -17,7 +17,7 @@ answer depends on the question. References: Sundararajan et al. 2017, arXiv 1703
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -265,7 +265,7 @@ def _require(steps: int, **given: str) -> None:
                         expected="at least 1", do="leave steps= out, or pass 32")  # fmt: skip
 
 
-def _words(method: str, by: str, baseline: str, removal: str) -> dict[str, str]:
+def _words(method: str, by: str, baseline: str, removal: str) -> dict[str, Any]:
     line = f"when each {by} comes in from the baseline ({baseline}) in the residual entering block 0"
     gone = {"delete": "deleted", "mask": "hidden from attention"}[removal]
     shows, cannot = {
