@@ -1,7 +1,8 @@
 """Which pairs the standard analysis asks its questions of."""
 
 import reward_lens as rl
-from reward_lens.analysis import by_prompt, halves, spread_over_subsets
+from reward_lens.analysis import halves, spread_over_subsets
+from reward_lens.data import by_prompt
 
 
 def pairs_of(*prompts: str) -> rl.Pairs:

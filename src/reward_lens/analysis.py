@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import reward_lens as rl
+from reward_lens.data import by_prompt
 
 Question = Callable[[], "rl.Result"]
 FEW = 6  # pairs whose tokens are attributed one by one
@@ -79,12 +80,3 @@ def halves(pairs: "rl.Pairs") -> tuple["rl.Pairs", "rl.Pairs"]:
     """The pairs of every second prompt, and those of the others: no prompt is in both."""
     prompts = list(dict.fromkeys(pair.prompt_key for pair in pairs))
     return by_prompt(pairs, set(prompts[::2]))
-
-
-def by_prompt(pairs: "rl.Pairs", prompts: set[str]) -> tuple["rl.Pairs", "rl.Pairs"]:
-    """The pairs whose prompt is one of `prompts` (keys), and the others."""
-    inside, outside = (
-        rl.Pairs([pair for pair in pairs if (pair.prompt_key in prompts) == kept], pairs.source)
-        for kept in (True, False)
-    )
-    return inside, outside

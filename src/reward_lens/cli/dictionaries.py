@@ -8,7 +8,6 @@ import typer
 from rich.progress import Progress
 
 import reward_lens as rl
-from reward_lens.analysis import by_prompt
 from reward_lens.cli.common import (
     COLUMNS,
     AsJson,
@@ -22,6 +21,7 @@ from reward_lens.cli.common import (
     refusals,
     show,
 )
+from reward_lens.data import by_prompt
 
 sae = typer.Typer(
     help="Sparse autoencoders of a reward model's activations: train, measure, look. FOLDER holds a dictionary of "

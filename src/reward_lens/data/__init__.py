@@ -5,7 +5,7 @@ cluster of every interval and test. A row that cannot be used raises `DataError`
 one that is odd but usable (an empty response, a repeated id or prompt) is kept and named in `Pairs.notes`.
 """
 
-from reward_lens.data.items import Group, Pair, Pairs, StyleItem, as_messages, as_pairs, inputs_hash
+from reward_lens.data.items import Group, Pair, Pairs, StyleItem, as_messages, as_pairs, by_prompt, inputs_hash
 from reward_lens.data.loading import load_groups, load_pairs, load_solutions, load_style_items
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "StyleItem",
     "as_messages",
     "as_pairs",
+    "by_prompt",
     "inputs_hash",
     "load_groups",
     "load_pairs",

@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import numbers
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, no_type_check, overload
 
 from reward_lens.data.checks import checked_text, checked_texts, checked_turns, malformed, shown
@@ -187,6 +187,13 @@ class Pairs(Sequence):
     def __repr__(self) -> str:
         lines = [f"<Pairs {len(self)} from {self.source}, prompts {self.n_prompts}>", *self.notes]
         return "\n  ".join(lines)
+
+
+def by_prompt(pairs: Pairs, prompts: Container[str]) -> tuple[Pairs, Pairs]:
+    """The pairs whose prompt is one of `prompts` (keys), and the others."""
+    parts = ([p for p in pairs if (p.prompt_key in prompts) == inside] for inside in (True, False))
+    inside, outside = (Pairs(part, pairs.source) for part in parts)
+    return inside, outside
 
 
 def as_pairs(pairs: Any) -> Pairs:

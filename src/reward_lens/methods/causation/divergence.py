@@ -297,8 +297,7 @@ def set_aside(pairs: data.Pairs, seed: int) -> tuple[data.Pairs, data.Pairs]:
     """The pairs of a third of the prompts, and the others."""
     prompts = np.random.default_rng(seed).permutation(sorted({pair.prompt_key for pair in pairs}))
     chosen = set(prompts[: len(prompts) // 3].tolist())
-    aside, rest = ([p for p in pairs if (p.prompt_key in chosen) == inside] for inside in (True, False))
-    return data.Pairs(aside, pairs.source), data.Pairs(rest, pairs.source)
+    return data.by_prompt(pairs, chosen)
 
 
 def _require_enough(

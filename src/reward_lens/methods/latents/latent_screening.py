@@ -59,8 +59,7 @@ def screened_effects(
         )
     drawn = np.random.default_rng(seed).permutation(len(keys))
     chosen_on = {keys[i] for i in drawn[: len(keys) // 2]}
-    halves = [data.Pairs([p for p in pairs if (p.prompt_key in chosen_on) == first], pairs.source)
-              for first in (True, False)]  # fmt: skip
+    halves = data.by_prompt(pairs, chosen_on)
     mean = _first_order(rm, sae, halves[0], site, at, replace)
     order = np.argsort(-np.abs(mean), kind="stable")[:top]
     latents = [int(j) for j in order if mean[j] != 0]
