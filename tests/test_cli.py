@@ -159,6 +159,12 @@ def test_a_report_that_ended_early_has_a_page_and_is_gone_on_with(model, pairs, 
     assert asked == ["heads"]
 
 
+def test_a_report_whose_folder_cannot_be_says_so_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    said = run("report", "no-model", "demo", "-o", str(tmp_path / "file" / "out"), code=1).stderr
+    assert "A file or folder could not be used" in said and "file/out" in said and "What to do: check the path" in said
+
+
 def test_a_report_of_other_pairs_or_another_model_is_not_gone_on_with(model, pairs, tmp_path):
     folder = tmp_path / "out"
     run("report", model, pairs, "-o", str(folder), "--limit", "2")

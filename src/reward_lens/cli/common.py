@@ -49,10 +49,16 @@ def refusals(command: Callable) -> Callable:
         try:
             return command(*args, **kwargs)
         except (rl.RewardLensError, OSError) as error:
-            err.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            said = str(error) if isinstance(error, rl.RewardLensError) else _of_file(error)
+            err.print(f"{type(error).__name__}: {said}", style="red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(1) from error
 
     return with_loading(command, run)
+
+
+def _of_file(error: OSError) -> rl.DataError:
+    return rl.DataError("A file or folder could not be used", found=str(error), expected="a path that can be used so",
+                        do="check the path, the rights to it and the free space")  # fmt: skip
 
 
 def load(model: str, objective: str | None = None, truncation: str | None = None) -> "rl.RewardModel":

@@ -43,6 +43,7 @@ def report(
     A run that ends early (an interrupt, too little memory, a failed check) leaves a page of what it answered; the same
     command with --resume asks the rest. It scores the pairs first, and refuses the answers of another model or pairs.
     """
+    output.mkdir(parents=True, exist_ok=True)  # a folder that cannot be is no reason to wait for the model
     rm, data = load_both(model, pairs, split, limit, objective, truncation)
     with err.status(f"Scoring {len(data)} pairs"):
         scores = rm.score_pairs(data)
@@ -52,7 +53,8 @@ def report(
     try:
         _ask(asked, folder, answers)
     finally:  # hours of answers are worth a page, whatever ended the run
-        _write(list(asked), answers, output / "report.html", f"{rm.name} on {data.source}")
+        if answers:
+            _write(list(asked), answers, output / "report.html", f"{rm.name} on {data.source}")
 
 
 def _ask(asked: Mapping[str, Question], folder: "AnswerFolder", answers: dict[str, rl.Result | rl.RewardLensError]):
