@@ -11,6 +11,7 @@ import torch
 import reward_lens as rl
 from families import TEXT_PAIRS, more, tiny_model
 from identities import assert_slow_loops_agree
+from reference.loops import plain_contributions
 from reference.sweeps import patched_reward, values_at
 from reward_lens.model import block_kinds
 
@@ -78,7 +79,9 @@ def test_effects_equal_plain_runs(family):
 def test_what_has_no_heads_is_not_split(family):
     rm = model(family)
     with pytest.raises(rl.StructureError, match="block 0 .* cannot be split into heads"):
-        rl.contributions(rm, PAIRS[:1], by="head")
+        rl.contributions(rm, PAIRS[:1], by="token")
+    with pytest.raises(rl.StructureError, match="block 0 .* cannot be split into heads"):
+        rl.ov_pull(rm)
     for site in ("L0.H1", "L0.head"):
         with pytest.raises(rl.StructureError, match="cannot be split into heads"):
             rl.effects(rm, PAIRS[:1], [site])
@@ -93,6 +96,51 @@ def test_what_has_no_heads_is_not_split(family):
     assert knocked.meta["settings"]["layers"] == [1]
     with pytest.raises(rl.StructureError, match="a block with attention"):
         rl.attention_knockout(rm, PAIRS[:1], "word", layers=[0])
+
+
+@each
+def test_heads_are_split_where_there_are_some_and_other_mixers_stay_whole(family):
+    """Each head's row is what goes from its block's write with it, along the gradient of head and frozen norm."""
+    rm, pair = model(family), PAIRS[1]
+    result = rl.contributions(rm, [pair], by="head")
+    names = [f"L1.H{i}" for i in range(rm.n_heads)]
+    kinds = dict(zip(result.value.component.values, result.value.kind.values, strict=True))
+    assert [n for n in kinds if kinds[n] in ("head", "attn")] == ["L0.attn", *names, "L2.attn"]
+    rows = result.value.sel(side="chosen")[0]
+    whole = plain_contributions(rm, pair.prompt, pair.chosen)
+    for name in ("embed", "L0.attn", "L0.mlp", "L1.mlp", "L2.attn", "L2.mlp"):
+        assert float(rows.sel(component=name)) == pytest.approx(whole[name], abs=1e-4)
+    direct = rl.effects(rm, [pair], names, "zero", path="direct").value.sel(side="chosen", part="direct")[0]
+    out = rm.module.get_submodule(rm.structure.blocks)[1].get_submodule(rm.structure.path("attn_out", 1))
+    tokens = rm.tokenize(pair.prompt, pair.chosen)
+    gradient = _gradient_at_the_write(rm, tokens)
+    for i, name in enumerate(names):
+        z = _input_of(rm, out, tokens)[tokens.reward_pos].view(rm.n_heads, -1)
+        lost = z.clone()
+        lost[i] = 0
+        one = float(((out(z.flatten()) - out(lost.flatten())) * rm.structure.write_scale * gradient).sum().detach())
+        if rm.name != "olmo_hybrid":  # there a post-norm stands between, whose frozen scale the split knows
+            assert float(rows.sel(component=name)) == pytest.approx(one, abs=1e-4)
+        assert float(direct.sel(component=name)) == pytest.approx(float(rows.sel(component=name)), abs=1e-5)
+    parts = [float(rows.sel(component=n)) for n in kinds if n in names or n == "L1.attn_bias"]
+    assert sum(parts) == pytest.approx(whole["L1.attn"], abs=1e-4)
+
+
+def _input_of(rm, module, tokens):
+    seen = []
+    handle = module.register_forward_pre_hook(lambda m, args: seen.append(args[0][0].detach().clone()))
+    with torch.no_grad():
+        rm.module(input_ids=torch.tensor([tokens.ids]))
+    handle.remove()
+    return seen[0]
+
+
+def _gradient_at_the_write(rm, tokens):
+    """Of the head's reading of the pre-norm residual, the norm's scale held constant (RMSNorm)."""
+    h = _input_of(rm, rm.module.get_submodule(rm.structure.final_norm), tokens)[tokens.reward_pos]
+    norm, head = (rm.module.get_submodule(p) for p in (rm.structure.final_norm, rm.structure.head))
+    with torch.no_grad():
+        return norm(h) / h * head.weight[rm.row]
 
 
 def test_a_structure_with_a_path_a_block_can_be_passed():

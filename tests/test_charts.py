@@ -161,6 +161,17 @@ def test_heads_become_layer_by_head():
     assert {row["y"] for row in values(outside) if "y" in row} == {"embed", "bias"}
 
 
+def test_heads_have_a_scale_of_their_own_beside_larger_mlps():
+    value = shapes.heads().value.copy()
+    value[..., (value["kind"] == "mlp").values] *= 100
+    by_head, by_kind, _ = panels(Result("heads", value, unit="reward"))
+    ends = [abs(value.mean("pair").sel(side="margin").values[(value["kind"] == kind).values]).max()
+            for kind in ("head", "mlp")]  # fmt: skip
+    for panel, end in zip((by_head, by_kind), ends, strict=True):
+        (scale,) = [s for s in find(spec(panel), "scale") if s.get("range") == "diverging"]
+        assert scale["domain"] == pytest.approx([-end, end])
+
+
 def test_a_few_components_are_a_list():
     few = shapes.contributions().sel(component=["embed", "L0.attn", "L0.mlp", "bias"])
     assert kind(few) == "list"

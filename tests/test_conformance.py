@@ -41,9 +41,11 @@ def tolerance(rm: rl.RewardModel, fp32: float, bf16: float) -> float:
 
 
 def refuses(rm: rl.RewardModel, by: str) -> str | None:
-    """The words with which a model refuses a split: experts and recurrent mixers have no neurons and heads."""
+    """The words with which a model refuses a split: experts have no neurons, recurrent mixers no heads; by head, a
+    mixer stays whole where other blocks attend."""
     part = {"neuron": "mlp_out", "head": "attn_out", "token": "attn_out"}.get(by)
-    if part is not None and None in rm.structure.paths(part):
+    paths = () if part is None else rm.structure.paths(part)
+    if paths == (None,) or (None in paths and by != "head"):
         return "cannot be split into (heads|neurons)"
     return "could not be read position by position" if by == "token" and rm.name in UNREAD else None
 

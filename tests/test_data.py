@@ -65,6 +65,14 @@ def test_a_string_prompt_is_one_user_turn():
     assert as_messages("Hello") == pair.messages
 
 
+def test_a_conversation_is_read_with_its_roles():
+    assert Pair("Hello", "a", "b").prompt_text == Pair([{"role": "user", "content": "Hello"}], "a", "b").prompt_text
+    assert Pair("Hello", "a", "b").prompt_text == "Hello"
+    turns = [{"role": r, "content": c} for r, c in (("system", "Be brief."), ("user", "Hi"), ("assistant", "Yes?"))]
+    pair = Pair([*turns, {"role": "user", "content": "More"}], "a", "b")
+    assert pair.prompt_text == "system: Be brief.\n\nuser: Hi\n\nassistant: Yes?\n\nuser: More"
+
+
 def test_messages_come_back_equal_and_cannot_be_changed_from_outside():
     given_turns = [dict(turn) for turn in TURNS]
     pair = Pair(tuple(given_turns), "a", "b")

@@ -184,6 +184,28 @@ def test_measures_of_different_units_are_not_ranked_against_each_other(tmp_path)
     assert "component w x y z c0 0 1 2 3 c1 4 5 6 7" in words and "largest" not in words
 
 
+def test_what_is_written_stands_beside_what_follows_from_a_change(tmp_path):
+    """A row a component in the page itself, the largest total effect first; a sentence on picking by size."""
+    names, parts = [f"L{i}.H0" for i in range(20)], ["direct", "mediated", "total"]
+    direct, total = np.arange(20.0), np.arange(20.0) ** 2 * np.where(np.arange(20) % 2, -1, 1)
+    value = xr.DataArray(np.stack([direct, total - direct, total], 1), dims=("component", "part"),
+                         coords={"component": names, "part": parts})  # fmt: skip
+    page = read([Result("effects", value, unit="reward", low=value - 1, high=value + 2)], tmp_path)
+    heads = "component direct mediated total total, low total, high "
+    shown = heads + "L19.H0 19 \u2212380 \u2212361 \u2212362 \u2212359 L18.H0 18"
+    assert shown in page.words and "L7.H0" not in page.words.split("total, high")[1]
+    assert "picked for its size" in page.words and "the 12 largest by absolute value of 20." in page.words
+    few = read([Result("effects", value[:6], unit="reward")], tmp_path).words
+    assert "component direct mediated total L5.H0" in few and "picked" not in few
+
+
+def test_the_largest_completeness_gap_is_said_first(tmp_path):
+    one, two = (Result(n, xr.DataArray(0.5), unit="reward", checks=[Check("completeness", gap, 1e-5)])
+                for n, gap in (("a", 3e-7), ("b", 2e-8)))  # fmt: skip
+    words = read([two, one], tmp_path).words
+    assert "Contributions sum to the reward: completeness gap 3e\u22127 (tolerance 1e\u22125)." in words
+
+
 def test_a_margin_of_shared_tokens_is_named_and_left_out_where_there_is_none(tmp_path):
     value = xr.DataArray(np.zeros((2, 3, 1)), dims=("pair", "side", "position"),
                          coords={"pair": ["a", "b"], "side": shapes.SIDES})  # fmt: skip

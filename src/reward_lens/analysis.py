@@ -30,20 +30,21 @@ def questions(rm: "rl.RewardModel", pairs: "rl.Pairs", scores: "rl.Result", few:
     held = len(pairs) * 2 * 4 * rm.d_model * (3 * rm.n_layers + 1)
     writes = functools.cache(lambda: rl.capture(rm, pairs, "components") if held <= SHARED_BYTES else pairs)
 
-    def contributions() -> "rl.Result":
-        answer = rl.contributions(rm, writes())
-        writes.cache_clear()  # the last of the three that one pass over the pairs serves
+    def last_of_three() -> "rl.Result":
+        answer = rl.reward_lens(rm, writes(), norm="frozen")
+        writes.cache_clear()  # one pass over the pairs serves three questions
         return answer
 
     some, more = spread_over_subsets(pairs, few), spread_over_subsets(pairs, 4 * few)
     ask |= {
-        "lens_own_norm": lambda: rl.reward_lens(rm, writes(), norm="own"),
-        "lens_frozen_norm": lambda: rl.reward_lens(rm, writes(), norm="frozen"),
-        "crystallization": lambda: rl.crystallization_depth(rm, some, control_seeds=1),
-        "contributions": contributions,
+        "words_leave_one_out": lambda: rl.token_attribution(rm, some, method="leave_one_out", by="word"),
         "heads": lambda: rl.contributions(rm, some, by="head"),
+        "head_effects": lambda: rl.effects(rm, some, "heads", path="direct"),
+        "contributions": lambda: rl.contributions(rm, writes()),
+        "lens_own_norm": lambda: rl.reward_lens(rm, writes(), norm="own"),
+        "lens_frozen_norm": last_of_three,
+        "crystallization": lambda: rl.crystallization_depth(rm, some, control_seeds=1),
         "effects": lambda: rl.effects(rm, more, path="direct"),
-        "head_effects": lambda: rl.effects(rm, some, "heads"),
         "agreement": lambda: rl.agreement(rm, spread_over_subsets(pairs, few + 2), controls=1),
     }
     if pairs.n_prompts >= ENOUGH:
@@ -53,12 +54,11 @@ def questions(rm: "rl.RewardModel", pairs: "rl.Pairs", scores: "rl.Result", few:
         sites = [f"L{layer}.{kind}" for layer in depths for kind in ("attn", "mlp")]
         ask["divergence"] = lambda: rl.divergence(rm, changed, sites, natural, n_neighbours=20, min_evaluation=30)
     return ask | {
+        "knockout": lambda: rl.attention_knockout(rm, some, "sentence"),
         "probes": lambda: rl.probe_hacking(rm, spread_over_subsets(pairs, few + 4), PROBES),
         "vocabulary": lambda: rl.vocab_alignment(rm, top=15),
-        "knockout": lambda: rl.attention_knockout(rm, some, "sentence"),
         "tokens_prefix": lambda: rl.token_attribution(rm, pairs, method="prefix"),
         "tokens_truncate": lambda: rl.token_attribution(rm, some, method="truncate"),
-        "words_leave_one_out": lambda: rl.token_attribution(rm, some, method="leave_one_out", by="word"),
     }
 
 

@@ -104,7 +104,6 @@ def components(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Data
     """Heads as layer x head, block writes as layer x kind, what is in no block (embed, bias) as a list."""
     layer, head, sort = _places(data)
     blocks, heads = in_blocks(data), head >= 0
-    limits = span(whole.isel(component=blocks)) if blocks.any() else (0.0, 0.0)
     out = []
     for members, row, name, title in (
         (heads, head, "head", "Heads"),
@@ -118,6 +117,7 @@ def components(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Data
             out += listing(result, part, dims, whole.isel(component=members))
             continue
         part = part.assign_coords(row_=("component", row[members]))
+        limits = span(whole.isel(component=members))  # of its own kind: a head is small beside an MLP
         fields = {"x": "layer", "y": "row_", "label": "component"}
         out.append(Panel(title, _heat(part, fields, unit_of(result, data), "layer", name, limits)))
     if not blocks.all() and (not out or data["value"].values[~blocks].any()):  # zeros are drawn only if all there is
@@ -132,16 +132,18 @@ def scatter(result: Result, data: xr.Dataset) -> list[Panel]:
         return []
     direct, total = (data["value"].sel(part=part, drop=True) for part in ("direct", "total"))
     both = total.to_dataset(name="value").assign(direct=direct)
-    table, unit = frame(both, label="component", x="direct", series="kind"), unit_of(result, data)
-    names = list(dict.fromkeys(table["series"]))
-    dots = alt.Legend(values=names, title=None, symbolType="circle", symbolSize=80, symbolStrokeWidth=0)
+    kinds = "kind" if "kind" in both.coords else None
+    table, unit = frame(both, label="component", x="direct", series=kinds), unit_of(result, data)
     base = alt.Chart(rows(table)).mark_point(style="dot", filled=True)
     drawn = base.encode(
         x=alt.X("x:Q", title=f"direct, {unit}", scale=alt.Scale(domain=span(direct.to_dataset(name="value")))),
         y=alt.Y("value:Q", title=f"total, {unit}", scale=alt.Scale(domain=span(total.to_dataset(name="value")))),
-        color=alt.Color("series:N", scale=alt.Scale(domain=names, range="category"), legend=dots),
         tooltip=tooltip(table, {"label": "component", "x": "direct", "value": "total"}),
     )
+    if kinds:
+        names = list(dict.fromkeys(table["series"]))
+        dots = alt.Legend(values=names, title=None, symbolType="circle", symbolSize=80, symbolStrokeWidth=0)
+        drawn = drawn.encode(color=alt.Color("series:N", scale=alt.Scale(domain=names, range="category"), legend=dots))
     return [Panel("Direct against total", layered([zero("x"), zero("y"), drawn], 320), "A dot is one component.")]
 
 

@@ -44,6 +44,14 @@ class _Item:
         prompt = self.prompt
         return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
+    @property
+    def prompt_text(self) -> str:
+        """The prompt to be read: one user turn as it is, several messages each under its role."""
+        messages = self.messages
+        if len(messages) == 1:
+            return messages[0]["content"]
+        return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
     @functools.cached_property
     def prompt_key(self) -> str:
         """A short hash of `messages`, the same on any machine: the cluster label of the statistics."""

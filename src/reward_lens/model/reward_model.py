@@ -380,7 +380,7 @@ def pair_coords(pairs: "data.Pairs") -> dict[str, Any]:
         "pair": [p.id for p in pairs],
         "prompt_id": [p.prompt_key for p in pairs],
         "subset": [p.subset or "" for p in pairs],
-        "prompt": [p.messages[-1]["content"] for p in pairs],
+        "prompt": [p.prompt_text for p in pairs],
     }
     return {name: ("pair", np.array(values + [None], dtype=object)[:-1]) for name, values in texts.items()}
 

@@ -60,6 +60,7 @@ def write_report(
         checks=check_rows(checks),
         n_checks=len(checks),
         nearest=nearest(checks),
+        completeness=nearest([(where, check) for where, check in checks if check.name == "completeness"]),
         gap=numbers.gap,
         fact=numbers.fact,
     )

@@ -11,7 +11,7 @@ import xarray as xr
 from reward_lens.charts import kind, panels
 from reward_lens.charts.rows import dims_of, text_of, words
 from reward_lens.report import numbers
-from reward_lens.report.tables import Table, checks_table, values_table
+from reward_lens.report.tables import Table, checks_table, side_by_side, values_table
 from reward_lens.report.texts import Strip, strip
 from reward_lens.result import Check, Result
 
@@ -65,7 +65,7 @@ def sections(results: Mapping[str, Result]) -> list[Section]:
                 figures=[] if text else _figures(result, anchor, title),
                 strip=text,
                 table=checks_table(result) if "check" in result.value.dims else values_table(result),
-                open_table=form == "table",
+                open_table=form == "table" or side_by_side(result),
                 checks=list(result.checks),
                 lists_checks="check" in result.value.dims,
                 settings=settings(result),

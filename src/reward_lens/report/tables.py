@@ -44,6 +44,8 @@ def values_table(result: Result) -> Table:
         return _table(columns(data, [*dims, *names]), "Cells", slice(WHOLE))
     if data["value"].size > WHOLE and "measure" in dims and len(dims) == 2:
         return _measures(data["value"])
+    if side_by_side(result):
+        return _parts(data)
     if data["value"].size > WHOLE:
         side = "side" in dims and "margin" in data["side"].values
         data = data.sel(side="margin") if side else data
@@ -95,6 +97,24 @@ def _measures(value: xr.DataArray) -> Table:
     flat = {of: text_of(value[of].values)}
     flat |= {str(name): value.sel(measure=name).values for name in value["measure"].values}
     return _table(flat, "")
+
+
+def side_by_side(result: Result) -> bool:
+    """Whether a result holds what components write beside what follows from changing them, and nothing else."""
+    dims = set(result.summary().dims)
+    return dims == {"component", "part"} and {"direct", "total"} <= set(result.value["part"].values)
+
+
+def _parts(data: xr.Dataset) -> Table:
+    """A row a component, a column a part of its effect, the interval of the total beside it; largest totals first."""
+    flat = {"component": text_of(data["component"].values)}
+    flat |= {str(part): data["value"].sel(part=part).values for part in data["part"].values}
+    if {"low", "high"} <= set(data.data_vars):
+        flat |= {f"total, {end}": data[end].sel(part="total").values for end in ("low", "high")}
+    caption = "Means over pairs; an interval is each for itself"
+    if len(flat["total"]) > TOP:
+        caption += ", and what is picked for its size out of many looks larger than it is. Components by their total"
+    return _table(flat, caption, largest(flat["total"], TOP))
 
 
 def _scores(result: Result) -> Table:

@@ -58,8 +58,9 @@ def contributions(
     ----------
     pairs: preference pairs, or `Activations` of pairs that hold every residual and write (`by="component"`).
     by: "component" (embed, L0.attn, L0.mlp, ...); "head" or "neuron" (attention or MLP writes split further, the other
-        write kept whole); "expert" (MLP writes of blocks with routed experts split further: what each adds, and the
-        rest); "token" (attention writes split over the positions their heads read).
+        write kept whole, as are recurrent mixers beside attention); "expert" (MLP writes of blocks with routed experts
+        split further: what each adds, and the rest); "token" (attention writes split over the positions their heads
+        read).
     scale: how a margin treats the two runs' different norm scales.
     top: keep only the components largest in mean absolute margin; the others are summed in the row "rest".
         Not for `by="token"`.

@@ -70,7 +70,9 @@ def source_token_contributions(rm: RewardModel, pairs, scale: str) -> Result:
 def source_runs(
     rm: RewardModel, split: HeadSplit, texts: Sequence[Tokens], readout: Readout, gates: Tensor | None = None
 ) -> "list[SourceRun]":
-    """Each text's run, to be split for what `readout` reads at its reward position."""
+    """Each text's run, to be split for what `readout` reads at its reward position. A mixer without heads reads its
+    sources through a state that no map splits: `StructureError`."""
+    split.require_heads_everywhere()
     runs = {}
     for batch, rows, writes in attention_rows(rm, texts):
         for place, run in enumerate(batch.rows):

@@ -92,7 +92,8 @@ class ComponentSplit:
 
 
 class _UnitSplit(ComponentSplit):
-    """One kind of write cut into units that its output map adds up; the other kind stays whole."""
+    """One kind of write cut into units that its output map adds up; the other kind stays whole, and so do blocks that
+    have no such units."""
 
     kind: str  # "attn" or "mlp"
     unit: str  # "head" or "neuron"
@@ -100,10 +101,13 @@ class _UnitSplit(ComponentSplit):
 
     def __init__(self, rm: RewardModel):
         super().__init__(rm)
-        self.unit_sites = [Site(self.unit, layer) for layer in range(rm.n_layers)]
-        self.maps = [out_map(rm, layer, self.kind) for layer in range(rm.n_layers)]
-        self.norms = [self._post_norm(layer) for layer in range(rm.n_layers)]
-        self.sites = [*self.unit_sites, *self.sites]
+        self.unit_layers = [layer for layer in range(rm.n_layers) if self._has_units(layer)]
+        self.maps = {layer: out_map(rm, layer, self.kind) for layer in self.unit_layers}
+        self.norms = {layer: self._post_norm(layer) for layer in self.unit_layers}
+        self.sites = [*(Site(self.unit, layer) for layer in self.unit_layers), *self.sites]
+
+    def _has_units(self, layer: int) -> bool:
+        return True
 
     def _post_norm(self, layer: int) -> Norm | None:
         """The norm between the output map and the residual stream in sandwich-norm blocks."""
@@ -118,30 +122,33 @@ class _UnitSplit(ComponentSplit):
     def labels(self, scale: str) -> Labels:
         rows = [("embed", -1, "embed", -1)]
         for layer in range(self.rm.n_layers):
-            units = [(f"L{layer}.{self.letter}{i}", layer, self.unit, i) for i in range(self.n_units(layer))]
-            bias = [(f"L{layer}.{self.kind}_bias", layer, f"{self.kind}_bias", -1)] * self._has_constant(layer)
-            whole = [(f"L{layer}.{k}", layer, k, -1) for k in ("attn", "mlp") if k != self.kind]
-            rows += [*units, *bias, *whole] if self.kind == "attn" else [*whole, *units, *bias]
+            for kind in ("attn", "mlp"):
+                if kind == self.kind and layer in self.maps:
+                    rows += [(f"L{layer}.{self.letter}{i}", layer, self.unit, i) for i in range(self.n_units(layer))]
+                    rows += [(f"L{layer}.{kind}_bias", layer, f"{kind}_bias", -1)] * self._has_constant(layer)
+                else:
+                    rows.append((f"L{layer}.{kind}", layer, kind, -1))
         return columns(rows + closing_rows(self.rm, scale))
 
     def dots(self, acts: Activations, u):
         along, shifts = self.along(acts, u)
-        columns = [(acts[Site("embed")] * along[0]).sum(-1, keepdim=True)]
-        for layer in range(self.rm.n_layers):
-            units, constant = self._layer(acts, along, layer)
-            other = Site("mlp" if self.kind == "attn" else "attn", layer)
-            whole = [(acts[other] * along[self.writes.index(other)]).sum(-1, keepdim=True)]
-            parts = [units, *([constant[:, None]] * self._has_constant(layer))]
-            columns += [*parts, *whole] if self.kind == "attn" else [*whole, *parts]
+        columns = []
+        for site, one in zip(self.writes, along, strict=True):
+            if site.kind == self.kind and site.layer in self.maps:
+                units, constant = self._layer(acts, one, site.layer)
+                columns += [units, *([constant[:, None]] * self._has_constant(site.layer))]
+            else:
+                columns.append((acts[site] * one).sum(-1, keepdim=True))
         return self._closed(torch.cat(columns, 1), shifts, acts, u)
 
     def finer_gap(self, acts: Activations, u):
         gaps = []
         along, _ = self.along(acts, u)
-        for layer in range(self.rm.n_layers):
-            units, constant = self._layer(acts, along, layer)
+        for layer in self.unit_layers:
             own = Site(self.kind, layer)
-            write = (acts[own] * along[self.writes.index(own)]).sum(-1)
+            one = along[self.writes.index(own)]
+            units, constant = self._layer(acts, one, layer)
+            write = (acts[own] * one).sum(-1)
             gaps.append((units.double().sum(1) + constant - write).abs())
         return torch.stack(gaps).max(0).values
 
@@ -170,9 +177,9 @@ class _UnitSplit(ComponentSplit):
         norm = self.norms[layer]
         return (before if norm is None else norm(before)) * self.rm.structure.write_scale
 
-    def _layer(self, acts: Activations, along: list[Tensor], layer: int) -> tuple[Tensor, Tensor]:
-        """[run, unit] and the constant [run] of one block, the block's write read along its own direction."""
-        x, u = acts[self.unit_sites[layer]], along[self.writes.index(Site(self.kind, layer))]
+    def _layer(self, acts: Activations, u: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """[run, unit] and the constant [run] of one block, whose write is read along `u`."""
+        x = acts[Site(self.unit, layer)]
         pulled, constant = self.pulled(x, u, layer)
         return self._units(x, pulled), constant
 
@@ -181,9 +188,17 @@ class _UnitSplit(ComponentSplit):
 
 
 class HeadSplit(_UnitSplit):
-    """Attention writes by head."""
+    """Attention writes by head. A recurrent or convolutional mixer beside attention stays whole."""
 
     kind, unit, letter = "attn", "head", "H"
+
+    def _has_units(self, layer: int) -> bool:
+        return self.rm.structure.attends(layer)
+
+    def require_heads_everywhere(self) -> None:
+        """Raise `StructureError` for a model some of whose blocks have no heads."""
+        for layer in range(self.rm.n_layers):
+            out_map(self.rm, layer, "attn")
 
     def n_units(self, layer: int) -> int:
         return self.rm.n_heads

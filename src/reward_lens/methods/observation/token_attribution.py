@@ -297,4 +297,4 @@ def _words(method: str, by: str, baseline: str, removal: str) -> dict[str, Any]:
             "add up, and a gap in a text may itself be marked down.",
         ),
     }[method]
-    return {"title": f"Token attribution ({method}, by {by})", "shows": shows, "cannot_show": cannot}
+    return {"title": f"Token attribution ({method.replace('_', ' ')}, by {by})", "shows": shows, "cannot_show": cannot}

@@ -121,7 +121,9 @@ def ov_pull(rm: RewardModel) -> Result:
     """
     u = _direction(rm)
     unit = u / u.norm()
-    split, maps = HeadSplit(rm), value_maps(rm)
+    split = HeadSplit(rm)
+    split.require_heads_everywhere()
+    maps = value_maps(rm)
     pulls = torch.stack([_pull(rm, split, layer, values, unit) for layer, values in enumerate(maps)])
     readings = torch.stack([pulls.norm(dim=-1), pulls @ unit], -1).flatten(0, 1)
     layers, heads = np.indices((rm.n_layers, rm.n_heads)).reshape(2, -1)
