@@ -108,10 +108,12 @@ def direct_effects(
     checks = [c for c in total.checks if c.name == "clean row"] + _last_write(rm, sizes, sites, mediated)
     dims = (*map(str, total.value.dims), "part")
     settings["norm"] = "frozen and live, apart"
+    kinds = {s.kind for s in sites}
+    of = f" of {kinds.pop()}s" if kinds in ({"head"}, {"neuron"}) else ""
     return paired_result(
         rm, "effects", pairs, values, dims, {**site_coords(sites), "part": np.array(names, dtype=object)},
         checks=checks, settings=settings, seed=seed, noise_floor=rm.noise_floor,
-        title=f"Direct and mediated effects ({mode}, {settings['at']})",
+        title=f"Direct and mediated effects{of} ({mode}, {settings['at']})",
         shows="What a site's change does to the reward head's input directly, what the final norm's answer adds, and "
         "what later components do about it (under a prompt gate also what the gate reads of it); all but the last sum "
         "to the total effect.",
