@@ -159,7 +159,8 @@ def grid(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Dataset) -
     counted = [d for d in dims if is_numeric(data["value"], d)]
     across = max(counted, key=lambda d: data.sizes[d]) if counted else min(dims, key=lambda d: data.sizes[d])
     down = next(d for d in dims if d != across)
-    return [Panel("", _heat(data, {"x": across, "y": down}, unit_of(result, data), across, down, span(whole[["value"]])))]
+    fields, limits = {"x": across, "y": down}, span(whole[["value"]])
+    return [Panel("", _heat(data, fields, unit_of(result, data), across, down, limits))]
 
 
 def listing(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Dataset) -> list[Panel]:
