@@ -77,6 +77,12 @@ def test_the_bootstrap_resamples_whole_clusters(rng):
     assert once.low < narrow.low < narrow.mean < narrow.high < once.high
 
 
+def test_ends_stay_within_the_limits_of_the_values():
+    shares = [0.0] * 7 + [0.9]
+    free, inside = (mean_interval(shares, range(8), **how) for how in ({}, {"limits": (0.0, 1.0)}))
+    assert free.low < 0 == inside.low and inside.high == free.high
+
+
 def test_each_cell_follows_the_rule_of_its_own_clusters(rng):
     values = rng.normal(size=(30, 2, 2))
     values[5:, 0, 0], values[10:, 0, 1] = np.nan, np.nan

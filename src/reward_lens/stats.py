@@ -58,8 +58,12 @@ class Estimate:
     reason: str = ""
 
 
-def mean_interval(values, clusters, level: float = 0.95, n_boot: int = 2000, seed: int = 0) -> Interval:
+def mean_interval(
+    values, clusters, level: float = 0.95, n_boot: int = 2000, seed: int = 0, limits: tuple = (-np.inf, np.inf)
+) -> Interval:
     """Mean over rows of `values` [n, ...] and its interval over `clusters` (n labels), in the values' unit.
+
+    The interval is cut at `limits`, which no value can pass.
 
     With S_g, N_g the sum and count of cluster g, the mean is sum S_g / sum N_g. By the number G of clusters
     that have a value in the cell:
@@ -90,6 +94,7 @@ def mean_interval(values, clusters, level: float = 0.95, n_boot: int = 2000, see
     ]
     shape = values.shape[1:]
     mean, low, high, n, groups = (np.concatenate(part).reshape(shape) for part in zip(*blocks, strict=True))
+    low, high = np.clip([low, high], *limits)
     rules = {"none (n < 6)": groups < FEWEST, "cluster bootstrap": groups >= FEWEST_BOOTSTRAP}
     rules["cluster t"] = ~rules["none (n < 6)"] & ~rules["cluster bootstrap"]
     fields = [field if shape else field.item() for field in (mean, low, high, n, groups)]
@@ -119,15 +124,10 @@ def sign_flip_test(values, clusters=None, n_resamples: int = 9999, seed: int = 0
         reason = f"{n} prompts; a two-sided p under .05 needs at least {FEWEST}"
         return SignFlip(np.nan, n, exact, smallest, reason)
     test = permutation_test(
-        (units,),
-        lambda sample, axis: np.abs(np.mean(sample, axis=axis)),
-        permutation_type="samples",
-        alternative="greater",
-        n_resamples=2**n if exact else n_resamples,
-        batch=max(1, _AT_ONCE // n),
-        vectorized=True,
-        rng=np.random.default_rng(seed),
-    )
+        (units,), lambda sample, axis: np.abs(np.mean(sample, axis=axis)), permutation_type="samples",
+        alternative="greater", n_resamples=2**n if exact else n_resamples, batch=max(1, _AT_ONCE // n),
+        vectorized=True, rng=np.random.default_rng(seed),
+    )  # fmt: skip
     return SignFlip(float(test.pvalue), n, exact, smallest)
 
 
