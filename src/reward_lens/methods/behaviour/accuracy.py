@@ -14,7 +14,7 @@ Reference: Lambert et al. 2024, arXiv 2403.13787 (accuracy by subset); Guo et al
 (ECE).
 """
 
-import dataclasses
+import functools
 import itertools
 import warnings
 
@@ -216,7 +216,7 @@ def ranking(rm: RewardModel, groups, scores: Result | None = None) -> Result:
         pairwise += [(prompts[i], credit) for credit in won(reward[better] - reward[worse])]
         tau.append((prompts[i], stats.within_group_rank_correlation(reward, label)))
     cells = [_over_prompts(rows, stats.proportion_interval) for rows in (top, pairwise)]
-    cells.append(_over_prompts(tau, _mean_tau))
+    cells.append(_over_prompts(tau, functools.partial(stats.mean_interval, limits=(-1.0, 1.0))))
     coords = {
         "metric": np.array(["top-1 accuracy", "pairwise accuracy", "kendall tau-b"], dtype=object),
         "unit_of": ("metric", np.array(["fraction", "fraction", "correlation"], dtype=object)),
@@ -282,15 +282,6 @@ def _over_prompts(rows: list[tuple[str, float]], interval) -> tuple:
     prompts, values = zip(*rows, strict=True)
     over = interval(np.array(values), np.array(prompts))
     return over.mean, over.low, over.high, over.n, over.n_clusters
-
-
-def _mean_tau(tau: np.ndarray, prompts: np.ndarray) -> stats.Interval:
-    """Equal ones (short lists all in order, say) have no spread to go by: theirs is the interval of a share."""
-    over = stats.mean_interval(tau, prompts, limits=(-1.0, 1.0))
-    if over.n_clusters < stats.FEWEST or np.nanmax(tau) > np.nanmin(tau):
-        return over
-    share = stats.proportion_interval((1 + tau) / 2, prompts)
-    return dataclasses.replace(over, low=2 * share.low - 1, high=2 * share.high - 1)
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
