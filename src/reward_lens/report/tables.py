@@ -15,6 +15,7 @@ from reward_lens.result import Check, Result
 WHOLE = 60  # rows up to which a table is complete
 TOP = 12  # rows of a table that is not
 EVERY = slice(None)
+PICKED = " An interval is each for itself, and what is picked for its size out of many looks larger than it is."
 TEXTS = ("prompt", "prompt_id", "chosen", "rejected")  # coordinates that hold whole texts
 
 
@@ -111,9 +112,7 @@ def _parts(data: xr.Dataset) -> Table:
     flat |= {str(part): data["value"].sel(part=part).values for part in data["part"].values}
     if {"low", "high"} <= set(data.data_vars):
         flat |= {f"total, {end}": data[end].sel(part="total").values for end in ("low", "high")}
-    caption = "Means over pairs; an interval is each for itself"
-    if len(flat["total"]) > TOP:
-        caption += ", and what is picked for its size out of many looks larger than it is. Components by their total"
+    caption = "Means over pairs. Components by their total" if len(flat["total"]) > TOP else "Means over pairs."
     return _table(flat, caption, largest(flat["total"], TOP))
 
 
@@ -156,5 +155,6 @@ def _table(flat: dict, caption: str, order: slice | np.ndarray = EVERY, write=nu
     if len(rows) < count:
         which = "first" if isinstance(order, slice) else "largest by absolute value"
         caption = f"{caption}: the {len(rows)} {which} of {count:,}."
+        caption += PICKED if not isinstance(order, slice) and any(name.endswith("low") for name in flat) else ""
     numeric = [column.dtype.kind in "fiu" for column in flat.values()]
     return Table(caption, [words(name) for name in flat], rows, numeric)
