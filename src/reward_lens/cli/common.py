@@ -18,7 +18,7 @@ from reward_lens.report.sections import interval_words
 
 app = typer.Typer(
     help="Look inside reward models. MODEL is 'demo', a hub id, a folder or a PEFT adapter; PAIRS is 'demo', a JSONL, "
-    "Parquet or CSV file, or a hub id.",
+    "Parquet or CSV file, a folder that datasets saved, or a hub id.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
