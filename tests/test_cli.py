@@ -159,6 +159,23 @@ def test_a_report_that_ended_early_has_a_page_and_is_gone_on_with(model, pairs, 
     assert asked == ["heads"]
 
 
+def test_a_question_that_cannot_be_answered_does_not_end_the_report(model, pairs, tmp_path, monkeypatch):
+    refusal = rl.LoadError("The control has no place", found="a", expected="b", do="c")
+
+    def ask_of(*given):
+        asked = questions(*given)
+
+        def refused():
+            raise refusal
+
+        return {"heads": refused, "accuracy": asked["accuracy"]}
+
+    monkeypatch.setattr(reporting, "questions", ask_of)
+    assert "Not answered: heads: The control has no place" in run("report", model, pairs, "-o", str(tmp_path)).stderr
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "The control has no place" in page and (tmp_path / "accuracy.nc").exists()
+
+
 def test_a_report_whose_folder_cannot_be_says_so_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
     said = run("report", "no-model", "demo", "-o", str(tmp_path / "file" / "out"), code=1).stderr
