@@ -164,7 +164,8 @@ def test_heads_become_layer_by_head():
 def test_heads_have_a_scale_of_their_own_beside_larger_mlps():
     value = shapes.heads().value.copy()
     value[..., (value["kind"] == "mlp").values] *= 100
-    by_head, by_kind, _ = panels(Result("heads", value, unit="reward"))
+    mean = value.mean("pair")  # cells show no interval: their colours are not for its ends
+    by_head, by_kind, _ = panels(Result("heads", value, unit="reward", mean=mean, low=mean - 50, high=mean + 50))
     ends = [abs(value.mean("pair").sel(side="margin").values[(value["kind"] == kind).values]).max()
             for kind in ("head", "mlp")]  # fmt: skip
     for panel, end in zip((by_head, by_kind), ends, strict=True):

@@ -15,6 +15,7 @@ from reward_lens.cli import app, reporting
 COMMANDS = (
     "check",
     "score",
+    "words",
     "accuracy",
     "lens",
     "attribute",
@@ -69,6 +70,25 @@ def test_check_prints_every_test_of_the_load_report(model):
         assert name in printed
     body = json.loads(run("check", model, "--json").stdout)
     assert body["name"] == "load_report" and {c["name"] for c in body["checks"]} >= {"own reward", "replay"}
+
+
+def test_words_of_one_response(model, tmp_path):
+    """Each word's loss of reward when it is left out, of this response alone; and the page of it."""
+    prompt, response = "Hello", "Well, hello to you."
+    asked = ("words", prompt, response, "--model", model)
+    rm = rl.load(model)
+    whole = rm.score(prompt, response)
+    without = [rm.score(prompt, text) for text in ("Well, to you.", "Well, hello you.", "Well, hello to")]
+    body = json.loads(run(*asked, "--json").stdout)
+    values = [row["value"] for row in body["values"]]  # without the first word the text begins with a space
+    assert len(values) == 4 and values[1:] == pytest.approx([whole - r for r in without], abs=1e-4)
+    assert all(row["reward"] == pytest.approx(whole, abs=1e-4) for row in body["values"])
+    page = tmp_path / "words.html"
+    printed = run(*asked, "--html", str(page), "--save", str(tmp_path / "words.nc")).output
+    assert f"reward {whole:.4g}"[:11] in printed and response in printed and "no sum is claimed" in printed
+    assert "Token attribution (leave one out, by word)" in page.read_text()
+    assert rl.load_result(tmp_path / "words.nc").value.dims == ("pair", "position")
+    assert "There is no word to weigh" in run("words", prompt, " ", "--model", model, code=1).output
 
 
 def test_score_is_the_models(model):

@@ -117,7 +117,7 @@ def components(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Data
             out += listing(result, part, dims, whole.isel(component=members))
             continue
         part = part.assign_coords(row_=("component", row[members]))
-        limits = span(whole.isel(component=members))  # of its own kind: a head is small beside an MLP
+        limits = span(whole[["value"]].isel(component=members))  # of its own kind: a head is small beside an MLP
         fields = {"x": "layer", "y": "row_", "label": "component"}
         out.append(Panel(title, _heat(part, fields, unit_of(result, data), "layer", name, limits)))
     if not blocks.all() and (not out or data["value"].values[~blocks].any()):  # zeros are drawn only if all there is
@@ -159,7 +159,8 @@ def grid(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Dataset) -
     counted = [d for d in dims if is_numeric(data["value"], d)]
     across = max(counted, key=lambda d: data.sizes[d]) if counted else min(dims, key=lambda d: data.sizes[d])
     down = next(d for d in dims if d != across)
-    return [Panel("", _heat(data, {"x": across, "y": down}, unit_of(result, data), across, down, span(whole)))]
+    fields, limits = {"x": across, "y": down}, span(whole[["value"]])
+    return [Panel("", _heat(data, fields, unit_of(result, data), across, down, limits))]
 
 
 def listing(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Dataset) -> list[Panel]:

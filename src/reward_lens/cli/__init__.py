@@ -3,7 +3,7 @@
 Exit codes: 0 done, 1 the library refused (model, data or a check), 2 the command line was wrong.
 """
 
-from reward_lens.cli import behaviour, dictionaries, looking, readouts, reporting, studies
+from reward_lens.cli import behaviour, dictionaries, looking, readouts, reporting, studies, words
 from reward_lens.cli.common import app
 
-__all__ = ["app", "behaviour", "dictionaries", "looking", "readouts", "reporting", "studies"]
+__all__ = ["app", "behaviour", "dictionaries", "looking", "readouts", "reporting", "studies", "words"]

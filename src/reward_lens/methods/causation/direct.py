@@ -108,20 +108,17 @@ def direct_effects(
     checks = [c for c in total.checks if c.name == "clean row"] + _last_write(rm, sizes, sites, mediated)
     dims = (*map(str, total.value.dims), "part")
     settings["norm"] = "frozen and live, apart"
+    kinds = {s.kind for s in sites}
+    of = f" of {kinds.pop()}s" if kinds in ({"head"}, {"neuron"}) else ""
     return paired_result(
         rm, "effects", pairs, values, dims, {**site_coords(sites), "part": np.array(names, dtype=object)},
         checks=checks, settings=settings, seed=seed, noise_floor=rm.noise_floor,
-        title=f"Direct and mediated effects of {_named(sites)} ({mode}, {settings['at']})",
+        title=f"Direct and mediated effects{of} ({mode}, {settings['at']})",
         shows="What a site's change does to what the reward head reads (direct), what the final norm's answer adds "
         "(norm rescale), what later components do about it (mediated) and, under a prompt gate, what the gate reads of "
         "it (gate, interaction): these sum to the total effect.",
         cannot_show="The direct part is the contribution itself, an identity: that both agree is no evidence.",
     )  # fmt: skip
-
-
-def _named(sites: Sequence[Site]) -> str:
-    kinds = {site.kind for site in sites}
-    return f"{kinds.pop()}s" if kinds in ({"head"}, {"neuron"}) else "components"
 
 
 class Writes:

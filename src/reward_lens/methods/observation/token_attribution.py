@@ -67,7 +67,8 @@ def token_attribution(
     removal: Removal = "delete",
     seed: int = 0,
 ) -> Result:
-    """Share the reward of each response out over its tokens, words or sentences.
+    """Share the reward of each response out over its tokens, words or sentences. For one response by itself:
+    `token_attribution(rm, [Pair(prompt, response, "")]).sel(side="chosen")`.
 
     Parameters
     ----------
