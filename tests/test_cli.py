@@ -154,18 +154,18 @@ def test_a_report_that_ended_early_has_a_page_and_is_gone_on_with(model, pairs, 
 
         return lambda *given: {name: noted(name, ask) for name, ask in questions(*given).items()}
 
-    monkeypatch.setattr(reporting, "questions", ask_of("heads"))
+    monkeypatch.setattr(reporting, "questions", ask_of("effects"))
     stopped = CliRunner().invoke(app, ["report", model, pairs, "-o", str(folder)])
     assert stopped.exit_code != 0 and "Report: " in stopped.output
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert "Contributions by component" in page and "The run ended at heads; with --resume" in page
+    assert "Contributions by component" in page and "The run ended at effects; with --resume" in page
     before = list(asked)
-    assert before[-1] == "heads" and "agreement" not in before
+    assert before[-1] == "effects" and "agreement" not in before
 
     asked.clear()
     monkeypatch.setattr(reporting, "questions", ask_of(None))
     run("report", model, pairs, "-o", str(folder), "--resume")
-    assert asked[0] == "heads" and not set(asked) & set(before[:-1])
+    assert asked[0] == "effects" and not set(asked) & set(before[:-1])
     run("report", model, pairs, "-o", str(whole), "--resume")  # nothing there to go on with: it is a run like any other
     assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
     for path in whole.glob("*.nc"):
