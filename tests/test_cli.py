@@ -253,6 +253,18 @@ def test_a_mistake_in_the_data_costs_no_model_and_what_is_odd_is_said(model, tmp
         assert "Note: empty or blank response: 2 (1, 2)" in CliRunner().invoke(app, command).stderr
 
 
+def test_a_file_that_cannot_be_saved_to_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for option, path, said in (
+        ("--save", tmp_path / "file" / "r.nc", "cannot be written"),
+        ("-o", tmp_path / "table.csv", "saved as netCDF, which .csv is not"),
+    ):
+        refused = run("accuracy", "nowhere", "demo", option, str(path), code=2)  # 2: before the model is looked for
+        assert said in " ".join(refused.stderr.replace("\u2502", " ").split())
+    assert "cannot be written" in run("sae", "explore", "nowhere", "d", "-o", str(tmp_path / "file" / "p.html"),
+                                      code=2).stderr  # fmt: skip
+
+
 def test_the_device_is_an_option_and_a_variable(model, monkeypatch):
     assert "cpu" in run("check", model, "--device", "cpu").output
     monkeypatch.setenv("REWARD_LENS_DEVICE", "nowhere")
