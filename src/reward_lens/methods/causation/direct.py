@@ -117,7 +117,8 @@ def direct_effects(
         shows="What a site's change does to what the reward head reads (direct), what the final norm's answer adds "
         "(norm rescale), what later components do about it (mediated) and, under a prompt gate, what the gate reads of "
         "it (gate, interaction): these sum to the total effect.",
-        cannot_show="The direct part is the contribution itself, an identity: that both agree is no evidence.",
+        cannot_show="The direct part is made of contributions, the change of the site's write along one run's reward "
+        "direction: that it goes with them is an identity and no evidence.",
     )  # fmt: skip
 
 
