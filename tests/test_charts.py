@@ -427,3 +427,27 @@ def test_contrast(palette):
     assert contrast(palette.muted, palette.paper) >= 4.5
     assert contrast(palette.series[0], palette.paper) >= 4.5  # links have this colour
     assert all(contrast(colour, palette.paper) >= 3 for colour in palette.series)
+
+
+def test_panels_drawn_together_keep_their_own_colours_and_legends():
+    """A concatenation shares colours: the second panel's series had none of its own, and no legend."""
+    parts = ["direct", "mediated", "total"]
+    value = xr.DataArray(np.arange(9.0).reshape(3, 3), dims=("component", "part"), coords={
+        "component": ["L0.attn", "L0.mlp", "L1.attn"], "part": parts, "kind": ("component", ["attn", "mlp", "attn"]),
+    })  # fmt: skip
+    drawn = chart(Result("effects", value, unit="reward", low=value - 1, high=value + 1)).to_dict()
+    assert len(drawn["vconcat"]) == 2 and drawn["resolve"]["scale"]["color"] == "independent"
+
+
+def test_a_token_that_begins_with_a_space_is_drawn_behind_it():
+    """Vega trims what it draws: ' is' stood where its space should be."""
+    dims = ("pair", "side", "position")
+    coords = {
+        "pair": ["a"],
+        "side": ["chosen"],
+        "piece": (dims, [[["It", " is"]]]),
+        "role": (dims, [[["response"] * 2]]),
+    }
+    value = xr.DataArray(np.ones((1, 1, 2)), dims=dims, coords=coords)
+    cells = values(panels(Result("tokens", value, unit="reward"))[0])
+    assert [(c["x"], c["letters"], c["end"]) for c in cells if "letters" in c] == [(0, 0, 2), (2, 3, 5)]

@@ -154,18 +154,18 @@ def test_a_report_that_ended_early_has_a_page_and_is_gone_on_with(model, pairs, 
 
         return lambda *given: {name: noted(name, ask) for name, ask in questions(*given).items()}
 
-    monkeypatch.setattr(reporting, "questions", ask_of("heads"))
+    monkeypatch.setattr(reporting, "questions", ask_of("effects"))
     stopped = CliRunner().invoke(app, ["report", model, pairs, "-o", str(folder)])
     assert stopped.exit_code != 0 and "Report: " in stopped.output
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert "Contributions by component" in page and "The run ended at heads; with --resume" in page
+    assert "Contributions by component" in page and "The run ended at effects; with --resume" in page
     before = list(asked)
-    assert before[-1] == "heads" and "agreement" not in before
+    assert before[-1] == "effects" and "agreement" not in before
 
     asked.clear()
     monkeypatch.setattr(reporting, "questions", ask_of(None))
     run("report", model, pairs, "-o", str(folder), "--resume")
-    assert asked[0] == "heads" and not set(asked) & set(before[:-1])
+    assert asked[0] == "effects" and not set(asked) & set(before[:-1])
     run("report", model, pairs, "-o", str(whole), "--resume")  # nothing there to go on with: it is a run like any other
     assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
     for path in whole.glob("*.nc"):
@@ -177,6 +177,23 @@ def test_a_report_that_ended_early_has_a_page_and_is_gone_on_with(model, pairs, 
     asked.clear()
     run("report", model, pairs, "-o", str(folder), "--resume")
     assert asked == ["heads"]
+
+
+def test_a_question_that_cannot_be_answered_does_not_end_the_report(model, pairs, tmp_path, monkeypatch):
+    refusal = rl.LoadError("The control has no place", found="a", expected="b", do="c")
+
+    def ask_of(*given):
+        asked = questions(*given)
+
+        def refused():
+            raise refusal
+
+        return {"heads": refused, "accuracy": asked["accuracy"]}
+
+    monkeypatch.setattr(reporting, "questions", ask_of)
+    assert "Not answered: heads: The control has no place" in run("report", model, pairs, "-o", str(tmp_path)).stderr
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "The control has no place" in page and (tmp_path / "accuracy.nc").exists()
 
 
 def test_a_report_whose_folder_cannot_be_says_so_before_the_work(tmp_path):
@@ -234,6 +251,18 @@ def test_a_mistake_in_the_data_costs_no_model_and_what_is_odd_is_said(model, tmp
     for command in (("benchmark", model, str(odd)), ("compare", model, "demo", "--pairs", str(odd)),
                     ("implicit", "no-model", "no-model", str(odd))):  # fmt: skip
         assert "Note: empty or blank response: 2 (1, 2)" in CliRunner().invoke(app, command).stderr
+
+
+def test_a_file_that_cannot_be_saved_to_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for option, path, said in (
+        ("--save", tmp_path / "file" / "r.nc", "cannot be written"),
+        ("-o", tmp_path / "table.csv", "saved as netCDF, which .csv is not"),
+    ):
+        refused = run("accuracy", "nowhere", "demo", option, str(path), code=2)  # 2: before the model is looked for
+        assert said in " ".join(refused.stderr.replace("\u2502", " ").split())
+    assert "cannot be written" in run("sae", "explore", "nowhere", "d", "-o", str(tmp_path / "file" / "p.html"),
+                                      code=2).stderr  # fmt: skip
 
 
 def test_the_device_is_an_option_and_a_variable(model, monkeypatch):

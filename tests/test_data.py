@@ -432,8 +432,21 @@ def test_a_missing_file_an_unknown_kind_and_a_folder(tmp_path):
     (tmp_path / "pairs.txt").write_text("x")
     with pytest.raises(DataError, match=r"a file ending in '\.txt'"):
         load_pairs(tmp_path / "pairs.txt")
-    with pytest.raises(DataError, match="IsADirectoryError"):
+    with pytest.raises(DataError, match="neither a .Dataset. directory.*name a file in the folder"):
         load_pairs(tmp_path)
+
+
+def test_a_folder_that_datasets_saved(tmp_path):
+    rows = datasets.Dataset.from_list([ROW, {**ROW, "prompt": "other"}])
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": rows, "test": rows.select([1])}).save_to_disk(tmp_path / "two")
+    assert [p.prompt for p in load_pairs(tmp_path / "one")] == [ROW["prompt"], "other"]
+    assert [p.prompt for p in load_pairs(tmp_path / "two", split="test")] == ["other"]
+    with pytest.raises(DataError, match="the splits train, test.*pass split="):
+        load_pairs(tmp_path / "two")
+    for folder, found in (("one", "without splits"), ("two", "the splits train, test")):
+        with pytest.raises(DataError, match=f"split='dev'.*{found}"):
+            load_pairs(tmp_path / folder, split="dev")
 
 
 def test_empty_files_limits_and_splits(write):
@@ -523,3 +536,18 @@ def test_any_string_is_taken_or_refused_for_its_surrogate(text):
         assert "surrogate" in str(error)
         with pytest.raises(UnicodeEncodeError):
             text.encode("utf-8")
+
+
+def test_labels_that_contradict_each_other_and_blank_prompts_are_noted():
+    pairs = Pairs([Pair("p", "a", "b"), Pair("p", "b", "a"), Pair(" ", "a", "b"), Pair("p", "c", "c")])
+    assert "an earlier pair with the preference the other way round: 1 (2)" in pairs.notes
+    assert "empty or blank prompt: 1 (3)" in pairs.notes and len(pairs.notes) == 4
+
+
+def test_a_prompt_column_that_is_only_the_last_turn_says_what_to_do(write):
+    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"},
+             {"role": "user", "content": "three"}]  # fmt: skip
+    row = {side: [*turns, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    with pytest.raises(DataError, match="leave out the column prompt"):
+        load_pairs(write({**row, "prompt": "three"}))
+    assert load_pairs(write(row))[0].messages == turns

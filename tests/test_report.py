@@ -199,12 +199,16 @@ def test_what_is_written_stands_beside_what_follows_from_a_change(tmp_path):
     value = xr.DataArray(np.stack([direct, total - direct, total], 1), dims=("component", "part"),
                          coords={"component": names, "part": parts})  # fmt: skip
     page = read([Result("effects", value, unit="reward", low=value - 1, high=value + 2)], tmp_path)
-    heads = "component direct mediated total total, low total, high "
-    shown = heads + "L19.H0 19 \u2212380 \u2212361 \u2212362 \u2212359 L18.H0 18"
+    heads = "component direct total total, low total, high mediated "
+    shown = heads + "L19.H0 19 \u2212361 \u2212362 \u2212359 \u2212380 L18.H0 18"
     assert shown in page.words and "L7.H0" not in page.words.split("total, high")[1]
     assert "picked for its size" in page.words and "the 12 largest by absolute value of 20." in page.words
     few = read([Result("effects", value[:6], unit="reward")], tmp_path).words
-    assert "component direct mediated total L5.H0" in few and "picked" not in few
+    assert "component direct total mediated L5.H0" in few and "picked" not in few
+    none = read(
+        [Result("effects", value[:6], unit="reward", low=value[:6] * np.nan, high=value[:6] * np.nan)], tmp_path
+    )
+    assert "Means over pairs. component direct total mediated L5.H0" in none.words
 
 
 def test_the_largest_completeness_gap_is_said_first(tmp_path):
@@ -272,3 +276,11 @@ def test_gap(value, text):
 @pytest.mark.parametrize(("value", "text"), NUMBERS.items())
 def test_number(value, text):
     assert numbers.number(value) == text
+
+
+def test_counts_of_pairs_are_whole_and_pairs_without_a_subset_are_called_so(tmp_path):
+    value = xr.DataArray([0.5, -0.5, 0.5], dims=("pair",), coords={"pair": ["a", "b", "c"],
+                         "subset": ("pair", ["x", "", ""])})  # fmt: skip
+    page = read([Result("scores", value, unit="reward")], tmp_path)
+    drawn = str(page.charts["specs"])
+    assert "'tickCount': 2" in drawn and "no subset" in drawn

@@ -351,3 +351,16 @@ def test_several_may_save_to_one_place_at_once(tmp_path):
         list(pool.map(lambda _: result.save(path), range(12)))
     assert load_result(path).value.identical(result.value)
     assert [p.name for p in tmp_path.iterdir()] == ["r.nc"]
+
+
+def test_the_table_of_several_dims_says_what_it_is_of():
+    """Under the sides it showed the first label of the second dim, and did not say so."""
+    value = xr.DataArray(np.arange(24.0).reshape(3, 2, 4), dims=("side", "model", "component"),
+                         coords={"side": ["chosen", "rejected", "margin"], "model": ["a", "b"],
+                                 "component": ["embed", "L0.attn", "L0.mlp", "bias"]})  # fmt: skip
+    title, heads, *body = repr(Result("r", value, unit="reward")).splitlines()
+    assert title.endswith("the margin") and heads.split() == ["component", "embed", "L0.attn", "L0.mlp", "bias"]
+    assert [line.split() for line in body[1:]] == [["a", "16", "17", "18", "19"], ["b", "20", "21", "22", "23"]]
+    wide = value.isel(component=[0] * 13).assign_coords(component=[f"L{i}.attn" for i in range(13)])
+    assert "component L0.attn" in repr(Result("r", wide, unit="reward")).splitlines()[0]
+    assert "the margin" in Result("r", value, unit="reward")._repr_html_()

@@ -1,5 +1,7 @@
 """Process reward models: scores as their authors compute them, boundaries, and what sums to a step's reward."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -237,9 +239,25 @@ def test_results_are_saved_and_read_back_and_leave_nothing_behind(tmp_path):
     assert hooked == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in rm.module.modules())
 
 
-def test_random_weights_keep_the_layout():
-    control = rl.random_weight_copy(model("rlhflow"))
-    assert control.tokenizer.form == model("rlhflow").tokenizer.form
+@pytest.mark.parametrize("name", ["rlhflow", "qwen2.5-math-prm"])
+def test_random_weights_keep_the_layout_and_the_whole_head(name):
+    control = rl.random_weight_copy(model(name))
+    assert control.tokenizer.form == model(name).tokenizer.form
+    kept, new = (dict(rm.module.score.named_parameters()) for rm in (model(name), control))
+    assert all(torch.equal(kept[key], new[key]) for key in kept)
+    assert control.score("Q", "A step.") == pytest.approx(control.hf_score("Q", "A step."), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["math-shepherd", "qwen2.5-math-prm"])
+def test_the_base_under_the_head_of_steps(name):
+    rm = model(name)
+    trunk = copy.deepcopy(rm.module.trunk)
+    trunk.norm.weight.data.mul_(1.5)
+    found = rl.base_under_head(rm, trunk)
+    tokens = rm.tokenize("Q", "A step.")
+    with torch.no_grad():
+        own = rm.module.score(trunk(torch.tensor([tokens.ids])).last_hidden_state)[0, tokens.reward_pos, 0]
+    assert found.score("Q", "A step.") == pytest.approx(float(own), abs=1e-4)
 
 
 def test_no_boundary_and_no_text_are_refused():

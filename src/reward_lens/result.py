@@ -206,7 +206,7 @@ class Result:
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{k} {v}" for k, v in self.value.sizes.items())
-        title = f"{self.name} [{self.unit}]" + (f"  ({sizes})" if sizes else "") + self._of_which_pair()
+        title = f"{self.name} [{self.unit}]" + (f"  ({sizes})" if sizes else "") + self._of_which()
         body = self._table().to_string(float_format=lambda x: f"{x:.4g}", max_rows=14)
         return "\n".join([title, body, *(str(check) for check in self.checks)])
 
@@ -215,7 +215,7 @@ class Result:
 
         table = self._table().to_html(float_format=lambda x: f"{x:.4g}", max_rows=14, escape=True, border=0)
         checks = "".join(f"<li>{escape(str(c))}</li>" for c in self.checks)
-        title = f"<b>{escape(self.name)}</b> [{escape(self.unit)}]{escape(self._of_which_pair())}"
+        title = f"<b>{escape(self.name)}</b> [{escape(self.unit)}]{escape(self._of_which())}"
         return f"<p>{title}</p>{table}<ul>{checks}</ul>"
 
     def _of_which_pair(self) -> str:
@@ -223,10 +223,31 @@ class Result:
         first = self._own_tokens and "pair" in self.value.dims
         return f", the first pair ({self.value['pair'].values[0]})" if first else ""
 
+    def _of_which(self) -> str:
+        """What the table is of, where it is of a part: the first pair, the margin, the first label of a further dim."""
+        _, *others = self._table_dims()
+        margin, sided = self._by_margin(), "side" in self.value.dims
+        labels = self._with(self.dataset.isel(pair=0)).value.coords if self._of_which_pair() else self.value.coords
+        cut = [d for d in (others if sided and not margin else others[1:]) if d in labels]
+        return self._of_which_pair() + ", the margin" * margin + "".join(f", {d} {labels[d].values[0]}" for d in cut)
+
+    def _table_dims(self) -> list[str]:
+        """The dims of the summary beside the sides; one number has a nameless one."""
+        dims = self.dataset["mean"].dims if "mean" in self.dataset else self.value.dims
+        return [str(d) for d in dims if d not in ("pair", "side")] or [""]
+
+    def _by_margin(self) -> bool:
+        """Whether two dims beside the sides make a table of the margin: of all sides it would show one label alone."""
+        _, *others = self._table_dims()
+        sided = "side" in self.value.dims and "margin" in self.value["side"].values
+        return sided and bool(others) and self.value.sizes[others[0]] <= 12
+
     def _table(self) -> pd.DataFrame:
         """Rows: the first dim beside pair and side. Columns: the second or the sides, or value with its interval."""
         if self._of_which_pair():
             return self._with(self.dataset.isel(pair=0))._table()
+        if self._by_margin():
+            return self._with(self.dataset.sel(side="margin", drop=True))._table()
         wide = "mean" in self.dataset or len([d for d in self.value.dims if d != "side"]) > 1
         data = self.dataset.assign(value=self.summary()) if wide else self.dataset
         dims = [d for d in data["value"].dims if d != "side"]

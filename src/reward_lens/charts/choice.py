@@ -44,7 +44,9 @@ def chart(result: Result, dark: bool = False) -> Drawing | alt.Chart | alt.VConc
     """
     parts = [_titled(panel) for panel in panels(result)] or [_table(result)]
     if len(parts) > 1:
-        return alt.vconcat(*(_fixed(part) for part in parts)).properties(config=theme(dark))
+        # Each panel has colours and a legend of its own, as on a page; a concatenation shares them otherwise.
+        stacked = alt.vconcat(*(_fixed(part) for part in parts)).resolve_scale(color="independent")
+        return stacked.properties(config=theme(dark))
     return parts[0].properties(config=theme(dark))
 
 

@@ -216,7 +216,7 @@ def scores(result: Result) -> list[Panel]:
         .encode(
             x=alt.X("from:Q", bin="binned", **x),
             x2="to:Q",
-            y=alt.Y("pairs:Q", title="pairs", axis=alt.Axis(tickMinStep=1)),
+            y=alt.Y("pairs:Q", title="pairs", axis=alt.Axis(tickMinStep=1, tickCount=min(6, int(bins["pairs"].max())))),
             tooltip=tooltip(bins, {"from": "from", "to": "to", "pairs": "pairs"}),
         )
     )
@@ -312,6 +312,7 @@ def _heat(
 
 def _by_subset(value: xr.DataArray, x: dict, line: list) -> Panel:
     table = frame(value.to_dataset(name="value"), y="subset", pair="pair")
+    table["y"] = table["y"].replace("", "no subset")
     means = table.groupby("y", sort=False).agg(mean=("value", "mean"), pairs=("value", "size")).reset_index()
     means = means.sort_values("mean", ascending=False)
     y = alt.Y("y:N", title=None, scale=in_order(means["y"]))

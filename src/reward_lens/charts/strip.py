@@ -78,8 +78,9 @@ def strip_chart(texts: list[Block], unit: str) -> tuple[Drawing, str]:
     """The chart form (notebook, SVG, PNG), monospaced, of a fixed width; and a note on what is left out."""
     cells, headings, height = _typeset(texts[:BLOCKS])
     limit, _ = colour_limit(texts)
+    across = {"axis": None, "scale": alt.Scale(domain=[0, COLUMNS], nice=False)}
     where = {
-        "x": alt.X("x:Q", axis=None, scale=alt.Scale(domain=[0, COLUMNS], nice=False)),
+        "x": alt.X("x:Q", **across),
         "y": alt.Y("row:O", axis=None, scale=alt.Scale(domain=list(range(height)), paddingInner=0.08)),
     }
     scale = alt.Scale(domain=[-limit or -1, limit or 1], range="diverging", clamp=True, interpolate="rgb")
@@ -92,7 +93,7 @@ def strip_chart(texts: list[Block], unit: str) -> tuple[Drawing, str]:
     titles = alt.Chart(rows(headings)).mark_text(style="heading")
     layers = [
         base.mark_rect().encode(x2="end:Q", color=alt.Color("value:Q", scale=scale, title=unit)),
-        base.mark_text(style="token").encode(text="text:N"),
+        base.mark_text(style="token").encode(x=alt.X("letters:Q", **across), text="text:N"),
         titles.encode(y=where["y"], x=alt.datum(0), text="text:N"),
     ]
     note = f"The first {BLOCKS} of {len(texts)} texts." if len(texts) > BLOCKS else ""
@@ -112,7 +113,9 @@ def _typeset(texts: list[Block]) -> tuple[list[dict], list[dict], int]:
                 if column + len(part) > COLUMNS:
                     row, column = row + 1, 0
                 end = column + len(part)
-                cells.append({"row": row, "x": column, "end": end, "text": part, "value": value, "role": role})
+                letters = column + len(part) - len(part.lstrip())  # Vega trims a text before it draws it
+                cells.append({"row": row, "x": column, "letters": letters, "end": end, "text": part, "value": value,
+                              "role": role})  # fmt: skip
                 column = end
             if piece.endswith("\n"):
                 row, column = row + 1, 0

@@ -9,6 +9,7 @@ import typer
 import reward_lens as rl
 from reward_lens.analysis import halves
 from reward_lens.cli.common import (
+    SAVED,
     AsJson,
     Limit,
     Model,
@@ -23,6 +24,7 @@ from reward_lens.cli.common import (
     load_both,
     load_pairs,
     refusals,
+    result_file,
     show,
 )
 from reward_lens.model.saving import require_empty
@@ -67,7 +69,9 @@ def edit(
     split: Split = None, limit: Limit = None,
     objective: Objective = None, truncation: Truncation = None,
     save: Annotated[
-        Path | None, typer.Option("--save", help="Also save the table of before and after.", dir_okay=False)
+        Path | None,
+        typer.Option("--save", help=f"Also save the table of before and after to {SAVED}", dir_okay=False,
+                     callback=result_file),
     ] = None,
 ):  # fmt: skip
     """Take the direction of an edit out of the reward head and write a checkpoint that transformers loads.

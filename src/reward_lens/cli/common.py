@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -18,12 +19,13 @@ from reward_lens.report.sections import interval_words
 
 app = typer.Typer(
     help="Look inside reward models. MODEL is 'demo', a hub id, a folder or a PEFT adapter; PAIRS is 'demo', a JSONL, "
-    "Parquet or CSV file, or a hub id.",
+    "Parquet or CSV file, a folder that datasets saved, or a hub id.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 out, err = Console(), Console(stderr=True)
+OTHER_FORMATS = (".csv", ".html", ".json", ".jsonl", ".parquet", ".tsv", ".txt", ".xlsx")
 COLUMNS = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
 
 
@@ -34,7 +36,33 @@ Limit = Annotated[int | None, typer.Option(help="Use only the first N pairs.", m
 Split = Annotated[str | None, typer.Option(help="Split of a hub data set.")]
 Truncation = Annotated[str | None, typer.Option(help="'left' or 'right' cuts over-long texts; default: refuse them.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Save = Annotated[Path | None, typer.Option("--save", "-o", help="Also save the Result to this file.", dir_okay=False)]
+
+
+def writable(path: Path | None) -> Path | None:
+    """A file to write, tried before the work: what cannot be saved after it is lost."""
+    if path is None:
+        return None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise typer.BadParameter(f"{path} cannot be written: {error}") from error
+    return path
+
+
+def result_file(path: Path | None) -> Path | None:
+    """A file that a Result is saved to; a name that promises another format is refused."""
+    if path is not None and path.suffix.lower() in OTHER_FORMATS:
+        name = path.with_suffix(".nc").name
+        raise typer.BadParameter(f"{path}: a Result is saved as netCDF, which {path.suffix} is not: name it {name}")
+    return writable(path)
+
+
+SAVED = "this file (netCDF; rl.load_result reads it)."
+Save = Annotated[
+    Path | None,
+    typer.Option("--save", "-o", help=f"Also save the Result to {SAVED}", dir_okay=False, callback=result_file),
+]
 Top = Annotated[
     int, typer.Option(help="Largest cells that are listed; 0 lists none, and with --json prints all values.", min=0)
 ]

@@ -10,6 +10,7 @@ from rich.progress import Progress
 import reward_lens as rl
 from reward_lens.cli.common import (
     COLUMNS,
+    SAVED,
     AsJson,
     Limit,
     Objective,
@@ -19,7 +20,9 @@ from reward_lens.cli.common import (
     err,
     load_both,
     refusals,
+    result_file,
     show,
+    writable,
 )
 from reward_lens.data import by_prompt
 
@@ -37,7 +40,10 @@ Folder = Annotated[str, typer.Argument(help="A dictionary's folder, or a hub id.
 Subfolder = Annotated[str | None, typer.Option(help="Of a release of many: the dictionary's folder in it.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub.")]
 SiteOption = Annotated[str | None, typer.Option(help="Where it is read, if its files do not say: L20.resid_post.")]
-SaveFile = Annotated[Path | None, typer.Option("--save", help="Also save the Result to this file.", dir_okay=False)]
+SaveFile = Annotated[
+    Path | None,
+    typer.Option("--save", help=f"Also save the Result to {SAVED}", dir_okay=False, callback=result_file),
+]
 
 
 @sae.command(epilog="Example: reward-lens sae train demo --site L29.resid_post --d-sae 2048 --k 32 -o dictionary/")
@@ -119,7 +125,7 @@ def evaluate(
 def explore(
     model: Annotated[str, MODEL], folder: Folder,
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="The HTML file.", dir_okay=False)
+        Path, typer.Option("-o", "--output", help="The HTML file.", dir_okay=False, callback=writable)
     ] = Path("latents.html"),
     pairs: PairsOption = "demo",
     latents: Annotated[int, typer.Option(help="Latents on the page.", min=1)] = 200,

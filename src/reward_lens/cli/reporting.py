@@ -65,7 +65,9 @@ def _ask(asked: Mapping[str, Question], folder: "AnswerFolder", answers: dict[st
             progress.update(task, description=name)
             try:
                 answers[name] = folder.answer(name, ask)
-            except (rl.StructureError, rl.DataError) as refusal:
+            except rl.CheckFailed:
+                raise
+            except rl.RewardLensError as refusal:  # asked again it would say the same
                 answers[name] = refusal
             progress.advance(task)
 

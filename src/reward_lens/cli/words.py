@@ -8,7 +8,7 @@ from rich.text import Text
 
 import reward_lens as rl
 from reward_lens.charts.strip import Block, blocks, colour_limit
-from reward_lens.cli.common import AsJson, Objective, Save, app, err, load, out, refusals, show
+from reward_lens.cli.common import AsJson, Objective, Save, app, err, load, out, refusals, show, writable
 from reward_lens.report.numbers import number
 
 Method = Literal["prefix", "truncate", "gradient", "integrated", "leave_one_out"]
@@ -22,7 +22,8 @@ def words(
     method: Annotated[Method, typer.Option(help="How a share is found; 'leave_one_out' removes a unit and runs the "
                                                 "rest again.")] = "leave_one_out",
     by: Annotated[Literal["token", "word", "sentence"], typer.Option(help="What gets a share.")] = "word",
-    html: Annotated[Path | None, typer.Option(help="Also write a page with the coloured text.", dir_okay=False)] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write a page with the coloured text.", dir_okay=False,
+                                                callback=writable)] = None,
     objective: Objective = None, as_json: AsJson = False, save: Save = None,
 ):  # fmt: skip
     """What each word of one response is worth to its reward."""

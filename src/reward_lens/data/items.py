@@ -254,10 +254,15 @@ def with_unique_ids(items: Iterable) -> tuple[tuple, list[str]]:
 def _notes(pairs: Sequence[Pair], repeated: list[str]) -> Iterator[str]:
     content = [(pair.prompt_key, *pair.responses) for pair in pairs]
     first = {key: index for index, key in reversed(list(enumerate(content)))}
+    turned = [(prompt, rejected, chosen) for prompt, chosen, rejected in content]
     odd = {
+        "empty or blank prompt": [p.id for p in pairs if not p.messages[-1]["content"].strip()],
         "empty or blank response": [p.id for p in pairs if not all(r.strip() for r in p.responses)],
         "chosen equal to rejected": [p.id for p in pairs if p.chosen == p.rejected],
         "same texts as an earlier pair": [p.id for i, p in enumerate(pairs) if first[content[i]] != i],
+        "an earlier pair with the preference the other way round": [
+            p.id for i, p in enumerate(pairs) if p.chosen != p.rejected and first.get(turned[i], i) < i
+        ],
         "id used before (a number was appended)": repeated,
     }
     for what, ids in odd.items():

@@ -15,13 +15,14 @@ Source = str | Path
 
 
 def load_pairs(source: Source, split: str | None = None, limit: int | None = None) -> Pairs:
-    """Preference pairs from ``"demo"`` (48) or ``"diagnostic"`` (12 dimensions of 40), both written for this
-    project, from a .jsonl, .json, .parquet or .csv file, or a hub id ``"org/name"``.
+    """Preference pairs from ``"demo"`` (48), ``"diagnostic"`` (12 dimensions of 40) or ``"misalignment"`` (192), all
+    written for this project, from a .jsonl, .json, .parquet or .csv file, a folder of `Dataset.save_to_disk`, or a hub
+    id ``"org/name"``.
 
     Columns: `prompt` (text, or messages ending with a user turn), `chosen`, `rejected`, and where present
     `id` and `subset`; others are ignored. In TRL's conversational form `chosen` and `rejected` are message
     lists: one assistant message after an explicit `prompt`, or conversations that differ in the last turn
-    only. A CSV cell may hold messages as JSON. `split` picks one of a hub data set, `limit` the first rows
+    only. A CSV cell may hold messages as JSON. `split` picks one of a data set, `limit` the first rows
     (two that are one pair count as one). Published sets with other columns (HH, LLMBar, JudgeBench,
     HelpSteer2 and 3; `data.published`) are read as they are; their rows without a preference are left out and
     noted.
@@ -118,7 +119,8 @@ def _conversations(prompt, chosen, rejected) -> tuple[Any, str, str]:
     given = [("user", prompt)] if isinstance(prompt, str) else list(checked_turns(prompt, "prompt"))
     if before and before != given:
         found = "turns before the last one that are not the prompt"
-        raise malformed("chosen", found, "one assistant message, or the prompt's messages and then one")
+        do = "correct the row, or leave out the column prompt: the turns that both share stand for it then"
+        raise malformed("chosen", found, "one assistant message, or the prompt's messages and then one", do)
     return prompt, chosen, rejected
 
 

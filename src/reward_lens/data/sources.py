@@ -17,7 +17,10 @@ Rows = Iterator[tuple[str, Any]]  # where a row stands, and the row
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+")
 _BOM = b"\xef\xbb\xbf"
 _BUNDLED = {"demo": "pairs.jsonl", "diagnostic": "diagnostic.jsonl", "misalignment": "misalignment.jsonl"}
-_FORMS = "'demo', 'diagnostic', 'misalignment', a .jsonl, .json, .parquet or .csv file, or a hub id such as 'org/name'"
+_FORMS = (
+    "'demo', 'diagnostic', 'misalignment', a .jsonl, .json, .parquet or .csv file, a folder that datasets saved, or a "
+    "hub id such as 'org/name'"
+)
 
 
 def open_rows(
@@ -29,8 +32,8 @@ def open_rows(
         raise unreadable(f"{name} with limit={limit}", "no rows asked for", "1 or more", "raise the limit")
     path = resources.files("reward_lens") / "assets" / _BUNDLED[name] if name in _BUNDLED else Path(source)
     kind = Path(path.name).suffix.lower()
-    if kind not in _READERS and _HUB_ID.fullmatch(name) and not os.path.exists(name):
-        return name, itertools.islice(joined(_hub_rows(name, split)), limit)
+    if os.path.isdir(name) or (kind not in _READERS and _HUB_ID.fullmatch(name) and not os.path.exists(name)):
+        return name, itertools.islice(joined(_dataset_rows(name, split)), limit)
     if kind not in _READERS and os.path.isfile(name):
         raise unreadable(name, f"a file ending in '{kind}'", _FORMS, "convert the file")
     try:
@@ -105,20 +108,30 @@ def _cell(where: str, text: str) -> Any:
     return value if is_messages else text
 
 
-def _hub_rows(name: str, split: str | None) -> Rows:
+def _dataset_rows(name: str, split: str | None) -> Rows:
+    """Rows of a hub data set, or of the folder that `Dataset.save_to_disk` wrote."""
     import datasets
     from datasets.exceptions import DatasetsError
 
+    saved = os.path.isdir(name)
+    do = "check the id, the split, the network and, for gated data, your hub login"
     try:
-        loaded = datasets.load_dataset(name, split=split)
+        loaded = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, split=split)
     except (DatasetsError, OSError, RuntimeError, ValueError) as error:  # no narrower class is common to them
-        do = "check the id, the split, the network and, for gated data, your hub login"
-        raise unreadable(name, error, f"a data set of the Hugging Face hub, or {_FORMS}", do) from error
-    if isinstance(loaded, Mapping):
-        if len(loaded) != 1:
+        do = "name a file in the folder" if saved else do
+        expected = _FORMS if saved else f"a data set of the Hugging Face hub, or {_FORMS}"
+        raise unreadable(name, error, expected, do) from error
+    splits = loaded if isinstance(loaded, Mapping) else {}
+    if saved and split is not None:
+        if split not in splits:
+            found = f"the splits {', '.join(map(str, splits))}" if splits else "one data set without splits"
+            raise unreadable(f"{name} with split={split!r}", found, "a split that is there", "name one, or none")
+        loaded = splits[split]
+    elif splits:
+        if len(splits) != 1:
             do = "pass split=, one of them"
-            raise unreadable(name, f"the splits {', '.join(map(str, loaded))}", "one split", do)
-        loaded = next(iter(loaded.values()))
+            raise unreadable(name, f"the splits {', '.join(map(str, splits))}", "one split", do)
+        loaded = next(iter(splits.values()))
     for number, row in enumerate(loaded, start=1):
         yield f"row {number}", row
 

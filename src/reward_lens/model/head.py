@@ -120,7 +120,8 @@ def sharing_copy(module: Any, but: nn.Module | None = None) -> Any:
 def require_own_head(rm: RewardModel) -> None:
     """Raise `DataError` where another part of the model uses the head's weights too."""
     own = {id(p) for p in rm.head.parameters()}
-    inside = tuple(f"{path}." for path in (rm.structure.head, rm.structure.pooler) if path is not None)
+    paths = [rm.structure.head, rm.structure.pooler, *(n for n, part in rm.module.named_modules() if part is rm.head)]
+    inside = tuple(f"{path}." for path in paths if path is not None)
     named = rm.module.named_parameters(remove_duplicate=False)
     others = [name for name, p in named if id(p) in own and not name.startswith(inside)]
     if others:

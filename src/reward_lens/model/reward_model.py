@@ -26,6 +26,7 @@ from reward_lens.model.norm import measure_norm
 from reward_lens.model.pair_tokens import FirstTokenTokenizer, set_inputs
 from reward_lens.model.prefix import keys_and_values
 from reward_lens.model.readout import LOCAL, PromptGated, Readout, chosen_row, linear_readout, objective_names
+from reward_lens.model.step_hidden import hidden_readout, is_hidden
 from reward_lens.model.structure import Structure
 from reward_lens.model.tokens import Tokenizer, Tokens
 from reward_lens.model.vocab_readout import refuse_change, vocabulary_of
@@ -101,8 +102,8 @@ class RewardModel(OnTrunk):
             self.head = head_of(module, found)
             self.trunk = trunk_of(module, found)
             set_inputs(self.trunk, self.tokenizer, self.config)
-            self._norm = self.trunk.final_norm
-            own = self.vocabulary.readout(self._norm) if self.vocabulary else None
+            own = self.vocabulary.readout(self.trunk.final_norm) if self.vocabulary else None
+            self._given = self.vocabulary.spec if self.vocabulary else readout
             self.readout = own or readout or self._readout(objective)
             self.load_report: Result = checks.confirmed(self, kept) or checks.load_report(self)
 
@@ -185,7 +186,7 @@ class RewardModel(OnTrunk):
     @property
     def read_as(self) -> dict[str, Any]:
         """The argument under which a `RewardModel` of another module is read as this one is."""
-        return {"readout": self.vocabulary.spec} if self.vocabulary else {"objective": self.row}
+        return {"objective": self.row} if self._given is None else {"readout": self._given}
 
     @torch.no_grad()
     def rewards(self, tokens: Sequence[Tokens], batch_size: int | None = None) -> Float[Tensor, " n"]:
@@ -348,17 +349,19 @@ class RewardModel(OnTrunk):
         return out | meta
 
     def _readout(self, objective: str | int | None) -> Readout:
-        names = self.objectives
+        names, final = self.objectives, self.trunk.final_norm
         own = self.module if isinstance(self.module, OwnHead) else None
+        if is_hidden(self.head):
+            return hidden_readout(self.head, final, names[0])
         if self.structure.pooler is not None:
             row = chosen_row(names, objective, self.name)
-            norm = measure_norm(self._norm, self.config.get_text_config().hidden_size, next(self.head.parameters()))
+            norm = measure_norm(final, self.config.get_text_config().hidden_size, next(self.head.parameters()))
             return tail_readout(self.module, self.structure, norm, row, names[row])
         if objective is None and own is not None and own.first_is_reward:
             objective = 0
         row = chosen_row(names, objective, self.name)
         like = linear_weight(self.head) if own is None else next(self.head.parameters())
-        norm = measure_norm(self._norm, like.shape[1] if own is None else own.width, like)
+        norm = measure_norm(final, like.shape[1] if own is None else own.width, like)
         return linear_readout(norm, self.head, row, names[row]) if own is None else own.readout(norm, row)
 
     def __repr__(self) -> str:

@@ -24,9 +24,8 @@ def is_hidden(head: nn.Module) -> bool:
     return len(parts) == 3 and is_linear(parts[0]) and isinstance(parts[1], nn.ReLU) and is_linear(parts[2])
 
 
-def hidden_readout(scorer: Any, score: Any, structure: Structure | None) -> tuple[Structure, LocalReadout]:
-    """The structure and the readout of a network whose `score` is such a head: what its first map reads is what a
-    linear head would."""
+def hidden_structure(scorer: Any, score: Any) -> Structure:
+    """The structure of a network whose `score` is such a head: what its first map reads is what a linear head would."""
     device = input_device(scorer)
     seen: list[Tensor] = []
 
@@ -35,10 +34,12 @@ def hidden_readout(scorer: Any, score: Any, structure: Structure | None) -> tupl
             run_probe(scorer, device)
         return seen.pop()[:, -1]
 
-    if structure is None:
-        config = scorer.config.get_text_config()
-        found = find_structure(scorer, probe, config.num_hidden_layers, config.num_attention_heads)
-        structure = dataclasses.replace(found, head="score.2")
-    final = None if structure.final_norm is None else scorer.get_submodule(structure.final_norm)
-    norm = measure_norm(final, score[0].in_features, score[0].weight)
-    return structure, local_readout(norm, score, 0, "reward")
+    config = scorer.config.get_text_config()
+    found = find_structure(scorer, probe, config.num_hidden_layers, config.num_attention_heads)
+    return dataclasses.replace(found, head="score.2")
+
+
+def hidden_readout(score: Any, final_norm: nn.Module | None, objective: str) -> LocalReadout:
+    """The readout of such a head behind this norm."""
+    norm = measure_norm(final_norm, score[0].in_features, score[0].weight)
+    return local_readout(norm, score, 0, objective)

@@ -25,7 +25,7 @@ from reward_lens.model.checks import PROBES
 from reward_lens.model.linear_maps import is_linear, linear_bias, linear_weight
 from reward_lens.model.placement import input_device
 from reward_lens.model.reward_model import RewardModel
-from reward_lens.model.step_hidden import hidden_readout, is_hidden
+from reward_lens.model.step_hidden import hidden_structure, is_hidden
 from reward_lens.model.step_readout import StepReadout
 from reward_lens.model.step_tokens import StepTokenizer
 from reward_lens.model.structure import Structure
@@ -44,6 +44,8 @@ class StepScorer(nn.Module):
     """A network whose one score is the readout at a text's last token; trunk and weights are those of the module it was
     made from."""
 
+    base_model_prefix = "trunk"
+
     def __init__(self, trunk: Any, score: nn.Module, steps: StepReadout):
         super().__init__()
         self.trunk, self.score = trunk, score
@@ -53,6 +55,10 @@ class StepScorer(nn.Module):
     def base_model(self) -> Any:
         """The headless network."""
         return self.trunk
+
+    def head_parts(self) -> nn.Module:
+        """All that stands between the states and the score: a hidden layer too."""
+        return self.score
 
     def get_input_embeddings(self) -> nn.Module:
         """The trunk's embedding."""
@@ -103,11 +109,10 @@ def step_model(
     rows = [_row(tokenizer, row, texts) for row in (steps.positive, steps.negative) if row is not None]
     scorer = StepScorer(_backbone(module), _score(head, rows), steps).eval()
     _match_own_scores(module, head, scorer, rows)
-    readout = None
-    if is_hidden(head):
-        structure, readout = hidden_readout(scorer, scorer.score, structure)
+    if structure is None and is_hidden(head):
+        structure = hidden_structure(scorer, scorer.score)
     rm = RewardModel(
-        scorer, tokenizer, structure=structure, readout=readout, revision=revision, loading=loading,
+        scorer, tokenizer, structure=structure, revision=revision, loading=loading,
         name=name or getattr(module, "name_or_path", "") or None,
     )  # fmt: skip
     _require_causal(rm)

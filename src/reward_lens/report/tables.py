@@ -107,13 +107,15 @@ def side_by_side(result: Result) -> bool:
 
 
 def _parts(data: xr.Dataset) -> Table:
-    """A row a component, a column a part of its effect, the interval of the total beside it; largest totals first."""
-    flat = {"component": text_of(data["component"].values)}
-    flat |= {str(part): data["value"].sel(part=part).values for part in data["part"].values}
-    if {"low", "high"} <= set(data.data_vars):
-        flat |= {f"total, {end}": data[end].sel(part="total").values for end in ("low", "high")}
-    caption = "Means over pairs. Components by their total" if len(flat["total"]) > TOP else "Means over pairs."
-    return _table(flat, caption, largest(flat["total"], TOP))
+    """A row a component, largest totals first: what it writes directly beside the total effect and its interval, where
+    it has one, then the parts between the two."""
+    parts = {str(part): data["value"].sel(part=part).values for part in data["part"].values}
+    ends = {end: data[end].sel(part="total").values for end in ("low", "high") if end in data.data_vars}
+    ends = {f"total, {end}": bound for end, bound in ends.items() if np.isfinite(bound).any()}
+    flat = {"component": text_of(data["component"].values), "direct": parts.pop("direct"), "total": parts.pop("total")}
+    order = largest(flat["total"], TOP)
+    caption = "Means over pairs." + " Components by their total" * (len(order) < len(flat["total"]))
+    return _table(flat | ends | parts, caption, order)
 
 
 def _scores(result: Result) -> Table:

@@ -114,10 +114,11 @@ def direct_effects(
         rm, "effects", pairs, values, dims, {**site_coords(sites), "part": np.array(names, dtype=object)},
         checks=checks, settings=settings, seed=seed, noise_floor=rm.noise_floor,
         title=f"Direct and mediated effects{of} ({mode}, {settings['at']})",
-        shows="What a site's change does to the reward head's input directly, what the final norm's answer adds, and "
-        "what later components do about it (under a prompt gate also what the gate reads of it); all but the last sum "
-        "to the total effect.",
-        cannot_show="The direct part is the contribution itself, an identity: that both agree is no evidence.",
+        shows="What a site's change does to what the reward head reads (direct), what the final norm's answer adds "
+        "(norm rescale), what later components do about it (mediated) and, under a prompt gate, what the gate reads of "
+        "it (gate, interaction): these sum to the total effect.",
+        cannot_show="The direct part is made of contributions, the change of the site's write along one run's reward "
+        "direction: that it goes with them is an identity and no evidence.",
     )  # fmt: skip
 
 

@@ -95,6 +95,10 @@ def effects(
     pairs = data.as_pairs(pairs)
     wanted = asked_sites(rm, sites, layers)
     _require_settings(mode, estimator, path, norm, options)
+    if reference is not None and mode not in ("mean", "resample"):
+        raise DataError("effects was given a reference that it would not use", found=f"mode={mode!r}",
+                        expected="mode='mean' or 'resample', whose values come from the reference",
+                        do="leave reference out, or name one of these modes")  # fmt: skip
     settings = sweep_settings(
         rm, sites, wanted, mode, at, align, layers, spans, estimator=estimator, path=path, norm=norm
     )

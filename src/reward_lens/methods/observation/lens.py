@@ -221,7 +221,9 @@ def _words(norm: str, at: str) -> dict:
     return {
         "title": f"Reward lens ({norm} norm)",
         "settings": {"norm": norm, "at": at},
-        "shows": "What the reward head reads off the residual stream at every depth; the last depth is the reward.",
+        "shows": "What the reward head reads off the residual stream at every depth, through the final norm with "
+        + {"own": "each depth's own scale", "frozen": "the scale of the last depth"}[norm]
+        + "; the last depth is the reward.",
         "cannot_show": "That the reward is computed where the curve settles: the head was trained on the last residual "
         "only, and a curve can rise because residual norms grow.",
     }

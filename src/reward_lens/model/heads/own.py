@@ -163,9 +163,9 @@ def published_path(module: Any) -> str | None:
 
 
 def head_of(module: Any, structure: Any) -> nn.Module:
-    """The reward head of a model: all parts of a published head, a pooler and what reads it, or the module at the
-    structure's path."""
-    if isinstance(module, OwnHead):
+    """The reward head of a model: all parts of a published head or of a step's, a pooler and what reads it, or the
+    module at the structure's path."""
+    if hasattr(module, "head_parts"):
         require_all_there(module.head_parts(), f"The head of {type(module).__name__}")
         return module.head_parts()
     head = module.get_submodule(structure.head)
