@@ -12,7 +12,7 @@ from transformers import ByT5Tokenizer
 
 import reward_lens as rl
 from encoders import tiny_encoder
-from families import tiny_model, tiny_tokenizer
+from families import CHAT_TEMPLATES, tiny_model, tiny_tokenizer
 from reward_lens.model.checks import PROBES
 from reward_lens.model.objectives import with_every_objective
 from reward_lens.model.tokens import Tokenizer
@@ -80,6 +80,33 @@ def test_peft_adapters_are_merged_head_included(saved, tmp_path):
     loaded = rl.load(tmp_path / "adapter")
     assert loaded.score(*PROBES[0]) == pytest.approx(expected, abs=1e-5)
     assert expected != pytest.approx(rl.load(base).score(*PROBES[0]), abs=1e-2)
+
+
+@pytest.mark.parametrize(("pad", "beside"), [(None, True), (None, False), (3, True), (3, False)])
+def test_an_adapter_is_read_where_it_was_trained_to_be_read(saved, tmp_path, pad, beside):
+    """Trainers pad by the tokenizer and write its token into the config, which no adapter's folder has. Where it ends
+    every turn, the head was trained on the token before; without it, or by its base's config, another one is read."""
+    from peft import LoraConfig, get_peft_model
+
+    template = CHAT_TEMPLATES["markers"].replace("<|end|>\\n", "' + eos_token + '")
+    tokenizer = tiny_tokenizer(pad="eos", chat_template=template)
+    base = saved(tokenizer=tokenizer)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"pad_token_id": pad}))
+    settings = LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["q_proj"], init_lora_weights=False)
+    wrapped = get_peft_model(rl.load(base).module, settings)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    if beside:
+        tokenizer.save_pretrained(tmp_path / "adapter")
+    if beside or pad is None:
+        wrapped.config.pad_token_id = tokenizer.pad_token_id
+    rm = rl.load(tmp_path / "adapter")
+    ids = torch.tensor([rm.tokenize(*PROBES[0]).ids])
+    with torch.no_grad():
+        expected = float(wrapped.eval()(input_ids=ids).logits[0, 0])
+    assert ids[0, -1] == tokenizer.eos_token_id
+    assert rm.score(*PROBES[0]) == pytest.approx(expected, abs=1e-5)
+    assert rm.hf_score(*PROBES[0]) == pytest.approx(expected, abs=1e-5)
 
 
 def test_an_adapter_without_a_head_is_refused(tmp_path):

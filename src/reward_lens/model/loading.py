@@ -9,6 +9,8 @@ import torch
 from reward_lens.errors import LoadError
 from reward_lens.model import heads
 from reward_lens.model.checkpoint_files import file_of, require_places, some_of
+from reward_lens.model.forward import padding_id
+from reward_lens.model.heads.own import OwnHead
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.step_readout import StepReadout
 from reward_lens.model.structure import Structure
@@ -89,16 +91,20 @@ def load(
     settings = {"dtype": dtype or "auto", "device_map": device_map, "attn_implementation": attn_implementation,
                 "offload_folder": offload_folder, "quantization_config": quantization_config}  # fmt: skip
     settings = {k: v for k, v in settings.items() if v is not None}
+    adapted = False
     try:
         if isinstance(readout, VocabReadout):
             module, missing, base = causal_module(path, options, settings)
-        elif _is_adapter(path, revision):
+        elif adapted := _is_adapter(path, revision):
             module, missing, base = _load_adapter(path, options, settings)
         else:
             module, missing = _load_classifier(path, options, settings)
             base = getattr(module, "tokenizer_name", None)
+        own = tokenizer is not None or (adapted and has_tokenizer(path, revision))
         if tokenizer is None:
             tokenizer = tokenizer_of(path, base, options | heads.tokenizer_options(module))
+        if adapted and not isinstance(module, OwnHead):
+            _pool_as_trained(module, tokenizer, own)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise LoadError(
             f"{path} could not be loaded",
@@ -325,12 +331,25 @@ def _adapter_file(path: str, revision: str | None) -> str:
     return hf_hub_download(path, "adapter_model.safetensors", revision=revision)
 
 
+def _pool_as_trained(module: Any, tokenizer: Any, own: bool) -> None:
+    """The head reads the last token that is not the config's padding token. A trainer writes the tokenizer's there, and
+    an adapter's folder has no config: its base's may name another, or none, and so have another token read. `own`: the
+    tokenizer is not its base's, which has no say where the base's config has one."""
+    config = module.config.get_text_config()
+    if tokenizer.pad_token_id is not None and (own or padding_id(module.config) is None):
+        module.config.pad_token_id = config.pad_token_id = tokenizer.pad_token_id
+
+
+def has_tokenizer(path: str, revision: str | None) -> bool:
+    """Whether there is a tokenizer beside the weights."""
+    return any(file_of(path, revision, name) for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+
+
 def tokenizer_of(path: str, base: str | None, options: dict):
     """The tokenizer beside the weights; an adapter without one has its base's."""
     from transformers import AutoTokenizer
 
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-    if base is None or any(file_of(path, options["revision"], name) for name in names):
+    if base is None or has_tokenizer(path, options["revision"]):
         return AutoTokenizer.from_pretrained(path, **options)
     # The revision that was asked for is one of the checkpoint's.
     return AutoTokenizer.from_pretrained(base, **options | {"revision": None})
