@@ -109,6 +109,43 @@ def test_an_adapter_is_read_where_it_was_trained_to_be_read(saved, tmp_path, pad
     assert rm.hf_score(*PROBES[0]) == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers. to .True.")
+@pytest.mark.parametrize(
+    ("added", "settings"),
+    [
+        (40, {}),
+        (40, {"modules_to_save": ["score", "embed_tokens"]}),
+        (40, {"trainable_token_indices": []}),
+        (0, {"target_modules": ["q_proj", "embed_tokens"]}),
+    ],
+)
+def test_an_adapter_that_holds_the_embedding_is_merged(saved, tmp_path, added, settings):
+    """Tokens added before training (a chat template's) have no rows in the base; peft saves all rows then."""
+    from peft import LoraConfig, get_peft_model
+
+    module, tokenizer = rl.load(saved()).module, tiny_tokenizer()
+    tokenizer.add_tokens([f"<extra {i}>" for i in range(added)])
+    module.resize_token_embeddings(max(len(tokenizer), module.config.vocab_size), mean_resizing=False)
+    last = len(tokenizer) - 1
+    if "trainable_token_indices" in settings:
+        settings = {"trainable_token_indices": [last]}
+    plain = {"r": 2, "task_type": "SEQ_CLS", "target_modules": ["q_proj"], "init_lora_weights": False}
+    torch.manual_seed(0)
+    wrapped = get_peft_model(module, LoraConfig(**plain | settings)).eval()
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if parameter.requires_grad and "embed_tokens" in name:
+                parameter.add_(torch.randn_like(parameter))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    rm = rl.load(tmp_path / "adapter")
+    for response in ("Yes.", f"Yes {tokenizer.convert_ids_to_tokens(last)}"):
+        ids = torch.tensor([rm.tokenize("Is it?", response).ids])
+        with torch.no_grad():
+            expected = float(wrapped(input_ids=ids).logits[0, 0])
+        assert rm.score("Is it?", response) == pytest.approx(expected, abs=1e-5)
+
+
 def test_an_adapter_without_a_head_is_refused(tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM

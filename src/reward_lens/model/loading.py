@@ -1,6 +1,7 @@
 """`load`: from a hub id, a local folder, a PEFT adapter or "demo" to a `RewardModel` whose load report passed."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def load(
             tokenizer = tokenizer_of(path, base, options | heads.tokenizer_options(module))
         if adapted and not isinstance(module, OwnHead):
             _pool_as_trained(module, tokenizer, own)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, LookupError, ImportError, RuntimeError) as error:
         raise LoadError(
             f"{path} could not be loaded",
             found=f"{type(error).__name__}: {_first_lines(error)}",
@@ -291,9 +292,14 @@ def _merged(module: Any, path: str, revision: str | None) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
 
     base = {_IN_PEFT + name for name in module.state_dict()}
+    shapes = _saved_shapes(path, revision)
+    whole = _whole_embedding(module, shapes)
+    rows = {shapes[name][0] for name in whole}
+    if rows - {module.get_input_embeddings().weight.shape[0]}:  # tokens were added before training
+        module.resize_token_embeddings(max(rows), mean_resizing=False)
     adapted = PeftModel.from_pretrained(module, path, revision=revision)
     expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) - base
-    saved = set(_saved_shapes(path, revision)) - base
+    saved = set(shapes) - base - whole
     if expected != saved:
         sides = {"no": expected - saved, "no place for": saved - expected}
         raise LoadError(
@@ -303,6 +309,15 @@ def _merged(module: Any, path: str, revision: str | None) -> Any:
             do="load the base that the adapter was trained on, or save the adapter again",
         )
     return adapted.merge_and_unload()
+
+
+def _whole_embedding(module: Any, saved: Iterable[str]) -> set[str]:
+    """Names under which an adapter holds all rows of the embedding: peft saves them where tokens were added, or where
+    it adapts the embedding, within the wrappers that it put around it."""
+    table = module.get_input_embeddings()
+    at = _IN_PEFT + next(name for name, part in module.named_modules() if part is table)
+    inside = re.compile(re.escape(at) + r"(\.token_adapter)?(\.base_layer|\.modules_to_save)?\.weight")
+    return {name for name in saved if inside.fullmatch(name)}
 
 
 def _is_adapter(path: str, revision: str | None) -> bool:
