@@ -6,6 +6,8 @@ import re
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import ByT5Tokenizer
@@ -296,6 +298,28 @@ def test_a_network_in_training_mode_is_refused():
         rm.score(*PROBES[0])
     module.eval()
     assert rm.score(*PROBES[0]) == expected
+
+
+def test_a_network_that_a_trainer_prepared_is_read_without_its_autocast():
+    """accelerate puts autocast around the `forward` of what it trains in bfloat16 (TRL's default), and leaves it there:
+    the reward of the weights is what the saved checkpoint gives."""
+    module, tokenizer = tiny_model("llama")
+    saved = rl.RewardModel(module, tokenizer).score(*PROBES[0])
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    try:
+        prepared = accelerator.prepare_model(module, evaluation_mode=True)
+        forward = prepared.forward
+        rm = rl.RewardModel(prepared, tokenizer)
+        ids = torch.tensor([rm.tokenize(*PROBES[0]).ids])
+        with torch.no_grad():
+            assert abs(float(prepared(input_ids=ids).logits[0, 0]) - saved) > 1e-4
+        assert rm.score(*PROBES[0]) == pytest.approx(saved, abs=1e-6)
+        assert rm.hf_score(*PROBES[0]) == pytest.approx(saved, abs=1e-6)
+        edited = rl.edit_head(rm, torch.ones(rm.d_model))
+        assert edited.hf_score(*PROBES[0]) == pytest.approx(edited.score(*PROBES[0]), abs=1e-5)
+        assert prepared.forward == forward
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("of", [tiny_model, tiny_encoder])

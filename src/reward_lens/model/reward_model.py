@@ -24,6 +24,7 @@ from reward_lens.model.heads.tail import tail_readout
 from reward_lens.model.linear_maps import linear_weight
 from reward_lens.model.norm import measure_norm
 from reward_lens.model.pair_tokens import FirstTokenTokenizer, set_inputs
+from reward_lens.model.placement import own_output
 from reward_lens.model.prefix import keys_and_values
 from reward_lens.model.readout import LOCAL, PromptGated, Readout, chosen_row, linear_readout, objective_names
 from reward_lens.model.structure import Structure
@@ -165,7 +166,7 @@ class RewardModel(OnTrunk):
         return float(self.rewards([self.tokenize(prompt, response)])[0])
 
     def hf_score(self, prompt: "str | Sequence[Mapping]", response: "str | Sequence[str]") -> float:
-        """The wrapped model's own output on the same tokens, unpadded."""
+        """The wrapped model's own output on the same tokens, unpadded (without a trainer's autocast)."""
         return sum(self.own_terms(self.tokenize(prompt, response)))
 
     @torch.no_grad()
@@ -174,7 +175,7 @@ class RewardModel(OnTrunk):
         ids = torch.tensor([tokens.ids], device=self.device)
         if self.vocabulary:
             return self.vocabulary.own_terms(self.module, ids)
-        return [float(self.module(input_ids=ids, **self.trunk.segments(ids)).logits[0, self.row])]
+        return [float(own_output(self.module, input_ids=ids, **self.trunk.segments(ids)).logits[0, self.row])]
 
     @property
     def row(self) -> int:
