@@ -300,6 +300,16 @@ def test_a_network_in_training_mode_is_refused():
     assert rm.score(*PROBES[0]) == expected
 
 
+def test_what_is_no_model_of_transformers_is_a_sentence():
+    module, tokenizer = tiny_model("llama")
+    wrapped = nn.Module()
+    wrapped.module = module
+    with pytest.raises(rl.LoadError, match="a LlamaForSequenceClassification inside as .module.*trainer.model"):
+        rl.RewardModel(wrapped, tokenizer)
+    with pytest.raises(rl.LoadError, match="A str is no model of transformers.*rl.load takes a path"):
+        rl.RewardModel("a/path", tokenizer)
+
+
 def test_a_network_that_a_trainer_prepared_is_read_without_its_autocast():
     """accelerate puts autocast around the `forward` of what it trains in bfloat16 (TRL's default), and leaves it there:
     the reward of the weights is what the saved checkpoint gives."""

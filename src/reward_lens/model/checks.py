@@ -77,6 +77,20 @@ def run_probe(module: Any, device: torch.device) -> Tensor:
     return own_output(module, **arguments).logits
 
 
+def require_model(module: Any) -> Any:
+    """The module; `LoadError` for what is no model of transformers, such as the wrapper of a distributed run."""
+    if isinstance(module, nn.Module) and hasattr(module, "config"):
+        return module
+    inside = getattr(module, "module", None)
+    raise LoadError(
+        f"A {type(module).__name__} is no model of transformers",
+        found="no config" + ("" if inside is None else f", and a {type(inside).__name__} inside as .module"),
+        expected="a sequence classifier (or a PeftModel around one) as a module",
+        do="pass " + ("what AutoModelForSequenceClassification gives; rl.load takes a path" if inside is None
+                      else "module.module, or trainer.model: rl.RewardModel(trainer.model, tokenizer)"),
+    )  # fmt: skip
+
+
 def require_usable_weights(module: nn.Module, name: str) -> None:
     """Raise for NaN or infinite weights, and for a quantised reward head."""
     for path, tensor in module.named_parameters():

@@ -67,7 +67,7 @@ class RewardModel(OnTrunk):
         loading: Mapping[str, Any] | None = None,
         edits: Iterable[Mapping[str, Any]] = (),
     ):
-        self.module = module.eval()
+        self.module = checks.require_model(module).eval()
         self.config: Any = module.config
         self.name = name or getattr(self.config, "name_or_path", "") or type(module).__name__
         self.revision = revision
