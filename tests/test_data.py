@@ -466,6 +466,34 @@ def test_a_hub_id_goes_through_datasets(monkeypatch):
     assert asked == [("org/name", "raw"), ("org/name", None)]
 
 
+def test_data_sets_in_memory_and_saved_folders(tmp_path):
+    turns = [{"role": "user", "content": "Is it?"}]
+    said = {"chosen": "a", "rejected": "b"}
+    row = {side: [*turns, {"role": "assistant", "content": text}] for side, text in said.items()}
+    rows = datasets.Dataset.from_list([row, row])
+    parts = datasets.DatasetDict({"train": rows, "test": rows})
+    pair = Pair(turns, "a", "b", id="1")
+    for source in (rows, [row], rows.to_iterable_dataset(), datasets.DatasetDict({"train": rows})):
+        pairs = load_pairs(source, limit=1)
+        assert list(pairs) == [pair] and pairs.source == f"a {type(source).__name__}"
+    rows.save_to_disk(tmp_path / "rows")
+    parts.save_to_disk(tmp_path / "parts")
+    assert list(load_pairs(tmp_path / "rows", limit=1)) == [pair]
+    for source in (parts, tmp_path / "parts"):
+        assert list(load_pairs(source, split="test", limit=1)) == [pair]
+        with pytest.raises(DataError, match="the splits train, test.*pass split="):
+            load_pairs(source)
+        with pytest.raises(DataError, match="the splits train, test.*pass split="):
+            load_pairs(source, split="none")
+    with pytest.raises(DataError, match="split='test' cannot be read.*leave split out"):
+        load_pairs(rows, split="test")
+    with pytest.raises(DataError, match="a Dataset, row 1: the field 'chosen'.*columns: prompt"):
+        load_pairs(datasets.Dataset.from_list([{"prompt": "p"}]))
+    (tmp_path / "rows" / "state.json").unlink()
+    with pytest.raises(DataError, match="rows cannot be read.*a folder that save_to_disk wrote"):
+        load_pairs(tmp_path / "rows")
+
+
 def test_a_hub_row_is_named_and_a_hub_error_is_told(monkeypatch):
     rows = datasets.DatasetDict({"train": datasets.Dataset.from_list([ROW, {**ROW, "chosen": None}])})
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split=None: rows)

@@ -1,6 +1,6 @@
 """Rows of a file or the hub to items; an error names where the row stands, the field and the columns."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,18 @@ from reward_lens.data.solutions import Solution
 from reward_lens.data.sources import Rows, open_rows
 from reward_lens.errors import DataError
 
-Source = str | Path
+Source = str | Path | Iterable
 
 
 def load_pairs(source: Source, split: str | None = None, limit: int | None = None) -> Pairs:
     """Preference pairs from ``"demo"`` (48) or ``"diagnostic"`` (12 dimensions of 40), both written for this
-    project, from a .jsonl, .json, .parquet or .csv file, or a hub id ``"org/name"``.
+    project, from a .jsonl, .json, .parquet or .csv file, a hub id ``"org/name"``, a data set of the datasets library
+    (or any rows that map names to values) or a folder that its `save_to_disk` wrote.
 
     Columns: `prompt` (text, or messages ending with a user turn), `chosen`, `rejected`, and where present
     `id` and `subset`; others are ignored. In TRL's conversational form `chosen` and `rejected` are message
     lists: one assistant message after an explicit `prompt`, or conversations that differ in the last turn
-    only. A CSV cell may hold messages as JSON. `split` picks one of a hub data set, `limit` the first rows
+    only. A CSV cell may hold messages as JSON. `split` picks one of a data set, `limit` the first rows
     (two that are one pair count as one). Published sets with other columns (HH, LLMBar, JudgeBench,
     HelpSteer2 and 3; `data.published`) are read as they are; their rows without a preference are left out and
     noted.
