@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -357,6 +358,9 @@ def test_a_tokenizer_without_offsets_is_refused():
     slow.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     with pytest.raises(rl.LoadError, match="where its tokens stand.*a ByT5Tokenizer.*a fast tokenizer"):
         rl.RewardModel(tiny_model("llama")[0], slow)
+    processor = SimpleNamespace(tokenizer=tiny_tokenizer())
+    with pytest.raises(rl.LoadError, match="a SimpleNamespace.*a processor holds it as .tokenizer"):
+        rl.RewardModel(tiny_model("llama")[0], processor)
 
 
 def test_a_bos_that_opens_every_message_is_no_doubled_bos():
@@ -458,6 +462,25 @@ def test_remote_code_is_off_by_default(saved):
 def test_a_name_that_is_nothing_is_refused():
     with pytest.raises(rl.LoadError, match="could not be loaded.*'demo', a hub id"):
         rl.load("no/such-model-here")
+
+
+def test_a_folder_that_cannot_be_loaded_says_what_it_is(tmp_path):
+    module, tokenizer = tiny_model("llama")
+    for step in (500, 1000):
+        module.save_pretrained(tmp_path / f"run/checkpoint-{step}")
+    with pytest.raises(rl.LoadError, match=r"one of the folders in it: \S+run/checkpoint-500, \S+/checkpoint-1000\.$"):
+        rl.load(tmp_path / "run")
+    checkpoint = tmp_path / "run/checkpoint-500"
+    with pytest.raises(rl.LoadError, match=r"save the tokenizer into the folder .*, or pass rl.load\(path, tok"):
+        rl.load(checkpoint)
+    assert rl.load(checkpoint, tokenizer=tokenizer).name == "checkpoint-500"
+    (tmp_path / "adapter").mkdir()
+    for base in (None, "./gone"):
+        config = {"peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": base}
+        (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+        save_file({"base_model.model.score.weight": torch.ones(1, 32)}, tmp_path / "adapter/adapter_model.safetensors")
+        with pytest.raises(rl.LoadError, match=f"see to the adapter's base, {base!r} .base_model_name_or_path in"):
+            rl.load(tmp_path / "adapter")
 
 
 @pytest.fixture(scope="module")

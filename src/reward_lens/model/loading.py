@@ -9,7 +9,7 @@ import torch
 
 from reward_lens.errors import LoadError
 from reward_lens.model import heads
-from reward_lens.model.checkpoint_files import file_of, require_places, some_of
+from reward_lens.model.checkpoint_files import has_tokenizer, lacking, require_places, some_of
 from reward_lens.model.forward import padding_id
 from reward_lens.model.heads.own import OwnHead
 from reward_lens.model.reward_model import RewardModel
@@ -111,7 +111,8 @@ def load(
             f"{path} could not be loaded",
             found=f"{type(error).__name__}: {_first_lines(error)}",
             expected="'demo', a hub id such as 'org/name', a folder with config.json and weights, or a PEFT adapter",
-            do="check the name and the connection; for a model with code of its own read that code, then pass "
+            do=lacking(path, tokenizer is None)
+            or "check the name and the connection; for a model with code of its own read that code, then pass "
             "trust_remote_code=True"
             + ("" if attn_implementation is None else "; without attn_implementation= the class's own is used"),
         ) from error
@@ -353,11 +354,6 @@ def _pool_as_trained(module: Any, tokenizer: Any, own: bool) -> None:
     config = module.config.get_text_config()
     if tokenizer.pad_token_id is not None and (own or padding_id(module.config) is None):
         module.config.pad_token_id = config.pad_token_id = tokenizer.pad_token_id
-
-
-def has_tokenizer(path: str, revision: str | None) -> bool:
-    """Whether there is a tokenizer beside the weights."""
-    return any(file_of(path, revision, name) for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
 
 
 def tokenizer_of(path: str, base: str | None, options: dict):

@@ -82,7 +82,8 @@ class RewardModel(OnTrunk):
         # A network that reads a text's steps (model.step_readout) brings its own way of writing texts.
         written = self.vocabulary.tokenizer if self.vocabulary else None
         self._rotary_threshold = rotary_threshold(text_config)
-        self.pad_id = next((i for i in (pad_id, tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+        own = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+        self.pad_id = next((i for i in (pad_id, *own) if i is not None), 0)
 
         run = self.vocabulary.probe if self.vocabulary else checks.run_probe
         probe = functools.partial(run, module, self.device)

@@ -82,7 +82,8 @@ class Tokenizer:
                 "The tokenizer does not say where its tokens stand in the text",
                 found=f"a {type(tokenizer).__name__}",
                 expected="a fast tokenizer (PreTrainedTokenizerFast, a tokenizer.json beside the weights)",
-                do="pass one: rl.load(path, tokenizer=...) or rl.RewardModel(module, tokenizer)",
+                do="pass one: rl.load(path, tokenizer=...) or rl.RewardModel(module, tokenizer)"
+                + ("; a processor holds it as .tokenizer" if hasattr(tokenizer, "tokenizer") else ""),
             )
         self.hf = tokenizer
         self.pooled_skips = pooled_skips
