@@ -365,6 +365,24 @@ def test_conversations_that_are_no_pair_are_refused(write, row, words):
         load_pairs(write(row))
 
 
+def test_arguments_of_a_chat_template_are_noted(write):
+    """TRL gives these columns to the template: what a trainer scored is another text than prompt and response."""
+    tools = [{"type": "function", "function": {"name": "look_up"}}]
+    rows = [
+        ROW,
+        {**ROW, "chosen": "c", "tools": tools},
+        {**ROW, "chosen": "d", "chat_template_kwargs": {"think": True}},
+    ]
+    notes = load_pairs(write(*rows)).notes
+    assert "tools or chat_template_kwargs, which the chat template is not given: 2 rows: line 2, line 3" in notes
+    assert not any("tools" in note for note in load_pairs(write({**ROW, "tools": None})).notes)
+
+
+def test_whole_texts_without_a_prompt_are_refused_with_what_to_do(write):
+    with pytest.raises(DataError, match=r"'prompt'.*no such column.*split off what both begin with"):
+        load_pairs(write({"chosen": "Is it? Yes.", "rejected": "Is it? No."}))
+
+
 def test_lists_of_strings_point_to_the_right_loader(write):
     row = {"prompt": "p", "chosen": ["a", "b", "c"], "rejected": ["d", "e", "f"], "id": "k"}
     path = write(row, row)

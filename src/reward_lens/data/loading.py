@@ -27,13 +27,19 @@ def load_pairs(source: Source, split: str | None = None, limit: int | None = Non
     HelpSteer2 and 3; `data.published`) are read as they are; their rows without a preference are left out and
     noted.
 
-    Returns `Pairs`, whose `notes` say what is odd. Raises `DataError` naming file, line (row, for parquet,
-    CSV, JSON arrays and the hub) and field.
+    Returns `Pairs`, whose `notes` say what is odd, such as TRL's columns `tools` and `chat_template_kwargs`, which
+    change the text that its trainer scores and are not given to the chat template here. Raises `DataError` naming file,
+    line (row, for parquet, CSV, JSON arrays, the hub and data sets) and field.
     """
     name, rows = open_rows(source, split, limit, joined_ratings)
     ties: list[str] = []
-    pairs = parse_rows(name, rows, _pair, ties)
-    return Pairs(pairs, name, [f"{len(ties)} rows without a preference left out: {_some(ties)}"] if ties else ())
+    templated: list[str] = []
+    pairs = parse_rows(name, _watched(rows, templated), _pair, ties)
+    odd = {
+        f"{len(ties)} rows without a preference left out": ties,
+        f"tools or chat_template_kwargs, which the chat template is not given: {len(templated)} rows": templated,
+    }
+    return Pairs(pairs, name, [f"{what}: {_some(places)}" for what, places in odd.items() if places])
 
 
 def load_groups(source: Source, split: str | None = None, limit: int | None = None) -> list[Group]:
@@ -66,6 +72,14 @@ def load_solutions(source: Source, split: str | None = None, limit: int | None =
 
 def _some(places: list[str]) -> str:
     return ", ".join(places[:3]) + (", ..." if len(places) > 3 else "")
+
+
+def _watched(rows: Rows, templated: list[str]) -> Rows:
+    """The rows; the places of those that have arguments of a chat template go to `templated`."""
+    for where, row in rows:
+        if isinstance(row, Mapping) and (row.get("tools") or row.get("chat_template_kwargs")):
+            templated.append(where)
+        yield where, row
 
 
 def parse_rows(name: str, rows: Rows, build: Callable, ties: list[str] | None = None) -> list:
@@ -102,6 +116,9 @@ def _pair(row: Mapping) -> Pair | None:
             raise malformed(name, "a list of strings", "one response, as text or as messages", do=do)
     if isinstance(chosen, list) or isinstance(rejected, list):
         prompt, chosen, rejected = _conversations(prompt, chosen, rejected)
+    elif prompt is None and "prompt" not in row:
+        do = "rename the column; of whole texts without one, split off what both begin with (trl.extract_prompt)"
+        raise malformed("prompt", "no such column", "a value in each row", do=do)
     elif prompt is None:
         prompt = _column(row, "prompt")
     return Pair(prompt, chosen, rejected, **_labels(row))
