@@ -18,7 +18,7 @@ from encoders import tiny_encoder
 from families import CHAT_TEMPLATES, tiny_model, tiny_tokenizer
 from reward_lens.model.checks import PROBES
 from reward_lens.model.objectives import with_every_objective
-from reward_lens.model.tokens import Tokenizer
+from reward_lens.model.tokens import PLAIN_TEXT, Tokenizer
 
 
 @pytest.fixture
@@ -288,6 +288,18 @@ def test_a_tokenizer_without_template_is_refused():
     module, _ = tiny_model("llama", tokenizer=tokenizer)
     with pytest.raises(rl.LoadError, match="no chat template.*set tokenizer.chat_template"):
         rl.RewardModel(module, tokenizer)
+
+
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_a_model_of_plain_texts_is_read_with_the_template_that_the_refusal_names(saved, add_bos):
+    tokenizer = tiny_tokenizer(chat_template=None, add_bos=add_bos)
+    folder = saved(tokenizer=tokenizer)
+    with pytest.raises(rl.LoadError, match="beside the weights as chat_template.jinja.*bos_token"):
+        rl.load(folder)
+    template = PLAIN_TEXT if add_bos else PLAIN_TEXT.replace("{{ bos_token }}", "")
+    (folder / "chat_template.jinja").write_text(template)
+    tokens = rl.load(folder).tokenize("Is it? ", "Yes.")
+    assert list(tokens.ids) == tokenizer("Is it? Yes." + tokenizer.eos_token)["input_ids"]
 
 
 def test_a_network_in_training_mode_is_refused():
