@@ -2,6 +2,7 @@
 
 import json
 import re
+from logging import Handler
 from types import SimpleNamespace
 
 import numpy as np
@@ -147,6 +148,30 @@ def test_an_adapter_that_holds_the_embedding_is_merged(saved, tmp_path, added, s
         with torch.no_grad():
             expected = float(wrapped(input_ids=ids).logits[0, 0])
         assert rm.score("Is it?", response) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_head_of_an_adapter_over_a_language_model_is_not_called_untrained(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    module, tokenizer = tiny_model("llama")
+    AutoModelForCausalLM.from_config(module.config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    said = []
+    logger = logging.get_logger("transformers")
+    handler = Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
+        assert any("newly initialized" in words for words in said)
+        said.clear()
+        get_peft_model(classifier, LoraConfig(r=2, task_type="SEQ_CLS")).save_pretrained(tmp_path / "adapter")
+        rl.load(tmp_path / "adapter")
+    finally:
+        logger.removeHandler(handler)
+    assert not any("newly initialized" in words for words in said)
 
 
 def test_an_adapter_without_a_head_is_refused(tmp_path):

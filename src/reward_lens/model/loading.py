@@ -252,9 +252,10 @@ def _load_adapter(path: str, options: dict, settings: dict):
     module = heads.load_known(base, base_options | settings)
     info: dict[str, Any] = {"missing_keys": [], "unexpected_keys": []}  # load_known has refused either
     if module is None:
-        module, info = AutoModelForSequenceClassification.from_pretrained(
-            base, output_loading_info=True, **rows, **base_options, **settings
-        )
+        with heads.without_report():
+            module, info = AutoModelForSequenceClassification.from_pretrained(
+                base, output_loading_info=True, **rows, **base_options, **settings
+            )
     missing = sorted(k for k in info["missing_keys"] if _IN_PEFT + k not in saved)
     if missing:
         raise LoadError(
