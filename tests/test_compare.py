@@ -296,6 +296,11 @@ def test_checkpoints(pairs, llama):
     assert last.sel(measure="reward pearson")[0] == pytest.approx(float(value.sel(measure="reward pearson")[-1]))
     with pytest.raises(DataError, match="steps do not go"):
         compare_checkpoints(models, pairs, steps=[0, 10, 10])
+    named = {f"run/checkpoint-{step}": model for step, model in zip((1000, 500), models, strict=False)}
+    with pytest.raises(DataError, match=r"steps \[1000, 500\].*in the order of training"):  # as sorted by name
+        compare_checkpoints(named, pairs)
+    by_step = compare_checkpoints(dict(reversed(named.items())), pairs, profiles=(), n_permutations=0)
+    assert by_step.value["step"].values.tolist() == [500, 1000]
 
 
 def test_models_that_are_alike_are_found_to_be(pairs, llama):

@@ -21,6 +21,7 @@ Reference: Cohen 1960 (kappa); Kornblith et al. 2019, arXiv 1905.00414, and Nguy
 The relative depth, the profiles and the angle between models are this library's.
 """
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -128,7 +129,8 @@ def compare_checkpoints(
     """Checkpoints of one run beside its first or last: agreement, states, read-out angle, accuracy, spread of rewards.
 
     `models` in the order of training and `pairs`, `profiles`, `n_permutations` as in `compare`. `steps`: a number a
-    model, rising; None counts from 0. `against`: the checkpoint that all others are held against.
+    model, rising; None takes those of a Trainer's folders (names that end in "checkpoint-500" or so), else counts from
+    0. `against`: the checkpoint that all others are held against.
 
     Returns value (step, measure) with low and high over prompts: those of `compare` against that checkpoint, and
     "accuracy" (fraction; a tie counts half), "accuracy change" (difference from that checkpoint, paired), "reward sd"
@@ -143,7 +145,7 @@ def compare_checkpoints(
         raise DataError("There is no such checkpoint to compare with", found=f"against={against!r}",
                         expected="'first' or 'last'", do="pass one of these")  # fmt: skip
     models = named_models(models)
-    at = _steps(steps, len(models))
+    at = _steps(steps, list(models))
     read = _read(models, pairs, profiles, None, n_permutations)
     reference = read[0] if against == "first" else read[-1]
     n_bins = compared.bins_of(read)
@@ -287,13 +289,17 @@ def _distinct(pairs: data.Pairs) -> tuple[data.Pairs, int]:
     return (pairs, 0) if len(kept) == len(pairs) else (data.Pairs(kept, pairs.source), len(pairs) - len(kept))
 
 
-def _steps(steps: Sequence[int | float] | None, count: int) -> np.ndarray:
-    at = np.arange(count, dtype=float) if steps is None else np.asarray(steps, dtype=float)
-    if at.shape != (count,) or not np.isfinite(at).all() or (np.diff(at) <= 0).any():
+def _steps(steps: Sequence[int | float] | None, names: Sequence[str]) -> np.ndarray:
+    numbers = [int(end[1]) for name in names if (end := re.search(r"checkpoint-(\d+)$", name))]
+    if steps is None:
+        steps = numbers if len(numbers) == len(names) else range(len(names))
+    at = np.asarray(steps, dtype=float)
+    if at.shape != (len(names),) or not np.isfinite(at).all() or (np.diff(at) <= 0).any():
         raise DataError(
             "The steps do not go with the checkpoints",
-            found=f"steps={steps!r} and {count} models",
+            found=f"steps {list(steps)} and the models {', '.join(names)}",
             expected="one finite number a model, each above the one before",
-            do="pass the models in the order of training, or leave steps out",
+            do="pass the models in the order of training (by name checkpoint-1000 stands before checkpoint-500), "
+            "and steps where the names do not tell them",
         )
     return at
