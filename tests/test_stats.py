@@ -198,6 +198,7 @@ def test_spearman_says_why_it_has_no_number():
     assert few.value == pytest.approx(0.8) and math.isnan(few.low) and "needs 6" in few.reason
     perfect = spearman(np.arange(9.0), np.arange(9.0) ** 3)
     assert perfect.value == pytest.approx(1.0) and math.isnan(perfect.low) and "perfect" in perfect.reason
+    assert perfect.p == 2 / math.factorial(9)
 
 
 def test_coverage_of_the_spearman_interval():
