@@ -53,6 +53,15 @@ def test_a_model_beside_itself_changes_nothing(pairs):
     assert (result.value["p"] == 1).all()
 
 
+def test_rounding_is_no_change(pairs):
+    """A change of one sign in every prompt is none where it is under the noise floor of rewards."""
+    before = Ruled(noise(2))
+    for by, found in ((before.noise_floor / 10, False), (before.noise_floor * 100, True)):
+        after = Ruled(lambda t, by=by: noise(2)(t) + by * bold(t))
+        result = rl.evaluate_edit(before, after, pairs, {"demo": pairs}, ["add_bold"])
+        assert (result.value["p"][0] < 0.001) == found, by
+
+
 def test_an_accuracy_that_does_not_change_may_still_have_changed(pairs):
     """On 24 prompts no order changes; Wilson's interval of nothing lost reaches .14."""
     before, after = Ruled(noise(2)), Ruled(lambda t: 2 * noise(2)(t))

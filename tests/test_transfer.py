@@ -135,6 +135,16 @@ def test_nothing_is_done_at_alpha_0():
     assert "sorry, hat" in result.meta["cannot_show"]
 
 
+def test_rounding_is_no_control():
+    """Changes of one sign, but of a third of the noise floor of rewards."""
+    whole = transfer_matrix(model(), directions(), SETS)
+    alpha = model().noise_floor / 3 / float(np.abs(whole.value).max())
+    least = transfer_matrix(model(), directions(), SETS, alpha=alpha)
+    assert (whole.mean["p"] < 0.01).any() and any(c["present"] for c in whole.meta["control"].values())
+    assert (least.mean["p"] == 1).all() and (least.mean["flagged"] == 1).all()
+    assert any("noise floor" in c["reason"] for c in least.meta["control"].values())
+
+
 def test_holm_is_over_the_cells_off_the_diagonal():
     result = transfer_matrix(model(), directions(), SETS)
     p, holm = result.mean.p.values, result.mean.p_holm.values

@@ -6,8 +6,8 @@ clusters no interval of a mean is given: a bootstrap of 5 covers .83 where it cl
 """
 
 import dataclasses
-import math
 import warnings
+from math import factorial
 from typing import Any
 
 import numpy as np
@@ -150,8 +150,8 @@ def spearman(x, y, level: float = 0.95) -> Estimate:
     """Spearman's rank correlation of `x` and `y` [n]; rows with a NaN are left out, ties get mean ranks.
 
     Interval: tanh(atanh(rho) +- z sqrt((1 + rho^2 / 2) / (n - 3))) (Bonett and Wright 2000). NaN, with a reason, for n
-    < 6, for a constant input and, the interval alone, for a perfect correlation. Rows count as independent: pass one
-    row a prompt. Cannot show that the relation is linear, or that either causes the other.
+    < 6, for a constant input and, the interval alone, for a perfect correlation (p = 2 / n!). Rows count as
+    independent: pass one row a prompt. Cannot show that the relation is linear, or that either causes the other.
     """
     from scipy.stats import norm, spearmanr
 
@@ -164,8 +164,7 @@ def spearman(x, y, level: float = 0.95) -> Estimate:
     if n < FEWEST:
         return Estimate(rho, np.nan, np.nan, np.nan, n, n, f"{n} points; an interval needs {FEWEST}")
     if abs(rho) > 1 - 1e-12:
-        of_orders = 2 / math.factorial(n)  # the t approximation says 0
-        return Estimate(rho, np.nan, np.nan, of_orders, n, n, "a perfect correlation has no Fisher interval")
+        return Estimate(rho, np.nan, np.nan, 2 / factorial(n), n, n, "a perfect correlation has no Fisher interval")
     half = norm.ppf((1 + level) / 2) * np.sqrt((1 + rho**2 / 2) / (n - 3))
     return Estimate(rho, *np.tanh([np.arctanh(rho) - half, np.arctanh(rho) + half]).tolist(), p, n, n)
 
@@ -196,8 +195,7 @@ def proportion_interval(values01, clusters, level: float = 0.95) -> Interval:
     if ((values < 0) | (values > 1)).any():
         found = f"{np.nanmin(values):g} to {np.nanmax(values):g}"
         raise DataError("A share needs successes and failures", found=found, expected="0 to 1", do="check the values")
-    codes, n_clusters = _codes(clusters, len(values))
-    sums, counts = _cluster_sums(values[:, None], codes, n_clusters)
+    sums, counts = _cluster_sums(values[:, None], *_codes(clusters, len(values)))
     sums, counts = sums[counts > 0], counts[counts > 0]
     n, groups = int(counts.sum()), len(counts)
     if n == 0:

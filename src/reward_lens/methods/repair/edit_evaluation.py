@@ -84,10 +84,11 @@ def _probe_rows(before: RewardModel, after: RewardModel, pairs: data.Pairs, prob
     sds = [within_prompt_sd(one.plain, prompts, [pair.responses for pair in pairs]) for one in found]
     shifts = [one.shifts() / (sd if sd > 0 else np.nan) for one, sd in zip(found, sds, strict=True)]
     both = [key for key in prompts for _ in range(2)]
+    floor = max(rm.noise_floor / sd if sd > 0 else 0.0 for rm, sd in zip((before, after), sds, strict=True))
     rows = []
     for i, edit in enumerate(edits):
         first, second = (s[..., i].reshape(-1) for s in shifts)
-        rows.append(_row(f"probe: {edit.name}", "probe", first, second, both, seed))
+        rows.append(_row(f"probe: {edit.name}", "probe", first, second, both, seed, floor))
     return rows
 
 
@@ -115,10 +116,13 @@ def _accuracy_rows(
     return rows
 
 
-def _row(name: str, kind: str, first: np.ndarray, second: np.ndarray, clusters, seed: int) -> dict[str, Any]:
-    cells = []
-    for values in (first, second, second - first):
+def _row(
+    name: str, kind: str, first: np.ndarray, second: np.ndarray, clusters, seed: int, floor: float = 0.0
+) -> dict[str, Any]:
+    """Cells and p of a measure; a change of at most `floor` is none to the test: rounding has a sign too."""
+    cells, change = [], second - first
+    for values in (first, second, change):
         over = stats.mean_interval(values, clusters, seed=seed)
         cells.append([over.mean, over.low, over.high])
-    test = stats.sign_flip_test(second - first, clusters, seed=seed)
+    test = stats.sign_flip_test(np.where(np.abs(change) <= floor, 0.0 * change, change), clusters, seed=seed)
     return {"name": name, "kind": kind, "cells": cells, "p": test.p, "n_prompts": test.n}

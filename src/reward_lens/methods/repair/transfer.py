@@ -89,10 +89,10 @@ def transfer_matrix(
     changed = _nulled(rm, vectors, alpha) if op == "null" else _steered(rm, vectors, strength)
     margins = {name: margins_read(rm, pairs, changed) for name, pairs in sets.items()}
     changes = {name: m[:, 1:] - m[:, :1] for name, m in margins.items()}
-    cells, before = _cells(sets, changes, {name: m[:, 0] for name, m in margins.items()}, seed)
+    cells, before = _cells(sets, changes, {name: m[:, 0] for name, m in margins.items()}, rm.noise_floor, seed)
     diagonal = np.array([[i == j for j in biases] for i in names])
     cells["p_holm"] = stats.adjust(np.where(diagonal, np.nan, cells["p"]))
-    control = _control(names, biases, cells)
+    control = _control(names, biases, cells, rm.noise_floor)
     cells["flagged"] = np.repeat([[int(not control[n]["present"])] for n in names], len(biases), axis=1)
     used = [set(v.meta.get("prompts", ())) if isinstance(v, Result) else set() for v in given.values()]
     cells["shared_prompts"] = np.array([[len(u & {p.prompt_key for p in s}) for s in sets.values()] for u in used])
@@ -155,8 +155,8 @@ def _steered(rm: RewardModel, vectors: Float[torch.Tensor, "k d_model"], strengt
     return rewards
 
 
-def _cells(sets, changes, margins, seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Columns (direction, bias) and those of `bias`."""
+def _cells(sets, changes, margins, floor: float, seed: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Columns (direction, bias) and those of `bias`; to the tests a change under the floor is none."""
     cells: dict[str, list] = {k: [] for k in ("mean", "low", "high", "share", "share_low", "share_high", "p")}
     before: dict[str, list] = {k: [] for k in ("before", "before_low", "before_high")}
     for name, pairs in sets.items():
@@ -170,7 +170,8 @@ def _cells(sets, changes, margins, seed: int) -> tuple[dict[str, np.ndarray], di
         shares = [_share(c, margins[name], keys, seed) if defined else [np.nan] * 3 for c in change.T]
         for key, column in zip(("share", "share_low", "share_high"), np.transpose(shares), strict=True):
             cells[key].append(column)
-        cells["p"].append([stats.sign_flip_test(c, keys, seed=seed).p for c in change.T])
+        heard = np.where(np.abs(change) > floor, change, 0.0)  # rounding has a sign too
+        cells["p"].append([stats.sign_flip_test(c, keys, seed=seed).p for c in heard.T])
     return {k: np.stack(v, axis=1) for k, v in cells.items()}, {k: np.array(v, float) for k, v in before.items()}
 
 
@@ -185,7 +186,9 @@ def _share(change: Float[np.ndarray, " pair"], margin: Float[np.ndarray, " pair"
     return [float(whole), float(over.low), float(over.high)]
 
 
-def _control(names: list[str], biases: list[str], cells: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+def _control(
+    names: list[str], biases: list[str], cells: dict[str, np.ndarray], floor: float
+) -> dict[str, dict[str, Any]]:
     out = {}
     for i, name in enumerate(names):
         if name not in biases:
@@ -193,8 +196,9 @@ def _control(names: list[str], biases: list[str], cells: dict[str, np.ndarray]) 
                          "reason": "no set of pairs has this name"}  # fmt: skip
             continue
         value, low, high = (float(cells[key][i, biases.index(name)]) for key in ("mean", "low", "high"))
-        present = low > 0 or high < 0
-        reason = "" if present else f"the interval of its own bias's change, {low:.3g} to {high:.3g}, holds 0"
+        present = (low > 0 or high < 0) and abs(value) > floor
+        word = "is under the noise floor" if low > 0 or high < 0 else "holds 0"
+        reason = "" if present else f"the interval of its own bias's change, {low:.3g} to {high:.3g}, {word}"
         out[name] = {"value": value, "low": low, "high": high, "present": present, "reason": reason}
     return out
 
