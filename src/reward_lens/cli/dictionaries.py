@@ -11,6 +11,7 @@ import reward_lens as rl
 from reward_lens.cli.common import (
     COLUMNS,
     SAVED,
+    SOURCES,
     AsJson,
     Limit,
     Objective,
@@ -35,7 +36,7 @@ app.add_typer(sae, name="sae")
 
 STORE, TRAINING = "activations", "training"
 MODEL = typer.Argument(help="'demo', a hub id, a folder or a PEFT adapter.")
-PairsOption = Annotated[str, typer.Option(help="'demo', a .jsonl, .json, .parquet or .csv file, or a hub id.")]
+PairsOption = Annotated[str, typer.Option(help=SOURCES)]
 Folder = Annotated[str, typer.Argument(help="A dictionary's folder, or a hub id.")]
 Subfolder = Annotated[str | None, typer.Option(help="Of a release of many: the dictionary's folder in it.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub.")]
