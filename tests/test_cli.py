@@ -470,6 +470,15 @@ def test_a_dictionary_is_measured_beside_another_seed(model, varied, dictionary,
     assert "DataError" in run("sae", "eval", model, dictionary, "--site", "L0.mlp", "--pairs", varied, code=1).stderr
 
 
+def test_a_dictionary_of_another_model_is_noted(model, varied, dictionary, tmp_path):
+    module, tokenizer = tiny_model("llama", seed=3)
+    module.save_pretrained(tmp_path / "another")
+    tokenizer.save_pretrained(tmp_path / "another")
+    for name, noted in ((model, False), (str(tmp_path / "another"), True)):
+        said = run("sae", "eval", name, dictionary, "--pairs", varied, "--limit", "2").stderr
+        assert ("the dictionary was trained on" in said and "this is another" in said) == noted
+
+
 def test_a_release_is_a_folder_in_a_folder(model, varied, dictionary):
     whole, name = dictionary.rsplit("/", 1)
     found = [
