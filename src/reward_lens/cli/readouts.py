@@ -27,6 +27,13 @@ from reward_lens.cli.loading import given
 Beta = Annotated[float, typer.Option(help="Of the DPO run.")]
 
 
+def _require_readout(expected: str) -> None:
+    """Before the model is loaded: without one it would be read as a reward model, and refused for that."""
+    if given.get().readout is None:
+        raise rl.DataError("Nothing says how this model is read", found="no --readout", expected=expected,
+                           do="pass --readout")  # fmt: skip
+
+
 @app.command(epilog="Example: reward-lens steps peiyi9979/math-shepherd-mistral-7b-prm solutions.jsonl "
              "--readout math-shepherd")  # fmt: skip
 @refusals
@@ -38,6 +45,7 @@ def steps(
     split: Split = None, limit: Limit = None, as_json: AsJson = False, save: Save = None,
 ):  # fmt: skip
     """What a process reward model gives to every step of solutions; --readout says how it reads them."""
+    _require_readout(f"one of {', '.join(rl.STEP_READOUTS)}, or the fields of a StepReadout as JSON")
     data, rm = rl.load_solutions(solutions, split=split, limit=limit), load(model)
     ask = {"rewards": rl.step_rewards, "lens": rl.step_lens, "contributions": rl.step_contributions}[what]
     with err.status(f"Reading {len(data)} solutions"):
@@ -57,6 +65,7 @@ def judge(
     save: Save = None,
 ):  # fmt: skip
     """Both orders of every pair before a judge, its preference and its position bias; --readout gives its question."""
+    _require_readout("fields of a VocabReadout as JSON, with a template of {prompt}, {a} and {b}, or a file of them")
     rm, data = load_both(model, pairs, split, limit)
     with err.status(f"Asking about {len(data)} pairs in both orders"):
         result = rl.pair_judge(rm, data)
