@@ -96,8 +96,10 @@ def test_readouts_that_are_none(tmp_path):
 
 
 @pytest.mark.parametrize(("command", "said"), [("steps", "math-shepherd"), ("judge", "{a} and {b}")])
-def test_a_command_without_its_readout_says_so_before_the_model_is_loaded(command, said):
-    refused = " ".join(run(command, "nowhere", "demo", code=1).stderr.split())
+def test_a_command_without_its_readout_says_so_before_the_model_is_loaded(command, said, tmp_path):
+    refused = " ".join(
+        run(command, "nowhere", solutions(tmp_path) if command == "steps" else "demo", code=1).stderr.split()
+    )
     assert "Found: no --readout" in refused and said in refused
 
 
