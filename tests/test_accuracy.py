@@ -275,6 +275,19 @@ def test_ranking_by_hand(rm):
     assert np.isnan(result.low.sel(metric="kendall tau-b"))  # three prompts
 
 
+def test_the_interval_of_tau_ends_at_one_and_has_a_width(rm):
+    """Seven short lists all in order are no proof that every list is; one that is not leaves the t interval past 1."""
+    groups, scores = groups_and_scores(rm, [[3, 2, 1]] * 7, [[2, 1, 0]] * 7)
+    for case, turned in ((0, []), (1, [0])):
+        for i in turned:
+            scores.value.values[i, :3] = [2, 3, 1]
+        result = ranking(rm, groups, scores).dataset.sel(metric="kendall tau-b")
+        assert result["high"] == 1 and result["low"] < result["value"], case
+    alone = stats.wilson(7, 7)[0]
+    scores.value.values[0, :3] = [3, 2, 1]
+    assert float(ranking(rm, groups, scores).low.sel(metric="kendall tau-b")) == pytest.approx(2 * alone - 1)
+
+
 def test_scores_from_before_do_not_bring_their_labels(rm):
     groups, scores = groups_and_scores(rm, [[3, 2, 1]], [[3, 2, 1]])
     turned = [rl.Group(g.prompt, g.responses, labels=[1, 2, 3]) for g in groups]

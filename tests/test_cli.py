@@ -347,6 +347,15 @@ def test_benchmark_prints_a_row_a_set(model, pairs):
     assert printed.count(": all") == 2 and printed.count(": balanced") == 2
 
 
+def test_benchmark_counts_the_prompts_of_styled_sets(model, pairs, tmp_path):
+    styled = tmp_path / "styled.jsonl"
+    items = [{"prompt": f"Is {i % 2} odd?", "chosen": ["yes", "yes, so", f"**yes** {i}"],
+              "rejected": ["no", "no, so", "**no**"]} for i in range(5)]  # fmt: skip
+    styled.write_text("\n".join(map(json.dumps, items)))
+    rows = run("benchmark", model, pairs, "--styles", str(styled)).output.splitlines()
+    assert [row.split()[-1] for row in rows if ": overall" in row] == ["2"]  # five items of two prompts
+
+
 def test_compare_prints_every_two_models(model, pairs, tmp_path):
     saved = tmp_path / "compared.nc"
     printed = run("compare", model, "demo", "--pairs", pairs, "--limit", "8", "-o", str(saved)).output

@@ -296,6 +296,22 @@ def test_checkpoints(pairs, llama):
     assert last.sel(measure="reward pearson")[0] == pytest.approx(float(value.sel(measure="reward pearson")[-1]))
     with pytest.raises(DataError, match="steps do not go"):
         compare_checkpoints(models, pairs, steps=[0, 10, 10])
+    named = {f"run/checkpoint-{step}": model for step, model in zip((1000, 500), models, strict=False)}
+    with pytest.raises(DataError, match=r"steps \[1000, 500\].*in the order of training"):  # as sorted by name
+        compare_checkpoints(named, pairs)
+    by_step = compare_checkpoints(dict(reversed(named.items())), pairs, profiles=(), n_permutations=0)
+    assert by_step.value["step"].values.tolist() == [500, 1000]
+
+
+def test_models_that_are_alike_are_found_to_be(pairs, llama):
+    """Twelve tests of four models, as of seven checkpoints, need more permutations than 199 for a p under .05."""
+    result = compare({name: model(name=name) for name in "abcd"}, pairs, ("states", "lens"))
+    p = result.value["p_holm"].sel(measure=["cka prompts", "cka differences"])
+    assert p.size == 12 and (p < 0.05).all() and result.meta["settings"]["n_permutations"] == 240
+    assert (result.high.sel(measure="lens") <= 1).all()
+    run = compare_checkpoints([llama, model(3), model(name="again")], pairs, n_permutations=9)
+    p = run.value["p"].sel(measure="cka prompts")
+    assert np.isnan(p[0]) and p[2] == 0.1
 
 
 @pytest.mark.parametrize(

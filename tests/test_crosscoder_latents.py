@@ -16,7 +16,8 @@ from planted import planted_model, planted_pairs
 from reward_lens.engine.gradients import gradients
 from reward_lens.errors import DataError
 from reward_lens.methods.behaviour.edited_texts import within_prompt_sd
-from reward_lens.methods.latents.crosscoder_latents import crosscoder_latents
+from reward_lens.methods.latents.crosscoder_latents import _over_all, crosscoder_latents
+from reward_lens.methods.latents.latent_screening import flip_tests
 from reward_lens.sae.crosscoder import Crosscoder
 from reward_lens.sae.latent_scaling import latent_scaling
 
@@ -240,6 +241,12 @@ def test_a_planted_difference_is_carried_by_its_latent():
     assert abs(float(result.value["share"].values[1])) < 0.3
     with pytest.raises(DataError, match="trained on another model.*as model 1"):
         crosscoder_latents(dict(reversed(models.items())), crosscoder, pairs)
+
+
+def test_one_of_many_active_latents_can_be_found():
+    """40 prompts of one sign: of 1,000 tests, 9,999 flips leave no p under .1."""
+    p, _, said = flip_tests(np.ones((40, 1)), [str(i) for i in range(40)], "holm", 0, of=1000)
+    assert _over_all(p, 1000) < 0.05 and said["smallest_p"] < 5e-5
 
 
 # bad input

@@ -365,6 +365,24 @@ def test_conversations_that_are_no_pair_are_refused(write, row, words):
         load_pairs(write(row))
 
 
+def test_arguments_of_a_chat_template_are_noted(write):
+    """TRL gives these columns to the template: what a trainer scored is another text than prompt and response."""
+    tools = [{"type": "function", "function": {"name": "look_up"}}]
+    rows = [
+        ROW,
+        {**ROW, "chosen": "c", "tools": tools},
+        {**ROW, "chosen": "d", "chat_template_kwargs": {"think": True}},
+    ]
+    notes = load_pairs(write(*rows)).notes
+    assert "tools or chat_template_kwargs, which the chat template is not given: 2 rows: line 2, line 3" in notes
+    assert not any("tools" in note for note in load_pairs(write({**ROW, "tools": None})).notes)
+
+
+def test_whole_texts_without_a_prompt_are_refused_with_what_to_do(write):
+    with pytest.raises(DataError, match=r"'prompt'.*no such column.*split off what both begin with"):
+        load_pairs(write({"chosen": "Is it? Yes.", "rejected": "Is it? No."}))
+
+
 def test_lists_of_strings_point_to_the_right_loader(write):
     row = {"prompt": "p", "chosen": ["a", "b", "c"], "rejected": ["d", "e", "f"], "id": "k"}
     path = write(row, row)
@@ -432,7 +450,7 @@ def test_a_missing_file_an_unknown_kind_and_a_folder(tmp_path):
     (tmp_path / "pairs.txt").write_text("x")
     with pytest.raises(DataError, match=r"a file ending in '\.txt'"):
         load_pairs(tmp_path / "pairs.txt")
-    with pytest.raises(DataError, match="neither a .Dataset. directory.*name a file in the folder"):
+    with pytest.raises(DataError, match="Found: a folder.*name a file in the folder"):
         load_pairs(tmp_path)
 
 
@@ -477,6 +495,34 @@ def test_a_hub_id_goes_through_datasets(monkeypatch):
     with pytest.raises(DataError, match="the splits raw, filtered.*pass split="):
         load_pairs("org/name")
     assert asked == [("org/name", "raw"), ("org/name", None)]
+
+
+def test_data_sets_in_memory_and_saved_folders(tmp_path):
+    turns = [{"role": "user", "content": "Is it?"}]
+    said = {"chosen": "a", "rejected": "b"}
+    row = {side: [*turns, {"role": "assistant", "content": text}] for side, text in said.items()}
+    rows = datasets.Dataset.from_list([row, row])
+    parts = datasets.DatasetDict({"train": rows, "test": rows})
+    pair = Pair(turns, "a", "b", id="1")
+    for source in (rows, [row], rows.to_iterable_dataset(), datasets.DatasetDict({"train": rows})):
+        pairs = load_pairs(source, limit=1)
+        assert list(pairs) == [pair] and pairs.source == f"a {type(source).__name__}"
+    rows.save_to_disk(tmp_path / "rows")
+    parts.save_to_disk(tmp_path / "parts")
+    assert list(load_pairs(tmp_path / "rows", limit=1)) == [pair]
+    for source in (parts, tmp_path / "parts"):
+        assert list(load_pairs(source, split="test", limit=1)) == [pair]
+        with pytest.raises(DataError, match="the splits train, test.*pass split="):
+            load_pairs(source)
+        with pytest.raises(DataError, match="the splits train, test.*pass split="):
+            load_pairs(source, split="none")
+    with pytest.raises(DataError, match="split='test' cannot be read.*leave split out"):
+        load_pairs(rows, split="test")
+    with pytest.raises(DataError, match="a Dataset, row 1: the field 'chosen'.*columns: prompt"):
+        load_pairs(datasets.Dataset.from_list([{"prompt": "p"}]))
+    (tmp_path / "rows" / "state.json").unlink()
+    with pytest.raises(DataError, match="rows cannot be read.*a folder that save_to_disk wrote"):
+        load_pairs(tmp_path / "rows")
 
 
 def test_a_hub_row_is_named_and_a_hub_error_is_told(monkeypatch):

@@ -71,6 +71,11 @@ def test_edited_pairs(pairs):
     never = rl.TextEdit("never", "nothing", lambda prompt, response: response)
     with pytest.raises(rl.DataError, match="changes none"):
         rl.edited_pairs(pairs, never)
+    assert list(rl.edited_pairs(pairs, edit.name)) == list(some)
+    with pytest.raises(rl.DataError, match="family of edits is several.*pad_1, pad_2"):
+        rl.edited_pairs(pairs, "pad")
+    with pytest.raises(rl.DataError, match="no edit called 'exclam'.*did you mean exclaim"):
+        rl.edited_pairs(pairs, "exclam")
 
 
 def test_few_prompts_give_no_interval(pairs):

@@ -20,6 +20,7 @@ from reward_lens.methods.latents.latent_contributions import latent_contribution
 from reward_lens.methods.latents.latent_states import require_latents
 from reward_lens.methods.latents.latent_tokens import latent_tokens
 from reward_lens.methods.latents.reward_latents import probe_latents, reward_latents
+from reward_lens.methods.shared.paired_shares import paired_change
 from reward_lens.methods.shared.prompt_ratios import prompt_ratio
 from reward_lens.sae.dictionary import SAE
 
@@ -94,8 +95,11 @@ def test_frequencies_and_the_error_share():
     got = result.value.isel(latent=slice(0, len(kept)))
     np.testing.assert_allclose(got["frequency_chosen"], z[::2, kept].double().mean(0))
     difference = z[::2, kept].double() - z[1::2, kept].double()
-    over = stats.mean_interval(difference.numpy(), [p.prompt_key for p in PAIRS])
-    np.testing.assert_allclose(got["frequency_difference_low"], over.low)
+    for j, column in enumerate(difference.numpy().T):
+        *_, low, high = paired_change(column, [p.prompt_key for p in PAIRS])
+        assert low < high  # also of a latent that is active in both responses of every pair
+        ends = [float(got[f"frequency_difference_{end}"][j]) for end in ("low", "high")]
+        np.testing.assert_allclose(ends, [low, high])
     parts = [np.abs(sided(result, kind).sum(-1)) for kind in ("latent", "b_dec", "error")]
     np.testing.assert_allclose(result.value["error_share"], parts[2] / sum(parts), atol=1e-9)
     perfect = latent_contributions(rm, identity_sae(), PAIRS)

@@ -2,20 +2,24 @@
 
 import json
 import re
+from logging import Handler
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import ByT5Tokenizer
 
 import reward_lens as rl
 from encoders import tiny_encoder
-from families import tiny_model, tiny_tokenizer
+from families import CHAT_TEMPLATES, tiny_model, tiny_tokenizer
 from reward_lens.model.checks import PROBES
 from reward_lens.model.objectives import with_every_objective
-from reward_lens.model.tokens import Tokenizer
+from reward_lens.model.tokens import PLAIN_TEXT, Tokenizer
 
 
 @pytest.fixture
@@ -80,6 +84,94 @@ def test_peft_adapters_are_merged_head_included(saved, tmp_path):
     loaded = rl.load(tmp_path / "adapter")
     assert loaded.score(*PROBES[0]) == pytest.approx(expected, abs=1e-5)
     assert expected != pytest.approx(rl.load(base).score(*PROBES[0]), abs=1e-2)
+
+
+@pytest.mark.parametrize(("pad", "beside"), [(None, True), (None, False), (3, True), (3, False)])
+def test_an_adapter_is_read_where_it_was_trained_to_be_read(saved, tmp_path, pad, beside):
+    """Trainers pad by the tokenizer and write its token into the config, which no adapter's folder has. Where it ends
+    every turn, the head was trained on the token before; without it, or by its base's config, another one is read."""
+    from peft import LoraConfig, get_peft_model
+
+    template = CHAT_TEMPLATES["markers"].replace("<|end|>\\n", "' + eos_token + '")
+    tokenizer = tiny_tokenizer(pad="eos", chat_template=template)
+    base = saved(tokenizer=tokenizer)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"pad_token_id": pad}))
+    settings = LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["q_proj"], init_lora_weights=False)
+    wrapped = get_peft_model(rl.load(base).module, settings)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    if beside:
+        tokenizer.save_pretrained(tmp_path / "adapter")
+    if beside or pad is None:
+        wrapped.config.pad_token_id = tokenizer.pad_token_id
+    rm = rl.load(tmp_path / "adapter")
+    ids = torch.tensor([rm.tokenize(*PROBES[0]).ids])
+    with torch.no_grad():
+        expected = float(wrapped.eval()(input_ids=ids).logits[0, 0])
+    assert ids[0, -1] == tokenizer.eos_token_id
+    assert rm.score(*PROBES[0]) == pytest.approx(expected, abs=1e-5)
+    assert rm.hf_score(*PROBES[0]) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers. to .True.")
+@pytest.mark.parametrize(
+    ("added", "settings"),
+    [
+        (40, {}),
+        (40, {"modules_to_save": ["score", "embed_tokens"]}),
+        (40, {"trainable_token_indices": []}),
+        (0, {"target_modules": ["q_proj", "embed_tokens"]}),
+    ],
+)
+def test_an_adapter_that_holds_the_embedding_is_merged(saved, tmp_path, added, settings):
+    """Tokens added before training (a chat template's) have no rows in the base; peft saves all rows then."""
+    from peft import LoraConfig, get_peft_model
+
+    module, tokenizer = rl.load(saved()).module, tiny_tokenizer()
+    tokenizer.add_tokens([f"<extra {i}>" for i in range(added)])
+    module.resize_token_embeddings(max(len(tokenizer), module.config.vocab_size), mean_resizing=False)
+    last = len(tokenizer) - 1
+    if "trainable_token_indices" in settings:
+        settings = {"trainable_token_indices": [last]}
+    plain = {"r": 2, "task_type": "SEQ_CLS", "target_modules": ["q_proj"], "init_lora_weights": False}
+    torch.manual_seed(0)
+    wrapped = get_peft_model(module, LoraConfig(**plain | settings)).eval()
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if parameter.requires_grad and "embed_tokens" in name:
+                parameter.add_(torch.randn_like(parameter))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    rm = rl.load(tmp_path / "adapter")
+    for response in ("Yes.", f"Yes {tokenizer.convert_ids_to_tokens(last)}"):
+        ids = torch.tensor([rm.tokenize("Is it?", response).ids])
+        with torch.no_grad():
+            expected = float(wrapped(input_ids=ids).logits[0, 0])
+        assert rm.score("Is it?", response) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_head_of_an_adapter_over_a_language_model_is_not_called_untrained(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    module, tokenizer = tiny_model("llama")
+    AutoModelForCausalLM.from_config(module.config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    said = []
+    logger = logging.get_logger("transformers")
+    handler = Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
+        assert any("newly initialized" in words for words in said)
+        said.clear()
+        get_peft_model(classifier, LoraConfig(r=2, task_type="SEQ_CLS")).save_pretrained(tmp_path / "adapter")
+        rl.load(tmp_path / "adapter")
+    finally:
+        logger.removeHandler(handler)
+    assert not any("newly initialized" in words for words in said)
 
 
 def test_an_adapter_without_a_head_is_refused(tmp_path):
@@ -223,6 +315,18 @@ def test_a_tokenizer_without_template_is_refused():
         rl.RewardModel(module, tokenizer)
 
 
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_a_model_of_plain_texts_is_read_with_the_template_that_the_refusal_names(saved, add_bos):
+    tokenizer = tiny_tokenizer(chat_template=None, add_bos=add_bos)
+    folder = saved(tokenizer=tokenizer)
+    with pytest.raises(rl.LoadError, match="beside the weights as chat_template.jinja.*bos_token"):
+        rl.load(folder)
+    template = PLAIN_TEXT if add_bos else PLAIN_TEXT.replace("{{ bos_token }}", "")
+    (folder / "chat_template.jinja").write_text(template)
+    tokens = rl.load(folder).tokenize("Is it? ", "Yes.")
+    assert list(tokens.ids) == tokenizer("Is it? Yes." + tokenizer.eos_token)["input_ids"]
+
+
 def test_a_network_in_training_mode_is_refused():
     module, tokenizer = tiny_model("gpt2")
     rm = rl.RewardModel(module, tokenizer)
@@ -232,6 +336,38 @@ def test_a_network_in_training_mode_is_refused():
         rm.score(*PROBES[0])
     module.eval()
     assert rm.score(*PROBES[0]) == expected
+
+
+def test_what_is_no_model_of_transformers_is_a_sentence():
+    module, tokenizer = tiny_model("llama")
+    wrapped = nn.Module()
+    wrapped.module = module
+    with pytest.raises(rl.LoadError, match="a LlamaForSequenceClassification inside as .module.*trainer.model"):
+        rl.RewardModel(wrapped, tokenizer)
+    with pytest.raises(rl.LoadError, match="A str is no model of transformers.*rl.load takes a path"):
+        rl.RewardModel("a/path", tokenizer)
+
+
+def test_a_network_that_a_trainer_prepared_is_read_without_its_autocast():
+    """accelerate puts autocast around the `forward` of what it trains in bfloat16 (TRL's default), and leaves it there:
+    the reward of the weights is what the saved checkpoint gives."""
+    module, tokenizer = tiny_model("llama")
+    saved = rl.RewardModel(module, tokenizer).score(*PROBES[0])
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    try:
+        prepared = accelerator.prepare_model(module, evaluation_mode=True)
+        forward = prepared.forward
+        rm = rl.RewardModel(prepared, tokenizer)
+        ids = torch.tensor([rm.tokenize(*PROBES[0]).ids])
+        with torch.no_grad():
+            assert abs(float(prepared(input_ids=ids).logits[0, 0]) - saved) > 1e-4
+        assert rm.score(*PROBES[0]) == pytest.approx(saved, abs=1e-6)
+        assert rm.hf_score(*PROBES[0]) == pytest.approx(saved, abs=1e-6)
+        edited = rl.edit_head(rm, torch.ones(rm.d_model))
+        assert edited.hf_score(*PROBES[0]) == pytest.approx(edited.score(*PROBES[0]), abs=1e-5)
+        assert prepared.forward == forward
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("of", [tiny_model, tiny_encoder])
@@ -259,6 +395,9 @@ def test_a_tokenizer_without_offsets_is_refused():
     slow.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     with pytest.raises(rl.LoadError, match="where its tokens stand.*a ByT5Tokenizer.*a fast tokenizer"):
         rl.RewardModel(tiny_model("llama")[0], slow)
+    processor = SimpleNamespace(tokenizer=tiny_tokenizer())
+    with pytest.raises(rl.LoadError, match="a SimpleNamespace.*a processor holds it as .tokenizer"):
+        rl.RewardModel(tiny_model("llama")[0], processor)
 
 
 def test_a_bos_that_opens_every_message_is_no_doubled_bos():
@@ -360,6 +499,25 @@ def test_remote_code_is_off_by_default(saved):
 def test_a_name_that_is_nothing_is_refused():
     with pytest.raises(rl.LoadError, match="could not be loaded.*'demo', a hub id"):
         rl.load("no/such-model-here")
+
+
+def test_a_folder_that_cannot_be_loaded_says_what_it_is(tmp_path):
+    module, tokenizer = tiny_model("llama")
+    for step in (500, 1000):
+        module.save_pretrained(tmp_path / f"run/checkpoint-{step}")
+    with pytest.raises(rl.LoadError, match=r"one of the folders in it: \S+run/checkpoint-500, \S+/checkpoint-1000\.$"):
+        rl.load(tmp_path / "run")
+    checkpoint = tmp_path / "run/checkpoint-500"
+    with pytest.raises(rl.LoadError, match=r"save the tokenizer into the folder .*, or pass rl.load\(path, tok"):
+        rl.load(checkpoint)
+    assert rl.load(checkpoint, tokenizer=tokenizer).name == "checkpoint-500"
+    (tmp_path / "adapter").mkdir()
+    for base in (None, "./gone"):
+        config = {"peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": base}
+        (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+        save_file({"base_model.model.score.weight": torch.ones(1, 32)}, tmp_path / "adapter/adapter_model.safetensors")
+        with pytest.raises(rl.LoadError, match=f"see to the adapter's base, {base!r} .base_model_name_or_path in"):
+            rl.load(tmp_path / "adapter")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import reward_lens as rl
-from families import STRUCTURES, TEXT_PAIRS, by_family, tiny_model
+from families import CHAT_TEMPLATES, STRUCTURES, TEXT_PAIRS, by_family, tiny_model, tiny_tokenizer
 from reference.sweeps import _hook, _run, patched_reward, values_at
 from reward_lens.methods.causation.knockout import without
 from reward_lens.model.tokens import common_prefix
@@ -166,6 +166,23 @@ def test_knock_out_at_the_reward_position(family):
     assert abs(float(result.sel(side="chosen")[0]) - (rm.score(UNEQUAL.prompt, UNEQUAL.chosen) - blocked)) < 2e-5
     one = rl.attention_knockout(rm, [UNEQUAL], {"unequal": [span, range(3, 6)]}, "reward", layers=[1]).value
     assert not np.allclose(one, result)
+
+
+def test_units_that_end_where_the_reward_is_read_are_cut_before_it():
+    """Padding with the EOS that ends a turn has the head read the response's last token, which reads itself."""
+    template = CHAT_TEMPLATES["markers"].replace("<|end|>\\n", "' + eos_token + '")
+    rm = rl.RewardModel(*tiny_model("llama", tokenizer=tiny_tokenizer(pad="eos", chat_template=template)))
+    both = rm.tokenize_pairs([EQUAL])[0]
+    assert [t.reward_pos for t in both] == [t.response.stop - 1 for t in both]
+    given = {"equal": [range(t.response.start, t.reward_pos) for t in both]}
+    result = rl.attention_knockout(rm, [EQUAL], "sentence")
+    expected = rl.attention_knockout(rm, [EQUAL], given).value[:, :2]
+    np.testing.assert_allclose(result.value[:, :2, 0], expected, atol=1e-6)
+    assert result.value.piece.sel(side="chosen").values[0, 0] == EQUAL.chosen[:-2]  # its last token is "er"
+    tokens = rl.attention_knockout(rm, [EQUAL], "token")
+    n = len(both[0].response)
+    assert np.isfinite(tokens.value[0, 0, : n - 1]).all() and np.isnan(tokens.value[0, 0, n - 1])
+    assert any("nothing but the position that is read" in check.note for check in tokens.checks)
 
 
 def test_a_row_without_a_span_still_sums_to_what_it_had():

@@ -184,6 +184,14 @@ def test_measures_of_different_units_are_not_ranked_against_each_other(tmp_path)
     assert "component w x y z c0 0 1 2 3 c1 4 5 6 7" in words and "largest" not in words
 
 
+def test_intervals_of_what_is_picked_for_its_size_have_a_word_of_caution(tmp_path):
+    value = xr.DataArray(np.arange(80.0), dims="component", coords={"component": [f"c{i}" for i in range(80)]})
+    bare, ended = (read([Result("many", value, unit="reward", **ends)], tmp_path).words
+                   for ends in ({}, {"low": value - 1, "high": value + 1}))  # fmt: skip
+    assert "the 12 largest by absolute value of 80." in bare and "picked for its size" not in bare
+    assert "of 80. An interval is each for itself, and what is picked for its size" in ended
+
+
 def test_what_is_written_stands_beside_what_follows_from_a_change(tmp_path):
     """A row a component in the page itself, the largest total effect first; a sentence on picking by size."""
     names, parts = [f"L{i}.H0" for i in range(20)], ["direct", "mediated", "total"]

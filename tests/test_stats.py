@@ -77,6 +77,19 @@ def test_the_bootstrap_resamples_whole_clusters(rng):
     assert once.low < narrow.low < narrow.mean < narrow.high < once.high
 
 
+def test_ends_stay_within_the_limits_of_the_values():
+    shares = [0.0] * 7 + [0.9]
+    free, inside = (mean_interval(shares, range(8), **how) for how in ({}, {"limits": (0.0, 1.0)}))
+    assert free.low < 0 == inside.low and inside.high == free.high
+    # Eight prompts that are all alike are no proof that every prompt is.
+    for value, limits in ((1.0, (0.0, 1.0)), (0.25, (0.0, 1.0)), (0.5, (-1.0, 1.0))):
+        alike = mean_interval([[value, value]] * 16, np.arange(16) // 2, limits=limits)
+        share = (value - limits[0]) / (limits[1] - limits[0])
+        ends = limits[0] + (limits[1] - limits[0]) * np.array(wilson(8 * share, 8))
+        np.testing.assert_allclose([alike.low, alike.high], np.tile(ends[:, None], 2), atol=1e-12)
+    assert math.isnan(mean_interval([1.0] * 5, range(5), limits=(0.0, 1.0)).low)
+
+
 def test_each_cell_follows_the_rule_of_its_own_clusters(rng):
     values = rng.normal(size=(30, 2, 2))
     values[5:, 0, 0], values[10:, 0, 1] = np.nan, np.nan
@@ -185,6 +198,7 @@ def test_spearman_says_why_it_has_no_number():
     assert few.value == pytest.approx(0.8) and math.isnan(few.low) and "needs 6" in few.reason
     perfect = spearman(np.arange(9.0), np.arange(9.0) ** 3)
     assert perfect.value == pytest.approx(1.0) and math.isnan(perfect.low) and "perfect" in perfect.reason
+    assert perfect.p == 2 / math.factorial(9)
 
 
 def test_coverage_of_the_spearman_interval():

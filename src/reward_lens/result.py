@@ -116,7 +116,7 @@ class Result:
 
     def sel(self, **labels) -> "Result":
         """Select by coordinate labels, as `xarray.Dataset.sel` does; checks and provenance stay. The summary is of all
-        pairs, so a selection of pairs leaves it out."""
+        pairs, so a selection of pairs leaves it out; coordinates such as `p` or `net_low` stay those of all pairs."""
         chosen = self.dataset.sel(labels)
         if self.mean is not None and not labels.keys() <= set(self.mean.dims):
             chosen = chosen.drop_vars(["mean", "low", "high"], errors="ignore")
@@ -130,6 +130,8 @@ class Result:
 
     def top(self, n: int = 10) -> pd.DataFrame:
         """The `n` cells largest in absolute value of the summary over pairs (margin, where there are sides).
+
+        Each interval is its cell's own and knows nothing of the picking: the largest of many look larger than they are.
 
         Of tokens without a stored mean: single cells of chosen and rejected, each with its `piece`, as the tokens that
         stand at one position in different texts have nothing in common.

@@ -6,6 +6,7 @@ clusters no interval of a mean is given: a bootstrap of 5 covers .83 where it cl
 """
 
 import dataclasses
+import math
 import warnings
 from typing import Any
 
@@ -58,8 +59,13 @@ class Estimate:
     reason: str = ""
 
 
-def mean_interval(values, clusters, level: float = 0.95, n_boot: int = 2000, seed: int = 0) -> Interval:
+def mean_interval(
+    values, clusters, level: float = 0.95, n_boot: int = 2000, seed: int = 0, limits: tuple = (-np.inf, np.inf)
+) -> Interval:
     """Mean over rows of `values` [n, ...] and its interval over `clusters` (n labels), in the values' unit.
+
+    The interval is cut at `limits`, which no value can pass. Where the prompts are all alike, so that there is no
+    spread to go by, it is Wilson's of the mean as a share of the way between them.
 
     With S_g, N_g the sum and count of cluster g, the mean is sum S_g / sum N_g. By the number G of clusters
     that have a value in the cell:
@@ -67,13 +73,12 @@ def mean_interval(values, clusters, level: float = 0.95, n_boot: int = 2000, see
     - G < 6: no interval (NaN).
     - 6 to 20: mean +- t(G - 1) * se, se^2 = (G - 1) / G * sum_g (mean without g - mean)^2. This is the
       cluster-robust jackknife (CR3); for equal cluster sizes, the t interval of the cluster means.
-    - more: percentile bootstrap of whole clusters (ratio of sums), its tails moved out to
-      Phi(-sqrt(G / (G - 1)) t(G - 1)), which undoes the percentile method's shortfall at small G (Hesterberg
-      2015).
+    - more: percentile bootstrap of whole clusters (ratio of sums), its tails moved out to Phi(-sqrt(G / (G - 1))
+      t(G - 1)), which undoes the percentile method's shortfall at small G (Hesterberg 2015).
 
-    Cannot show: anything about prompts unlike these; and where values are strongly skewed it covers less than
-    it claims (a lognormal, at level .95: .85 at G = 6, .88 at 20, .93 at 150). Raises `DataError` for
-    infinite values, labels of another length, or under 100 resamples.
+    Cannot show: anything about prompts unlike these. At level .95 it covers less than it claims where values are
+    strongly skewed (lognormal: .85 at G = 6, .88 at 20, .93 at 150), few prompts differ from the rest, or one has most
+    rows (two thirds: .87 at G = 6 to 12). Raises `DataError` for infinite values, other lengths, under 100 resamples.
     """
     values = np.asarray(values)
     codes, n_clusters = _codes(clusters, len(values))
@@ -84,27 +89,23 @@ def mean_interval(values, clusters, level: float = 0.95, n_boot: int = 2000, see
     chance = np.full(n_clusters, 1 / n_clusters)
     weights = np.random.default_rng(seed).multinomial(n_clusters, chance, n_boot).astype(float)
     block = max(1, _AT_ONCE // max(len(values), n_boot))
-    blocks = [
-        _block(cells[:, start : start + block], codes, n_clusters, weights, level)
-        for start in range(0, cells.shape[1], block)
-    ]
-    shape = values.shape[1:]
-    mean, low, high, n, groups = (np.concatenate(part).reshape(shape) for part in zip(*blocks, strict=True))
+    blocks = [_block(cells[:, i : i + block], codes, n_clusters, weights, level)
+              for i in range(0, cells.shape[1], block)]  # fmt: skip
+    mean, low, high, n, groups = (np.concatenate(part).reshape(values.shape[1:]) for part in zip(*blocks, strict=True))
+    low, high = _within(mean, low, high, groups, level, *limits)
     rules = {"none (n < 6)": groups < FEWEST, "cluster bootstrap": groups >= FEWEST_BOOTSTRAP}
     rules["cluster t"] = ~rules["none (n < 6)"] & ~rules["cluster bootstrap"]
-    fields = [field if shape else field.item() for field in (mean, low, high, n, groups)]
+    fields = [field if values.ndim > 1 else field.item() for field in (mean, low, high, n, groups)]
     return Interval(*fields, method=", ".join(rule for rule, used in rules.items() if used.any()))
 
 
 def sign_flip_test(values, clusters=None, n_resamples: int = 9999, seed: int = 0) -> SignFlip:
     """Is the mean of `values` [n] zero? Two-sided, over the means of the clusters (each row one, by default).
 
-    p = share of sign assignments whose |mean| is at least the observed one: all 2^n of them up to n = 14,
-    otherwise `n_resamples` drawn at random with the observed one counted in. Studentising would change
-    nothing: flips keep the sum of squares, so |t| is an increasing function of |mean|.
-
-    Cannot show: a non-zero mean where the values are skewed. The null is symmetry about zero, and a skewed
-    distribution of mean zero is rejected too often (.10 to .17 at a nominal .05 for a lognormal, n = 6 to 30).
+    p = share of sign assignments whose |mean| is at least the observed one: all 2^n of them up to n = 14, otherwise
+    `n_resamples` drawn at random with the observed one counted in. (Flips keep the sum of squares, so |t| rises with
+    |mean|: studentising would change nothing.) Cannot show a non-zero mean where the values are skewed: the null is
+    symmetry about zero, and a lognormal of mean zero is rejected at .05 in .10 to .17 of runs (n = 6 to 30).
     """
     from scipy.stats import permutation_test
 
@@ -119,24 +120,18 @@ def sign_flip_test(values, clusters=None, n_resamples: int = 9999, seed: int = 0
         reason = f"{n} prompts; a two-sided p under .05 needs at least {FEWEST}"
         return SignFlip(np.nan, n, exact, smallest, reason)
     test = permutation_test(
-        (units,),
-        lambda sample, axis: np.abs(np.mean(sample, axis=axis)),
-        permutation_type="samples",
-        alternative="greater",
-        n_resamples=2**n if exact else n_resamples,
-        batch=max(1, _AT_ONCE // n),
-        vectorized=True,
-        rng=np.random.default_rng(seed),
-    )
+        (units,), lambda sample, axis: np.abs(np.mean(sample, axis=axis)), permutation_type="samples",
+        alternative="greater", n_resamples=2**n if exact else n_resamples, batch=max(1, _AT_ONCE // n),
+        vectorized=True, rng=np.random.default_rng(seed),
+    )  # fmt: skip
     return SignFlip(float(test.pvalue), n, exact, smallest)
 
 
 def adjust(pvalues, method: str = "holm") -> np.ndarray:
     """P-values adjusted for their number, in the same shape; NaN stays NaN and does not count as a test.
 
-    ``"holm"`` bounds the chance of any false claim (a handful of headline tests), ``"bh"`` the expected share
-    of false ones among those claimed (layers x components; Benjamini and Hochberg, for tests positively
-    dependent).
+    ``"holm"`` bounds the chance of any false claim (a handful of headline tests), ``"bh"`` the expected share of false
+    ones among those claimed (layers x components; Benjamini and Hochberg, for tests positively dependent).
     """
     from scipy.stats import false_discovery_control
     from statsmodels.stats.multitest import multipletests
@@ -146,19 +141,17 @@ def adjust(pvalues, method: str = "holm") -> np.ndarray:
     adjusted = np.array(pvalues, dtype=float)
     known = ~np.isnan(adjusted)
     if known.any():
-        tests = adjusted[known]
-        by_holm = method == "holm"
-        adjusted[known] = multipletests(tests, method="holm")[1] if by_holm else false_discovery_control(tests)
+        tests, holm = adjusted[known], method == "holm"
+        adjusted[known] = multipletests(tests, method="holm")[1] if holm else false_discovery_control(tests)
     return adjusted
 
 
 def spearman(x, y, level: float = 0.95) -> Estimate:
     """Spearman's rank correlation of `x` and `y` [n]; rows with a NaN are left out, ties get mean ranks.
 
-    Interval: tanh(atanh(rho) +- z sqrt((1 + rho^2 / 2) / (n - 3))) (Bonett and Wright 2000). NaN, with a
-    reason, for n < 6, for a constant input and, the interval alone, for a perfect correlation. Rows count as
-    independent: pass one row a prompt. Cannot show that the relation is linear, or that either causes the
-    other.
+    Interval: tanh(atanh(rho) +- z sqrt((1 + rho^2 / 2) / (n - 3))) (Bonett and Wright 2000). NaN, with a reason, for n
+    < 6, for a constant input and, the interval alone, for a perfect correlation. Rows count as independent: pass one
+    row a prompt. Cannot show that the relation is linear, or that either causes the other.
     """
     from scipy.stats import norm, spearmanr
 
@@ -166,16 +159,15 @@ def spearman(x, y, level: float = 0.95) -> Estimate:
     keep = ~(np.isnan(x) | np.isnan(y))
     x, y, n = x[keep], y[keep], int(keep.sum())
     if n < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        reason = f"{n} points" if n < 3 else "one of the two is constant"
-        return Estimate(np.nan, np.nan, np.nan, np.nan, n, n, reason)
+        return Estimate(*[np.nan] * 4, n, n, f"{n} points" if n < 3 else "one of the two is constant")
     rho, p = np.array(spearmanr(x, y)).tolist()
     if n < FEWEST:
         return Estimate(rho, np.nan, np.nan, np.nan, n, n, f"{n} points; an interval needs {FEWEST}")
     if abs(rho) > 1 - 1e-12:
-        return Estimate(rho, np.nan, np.nan, p, n, n, "a perfect correlation has no Fisher interval")
+        of_orders = 2 / math.factorial(n)  # the t approximation says 0
+        return Estimate(rho, np.nan, np.nan, of_orders, n, n, "a perfect correlation has no Fisher interval")
     half = norm.ppf((1 + level) / 2) * np.sqrt((1 + rho**2 / 2) / (n - 3))
-    low, high = np.tanh([np.arctanh(rho) - half, np.arctanh(rho) + half])
-    return Estimate(rho, float(low), float(high), p, n, n)
+    return Estimate(rho, *np.tanh([np.arctanh(rho) - half, np.arctanh(rho) + half]).tolist(), p, n, n)
 
 
 def wilson(successes: int | float, n: int | float, level: float = 0.95) -> tuple[float, float]:
@@ -193,10 +185,10 @@ def wilson(successes: int | float, n: int | float, level: float = 0.95) -> tuple
 def proportion_interval(values01, clusters, level: float = 0.95) -> Interval:
     """Share of successes among `values01` [n] (0, 1, or .5 for a tie) with an interval inside [0, 1].
 
-    One row a cluster: Wilson's interval. Otherwise Wilson's with n replaced by n_eff = n / deff * (z / t(G -
-    1))^2, deff = CR3 variance of the share (see `mean_interval`) over p (1 - p) / n (Korn and Graubard 1998),
-    held between n^2 / sum N_g^2 (rows of a prompt say the same) and n (independent). Where deff cannot be
-    estimated (G < 6, or p is 0 or 1) the former is used. Ties make it wider than need be.
+    One row a cluster: Wilson's interval. Otherwise Wilson's with n replaced by n_eff = n / deff * (z / t(G - 1))^2,
+    deff = CR3 variance of the share (see `mean_interval`) over p (1 - p) / n (Korn and Graubard 1998), held between n^2
+    / sum N_g^2 (rows of a prompt say the same) and n (independent). Where deff cannot be estimated (G < 6, or p is 0 or
+    1) the former is used. Ties make it wider than need be.
     """
     from scipy.stats import norm
 
@@ -213,8 +205,7 @@ def proportion_interval(values01, clusters, level: float = 0.95) -> Interval:
     share = float(sums.sum() / n)
     if groups == n:
         return Interval(share, *wilson(share * n, n, level), n, groups, "wilson")
-    fewest = n**2 / float((counts**2).sum())
-    effective = fewest
+    effective = fewest = n**2 / float((counts**2).sum())
     if groups >= FEWEST and 0 < share < 1:
         variance = float(_jackknife_se(sums[:, None], counts[:, None])[0]) ** 2
         shrink = (norm.ppf((1 + level) / 2) / float(_t_quantile(level, groups))) ** 2
@@ -239,13 +230,12 @@ def paired_n_needed(d: int | float, power: float = 0.8, alpha: float = 0.05) -> 
 def partial_slope(y, x, control, clusters, model: str = "ols", level: float = 0.95) -> Estimate:
     """Coefficient of `x` [n] in `y` [n] ~ 1 + x + control ([n] or [n, k]), errors clustered by prompt.
 
-    ``"ols"`` is least squares, in units of y per unit of x, its error the jackknife's (CR3, as in
-    `mean_interval`); ``"logit"`` a logistic regression of y in {0, 1}, in log-odds per unit of x, its error
-    the sandwich (CR1). Interval and p from t(G - 1); none under 6 clusters, none where y is constant or where
-    without one cluster x would be a linear function of the control. Rows with a NaN are left out. The value
-    is NaN, with a reason, where x is such a function or the logistic fit has no maximum (separable data).
-    CR1 would reject a slope of 0 in .15 of cases at 6 clusters where CR3 does in .05; where x differs in few
-    clusters both reject too often (of 48: .14 with 2, .08 with 5).
+    ``"ols"`` is least squares, in units of y per unit of x, its error the jackknife's (CR3, as in `mean_interval`);
+    ``"logit"`` a logistic regression of y in {0, 1}, in log-odds per unit of x, its error the sandwich (CR1). Interval
+    and p from t(G - 1); none under 6 clusters, none where y is constant or where without one cluster x would be a
+    linear function of the control. Rows with a NaN are left out. The value is NaN, with a reason, where x is such a
+    function or the logistic fit has no maximum (separable data). Of OLS CR1 rejects a slope of 0 in .15 of cases at 6
+    clusters, CR3 in .05; where x differs in few clusters both reject too often (of 48: .14 with 2, .08 with 5).
 
     Cannot show an effect net of what is not among the controls, nor one that is not linear in them.
     """
@@ -275,8 +265,8 @@ def partial_slope(y, x, control, clusters, model: str = "ols", level: float = 0.
 def within_group_rank_correlation(scores, labels, kind: str = "kendall") -> float:
     """Rank agreement of `scores` [k] with `labels` [k] in one group: ``"kendall"`` (tau-b) or ``"spearman"``.
 
-    In [-1, 1]; ties are allowed on both sides. NaN where either is constant or fewer than two have both: such
-    a group orders nothing. Average over groups with `mean_interval`, one row a group.
+    In [-1, 1]; ties are allowed on both sides. NaN where either is constant or fewer than two have both: such a group
+    orders nothing. Average over groups with `mean_interval`, one row a group.
     """
     from scipy.stats import kendalltau, spearmanr
 
@@ -329,12 +319,10 @@ def _codes(clusters, n: int) -> tuple[np.ndarray, int]:
     """Clusters as integers 0 .. G - 1, and G."""
     clusters = np.asarray(clusters)
     if clusters.shape != (n,) or n == 0:
-        raise DataError(
-            "Values and cluster labels do not match",
-            found=f"{n} rows and labels of shape {clusters.shape}",
-            expected="one label a row, and at least one row",
-            do="pass [pair.prompt_key for pair in pairs]",
-        )
+        raise DataError("Values and cluster labels do not match",
+                        found=f"{n} rows and labels of shape {clusters.shape}",
+                        expected="one label a row, and at least one row",
+                        do="pass [pair.prompt_key for pair in pairs]")  # fmt: skip
     labels, codes = np.unique(clusters, return_inverse=True)
     return codes, len(labels)
 
@@ -343,8 +331,7 @@ def _cluster_sums(values: np.ndarray, codes: np.ndarray, n_clusters: int) -> tup
     """Sum and count of the values that are there, per cluster and cell: two arrays [G, cells]."""
     from scipy.sparse import csr_array
 
-    rows = np.arange(len(codes))
-    member = csr_array((np.ones(len(codes)), (codes, rows)), shape=(n_clusters, len(codes)))
+    member = csr_array((np.ones(len(codes)), (codes, np.arange(len(codes)))), shape=(n_clusters, len(codes)))
     if np.isinf(values).any():
         found = f"{int(np.isinf(values).sum())} infinite values"
         do = "look for overflow in the model's outputs"
@@ -381,6 +368,19 @@ def _block(values, codes, n_clusters, weights, level) -> tuple[np.ndarray, ...]:
         means = (weights @ sums[:, many]) / (weights @ counts[:, many])
         low[many], high[many] = _percentiles(means, groups[many], level)
     return mean, low, high, n.astype(int), groups
+
+
+def _within(mean, low, high, groups, level: float, least: float, most: float) -> np.ndarray:
+    """Ends cut at the limits of the values, or Wilson's where they are finite and the interval has no width."""
+    from statsmodels.stats.proportion import proportion_confint
+
+    ends, span = np.array([low, high]), most - least
+    if np.isfinite(span):
+        flat, n = ends[1] - ends[0] <= 1e-9 * span, np.maximum(groups, 1)
+        share = np.where(flat, (mean - least) / span, 0.0)
+        low, high = proportion_confint(share * n, n, 1 - level, "wilson")
+        ends = np.where(flat, least + span * np.array([np.minimum(low, share), np.maximum(high, share)]), ends)
+    return np.clip(ends, least, most)
 
 
 def _percentiles(means: np.ndarray, groups: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:

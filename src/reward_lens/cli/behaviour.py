@@ -146,6 +146,6 @@ def benchmark(
         for name in summary["difficulty"].values:
             cell = summary.sel(difficulty=name)
             rows.append([f"{source}: {name}", *(float(cell[k]) for k in ("mean", "low", "high")), float("nan"),
-                         summary.sizes["item"]])  # fmt: skip
+                         len(set(summary["prompt_id"].values))])  # fmt: skip
     table = pd.DataFrame(rows, columns=["set", "accuracy", "low", "high", "longer wins", "prompts"])
     typer.echo(table.to_string(index=False, float_format=lambda x: f"{x:.3f}"))

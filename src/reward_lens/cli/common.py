@@ -19,7 +19,7 @@ from reward_lens.report.sections import interval_words
 
 app = typer.Typer(
     help="Look inside reward models. MODEL is 'demo', a hub id, a folder or a PEFT adapter; PAIRS is 'demo', a JSONL, "
-    "Parquet or CSV file, a folder that datasets saved, or a hub id.",
+    "Parquet or CSV file, a folder of `save_to_disk`, or a hub id.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -30,11 +30,11 @@ COLUMNS = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeE
 
 
 Model = Annotated[str, typer.Argument(help="'demo', a hub id, a folder or a PEFT adapter.")]
-SOURCES = "'demo', a .jsonl, .json, .parquet or .csv file, a folder that datasets saved, or a hub id."
+SOURCES = "'demo', a .jsonl, .json, .parquet or .csv file, a folder of save_to_disk, or a hub id."
 PairsFile = Annotated[str, typer.Argument(help=SOURCES)]
 Objective = Annotated[str | None, typer.Option(help="Row of a head with several.")]
 Limit = Annotated[int | None, typer.Option(help="Use only the first N pairs.", min=1)]
-Split = Annotated[str | None, typer.Option(help="Split of a hub data set or a folder.")]
+Split = Annotated[str | None, typer.Option(help="Split of a data set that has several.")]
 Truncation = Annotated[str | None, typer.Option(help="'left' or 'right' cuts over-long texts; default: refuse them.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 

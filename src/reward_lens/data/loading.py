@@ -1,6 +1,6 @@
 """Rows of a file or the hub to items; an error names where the row stands, the field and the columns."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,13 @@ from reward_lens.data.solutions import Solution
 from reward_lens.data.sources import Rows, open_rows
 from reward_lens.errors import DataError
 
-Source = str | Path
+Source = str | Path | Iterable
 
 
 def load_pairs(source: Source, split: str | None = None, limit: int | None = None) -> Pairs:
     """Preference pairs from ``"demo"`` (48), ``"diagnostic"`` (12 dimensions of 40) or ``"misalignment"`` (192), all
-    written for this project, from a .jsonl, .json, .parquet or .csv file, a folder of `Dataset.save_to_disk`, or a hub
-    id ``"org/name"``.
+    written for this project, from a .jsonl, .json, .parquet or .csv file, a hub id ``"org/name"``, a data set of the
+    datasets library (or any rows that map names to values) or a folder that its `save_to_disk` wrote.
 
     Columns: `prompt` (text, or messages ending with a user turn), `chosen`, `rejected`, and where present
     `id` and `subset`; others are ignored. In TRL's conversational form `chosen` and `rejected` are message
@@ -27,13 +27,19 @@ def load_pairs(source: Source, split: str | None = None, limit: int | None = Non
     HelpSteer2 and 3; `data.published`) are read as they are; their rows without a preference are left out and
     noted.
 
-    Returns `Pairs`, whose `notes` say what is odd. Raises `DataError` naming file, line (row, for parquet,
-    CSV, JSON arrays and the hub) and field.
+    Returns `Pairs`, whose `notes` say what is odd, such as TRL's columns `tools` and `chat_template_kwargs`, which
+    change the text that its trainer scores and are not given to the chat template here. Raises `DataError` naming file,
+    line (row, for parquet, CSV, JSON arrays, the hub and data sets) and field.
     """
     name, rows = open_rows(source, split, limit, joined_ratings)
     ties: list[str] = []
-    pairs = parse_rows(name, rows, _pair, ties)
-    return Pairs(pairs, name, [f"{len(ties)} rows without a preference left out: {_some(ties)}"] if ties else ())
+    templated: list[str] = []
+    pairs = parse_rows(name, _watched(rows, templated), _pair, ties)
+    odd = {
+        f"{len(ties)} rows without a preference left out": ties,
+        f"tools or chat_template_kwargs, which the chat template is not given: {len(templated)} rows": templated,
+    }
+    return Pairs(pairs, name, [f"{what}: {_some(places)}" for what, places in odd.items() if places])
 
 
 def load_groups(source: Source, split: str | None = None, limit: int | None = None) -> list[Group]:
@@ -66,6 +72,14 @@ def load_solutions(source: Source, split: str | None = None, limit: int | None =
 
 def _some(places: list[str]) -> str:
     return ", ".join(places[:3]) + (", ..." if len(places) > 3 else "")
+
+
+def _watched(rows: Rows, templated: list[str]) -> Rows:
+    """The rows; the places of those that have arguments of a chat template go to `templated`."""
+    for where, row in rows:
+        if isinstance(row, Mapping) and (row.get("tools") or row.get("chat_template_kwargs")):
+            templated.append(where)
+        yield where, row
 
 
 def parse_rows(name: str, rows: Rows, build: Callable, ties: list[str] | None = None) -> list:
@@ -102,6 +116,9 @@ def _pair(row: Mapping) -> Pair | None:
             raise malformed(name, "a list of strings", "one response, as text or as messages", do=do)
     if isinstance(chosen, list) or isinstance(rejected, list):
         prompt, chosen, rejected = _conversations(prompt, chosen, rejected)
+    elif prompt is None and "prompt" not in row:
+        do = "rename the column; of whole texts without one, split off what both begin with (trl.extract_prompt)"
+        raise malformed("prompt", "no such column", "a value in each row", do=do)
     elif prompt is None:
         prompt = _column(row, "prompt")
     return Pair(prompt, chosen, rejected, **_labels(row))

@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,31 +16,38 @@ from reward_lens.data.checks import shown, unreadable
 Rows = Iterator[tuple[str, Any]]  # where a row stands, and the row
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+")
 _BOM = b"\xef\xbb\xbf"
+_SAVED = ("dataset_info.json", "dataset_dict.json")  # of what the datasets library saves
 _BUNDLED = {"demo": "pairs.jsonl", "diagnostic": "diagnostic.jsonl", "misalignment": "misalignment.jsonl"}
 _FORMS = (
-    "'demo', 'diagnostic', 'misalignment', a .jsonl, .json, .parquet or .csv file, a folder that datasets saved, or a "
-    "hub id such as 'org/name'"
+    "'demo', 'diagnostic', 'misalignment', a .jsonl, .json, .parquet or .csv file, a data set of the datasets library "
+    "or the folder it is saved in, or a hub id such as 'org/name'"
 )
 
 
 def open_rows(
-    source: str | Path, split: str | None, limit: int | None, joined: Callable[[Rows], Rows] = iter
+    source: str | Path | Iterable, split: str | None, limit: int | None, joined: Callable[[Rows], Rows] = iter
 ) -> tuple[str, Rows]:
     """Name and rows of a source; of what `joined` makes of them the first `limit`."""
-    name = str(source)
+    given = not isinstance(source, str | Path)
+    name = f"a {type(source).__name__}" if given else str(source)
     if limit is not None and limit < 1:
         raise unreadable(f"{name} with limit={limit}", "no rows asked for", "1 or more", "raise the limit")
+    if given:
+        return name, itertools.islice(joined(_rows_of(name, source, split)), limit)
     path = resources.files("reward_lens") / "assets" / _BUNDLED[name] if name in _BUNDLED else Path(source)
     kind = Path(path.name).suffix.lower()
-    if os.path.isdir(name) or (kind not in _READERS and _HUB_ID.fullmatch(name) and not os.path.exists(name)):
-        return name, itertools.islice(joined(_dataset_rows(name, split)), limit)
+    if kind not in _READERS and _HUB_ID.fullmatch(name) and not os.path.exists(name):
+        return name, itertools.islice(joined(_hub_rows(name, split)), limit)
+    if any((path / file).is_file() for file in _SAVED):
+        return name, itertools.islice(joined(_saved_rows(name, split)), limit)
     if kind not in _READERS and os.path.isfile(name):
         raise unreadable(name, f"a file ending in '{kind}'", _FORMS, "convert the file")
     try:
         data = path.read_bytes()
     except (OSError, ValueError) as error:
-        found = "nothing at that path" if isinstance(error, FileNotFoundError) else error
-        raise unreadable(name, found, _FORMS, "check the path") from error
+        found = {FileNotFoundError: "nothing at that path", IsADirectoryError: "a folder"}.get(type(error), error)
+        do = "name a file in the folder" if isinstance(error, IsADirectoryError) else "check the path"
+        raise unreadable(name, found, _FORMS, do) from error
     if split is not None:
         do = "leave split out, or cut the result: pairs[:100]"
         raise unreadable(f"{name} with split={split!r}", "a file", "a hub data set, which has splits", do)
@@ -108,30 +115,39 @@ def _cell(where: str, text: str) -> Any:
     return value if is_messages else text
 
 
-def _dataset_rows(name: str, split: str | None) -> Rows:
-    """Rows of a hub data set, or of the folder that `Dataset.save_to_disk` wrote."""
+def _hub_rows(name: str, split: str | None) -> Rows:
     import datasets
     from datasets.exceptions import DatasetsError
 
-    saved = os.path.isdir(name)
-    do = "check the id, the split, the network and, for gated data, your hub login"
     try:
-        loaded = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, split=split)
+        loaded = datasets.load_dataset(name, split=split)
     except (DatasetsError, OSError, RuntimeError, ValueError) as error:  # no narrower class is common to them
-        do = "name a file in the folder" if saved else do
-        expected = _FORMS if saved else f"a data set of the Hugging Face hub, or {_FORMS}"
-        raise unreadable(name, error, expected, do) from error
-    splits = loaded if isinstance(loaded, Mapping) else {}
-    if saved and split is not None:
-        if split not in splits:
-            found = f"the splits {', '.join(map(str, splits))}" if splits else "one data set without splits"
-            raise unreadable(f"{name} with split={split!r}", found, "a split that is there", "name one, or none")
-        loaded = splits[split]
-    elif splits:
-        if len(splits) != 1:
+        do = "check the id, the split, the network and, for gated data, your hub login"
+        raise unreadable(name, error, f"a data set of the Hugging Face hub, or {_FORMS}", do) from error
+    yield from _rows_of(name, loaded)
+
+
+def _saved_rows(name: str, split: str | None) -> Rows:
+    """Of a folder that `save_to_disk` wrote."""
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(name)
+    except (OSError, ValueError) as error:
+        raise unreadable(name, error, "a folder that save_to_disk wrote") from error
+    yield from _rows_of(name, loaded, split)
+
+
+def _rows_of(name: str, loaded: Any, split: str | None = None) -> Rows:
+    """Of a data set in memory: rows, or splits of them."""
+    if isinstance(loaded, Mapping):
+        if split is None and len(loaded) != 1 or split is not None and split not in loaded:
             do = "pass split=, one of them"
-            raise unreadable(name, f"the splits {', '.join(map(str, splits))}", "one split", do)
-        loaded = next(iter(splits.values()))
+            name = name if split is None else f"{name} with split={split!r}"
+            raise unreadable(name, f"the splits {', '.join(map(str, loaded))}", "one split", do)
+        loaded = loaded[split] if split is not None else next(iter(loaded.values()))
+    elif split is not None:
+        raise unreadable(f"{name} with split={split!r}", "rows without splits", "splits", "leave split out")
     for number, row in enumerate(loaded, start=1):
         yield f"row {number}", row
 

@@ -5,15 +5,22 @@ from reward_lens.edits.edit import TextEdit
 from reward_lens.errors import DataError
 
 
-def edited_pairs(pairs, edit: TextEdit) -> Pairs:
+def edited_pairs(pairs, edit: TextEdit | str) -> Pairs:
     """Pairs whose chosen response is an edited one and whose rejected response is the original.
 
-    Both responses of every pair are edited; those that the edit leaves as they are are left out, and noted.
+    `edit` is a `TextEdit` or the name of one. Both responses of every pair are edited; those that it leaves as they are
+    are left out, and noted.
 
     Returns `Pairs` with ids "<id>, chosen" and "<id>, rejected" and the edit's name as subset: for `bias_direction`,
     `contributions`, `effects` (what carries the edit) and `select_alpha`. Raises `DataError` where no response changes.
     """
+    from reward_lens.edits import edits_of
+
     pairs = as_pairs(pairs)
+    edit, *others = edits_of([edit])
+    if others:
+        names = ", ".join(one.name for one in (edit, *others))
+        raise DataError("A family of edits is several", found=names, expected="one edit", do="name one of these")
     out = []
     for pair in pairs:
         for side, response in zip(("chosen", "rejected"), pair.responses, strict=True):

@@ -14,6 +14,7 @@ from reward_lens.errors import LoadError
 
 WHOLE = ("model.safetensors", "pytorch_model.bin")
 """Of an unsharded checkpoint; a sharded one has an index beside its shards."""
+_ADAPTER = "adapter_config.json"
 
 
 def file_of(path: str, revision: str | None, name: str) -> Path | None:
@@ -28,6 +29,34 @@ def file_of(path: str, revision: str | None, name: str) -> Path | None:
         return Path(hf_hub_download(path, name, revision=revision))
     except EntryNotFoundError:
         return None
+
+
+def has_tokenizer(path: str, revision: str | None) -> bool:
+    """Whether there is a tokenizer beside the weights."""
+    return any(file_of(path, revision, name) for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+
+
+def lacking(path: str, tokenizer: bool) -> str | None:
+    """What to do about a local folder that cannot be loaded, where its files say it: it holds checkpoints instead of
+    being one, names a base that is not there, or has no `tokenizer` where one is asked for."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return None
+    if (folder / _ADAPTER).exists():
+        base = json.loads((folder / _ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if not base or not Path(base).is_dir():
+            return (
+                f"see to the adapter's base, {base!r} (base_model_name_or_path in {_ADAPTER}): a hub id that can be "
+                "reached, or a folder that is there from here; a base in memory goes with the adapter around it to "
+                "rl.RewardModel(module, tokenizer)"
+            )
+    elif not (folder / "config.json").exists():
+        found = (f.parent for name in ("config.json", _ADAPTER) for f in folder.glob(f"*/{name}"))
+        inside = sorted(found, key=lambda f: (int("0" + "".join(filter(str.isdecimal, f.name))), f.name))
+        return f"load one of the folders in it: {some_of([str(f) for f in inside])}" if inside else None
+    if tokenizer and not has_tokenizer(path, None):
+        return "save the tokenizer into the folder (tokenizer.save_pretrained), or pass rl.load(path, tokenizer=...)"
+    return None
 
 
 def names_in(path: str, revision: str | None) -> frozenset[str]:

@@ -22,6 +22,7 @@ from reward_lens.model import rounding
 from reward_lens.model.forward import at_rows, make_batch, padding_id, record, replay, suffix_batch
 from reward_lens.model.heads.own import OwnHead
 from reward_lens.model.linear_maps import is_linear
+from reward_lens.model.placement import own_output
 from reward_lens.model.prefix import pooled_with_prefix
 from reward_lens.model.readout import RunsANetwork
 from reward_lens.model.tokens import Tokens
@@ -73,7 +74,21 @@ def run_probe(module: Any, device: torch.device) -> Tensor:
     arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if pad is None:  # Hugging Face refuses to pool a batch without a padding token
         arguments = {"input_ids": ids[:1]}
-    return module(**arguments).logits
+    return own_output(module, **arguments).logits
+
+
+def require_model(module: Any) -> Any:
+    """The module; `LoadError` for what is no model of transformers, such as the wrapper of a distributed run."""
+    if isinstance(module, nn.Module) and hasattr(module, "config"):
+        return module
+    inside = getattr(module, "module", None)
+    raise LoadError(
+        f"A {type(module).__name__} is no model of transformers",
+        found="no config" + ("" if inside is None else f", and a {type(inside).__name__} inside as .module"),
+        expected="a sequence classifier (or a PeftModel around one) as a module",
+        do="pass " + ("what AutoModelForSequenceClassification gives; rl.load takes a path" if inside is None
+                      else "module.module, or trainer.model: rl.RewardModel(trainer.model, tokenizer)"),
+    )  # fmt: skip
 
 
 def require_usable_weights(module: nn.Module, name: str) -> None:

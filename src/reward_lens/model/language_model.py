@@ -25,6 +25,7 @@ from reward_lens.model.forward import Batch, OnTrunk, batches, padding_id, rotar
 from reward_lens.model.linear_maps import linear_bias, linear_weight
 from reward_lens.model.loading import causal_module, tokenizer_of
 from reward_lens.model.norm import Norm, measure_norm
+from reward_lens.model.placement import own_output
 from reward_lens.model.reward_model import versions
 from reward_lens.model.structure import Structure
 from reward_lens.model.tokens import Tokenizer, Tokens, check_text
@@ -154,7 +155,7 @@ class LanguageModel(OnTrunk):
     def own_log_probabilities(self, reply: Reply) -> Float[Tensor, " n"]:
         """Those of the counted tokens from the module's own logits, the text alone, softmax in float32."""
         ids = torch.tensor([reply.tokens.ids], device=self.device)
-        logits = self.module(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+        logits = own_output(self.module, input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
         where = torch.tensor(reply.counted, device=logits.device)
         return logits[where - 1].float().log_softmax(-1).gather(1, ids[0][where].to(logits.device)[:, None])[:, 0]
 
@@ -184,7 +185,7 @@ class LanguageModel(OnTrunk):
             )
         ids = self._probe_ids()
         with hooks.attached([hooks.read_output(head, lambda x: seen.append(x.detach().clone()))]):
-            logits = self.module(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+            logits = own_output(self.module, input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         return seen[0], logits
 
     def _probe(self) -> Tensor:

@@ -1,6 +1,7 @@
 """`load`: from a hub id, a local folder, a PEFT adapter or "demo" to a `RewardModel` whose load report passed."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ import torch
 
 from reward_lens.errors import LoadError
 from reward_lens.model import heads
-from reward_lens.model.checkpoint_files import file_of, require_places, some_of
+from reward_lens.model.checkpoint_files import has_tokenizer, lacking, require_places, some_of
+from reward_lens.model.forward import padding_id
+from reward_lens.model.heads.own import OwnHead
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.step_readout import StepReadout
 from reward_lens.model.structure import Structure
@@ -89,22 +92,27 @@ def load(
     settings = {"dtype": dtype or "auto", "device_map": device_map, "attn_implementation": attn_implementation,
                 "offload_folder": offload_folder, "quantization_config": quantization_config}  # fmt: skip
     settings = {k: v for k, v in settings.items() if v is not None}
+    adapted = False
     try:
         if isinstance(readout, VocabReadout):
             module, missing, base = causal_module(path, options, settings)
-        elif _is_adapter(path, revision):
+        elif adapted := _is_adapter(path, revision):
             module, missing, base = _load_adapter(path, options, settings)
         else:
             module, missing = _load_classifier(path, options, settings)
             base = getattr(module, "tokenizer_name", None)
+        own = tokenizer is not None or (adapted and has_tokenizer(path, revision))
         if tokenizer is None:
             tokenizer = tokenizer_of(path, base, options | heads.tokenizer_options(module))
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if adapted and not isinstance(module, OwnHead):
+            _pool_as_trained(module, tokenizer, own)
+    except (OSError, ValueError, LookupError, ImportError, RuntimeError) as error:
         raise LoadError(
             f"{path} could not be loaded",
             found=f"{type(error).__name__}: {_first_lines(error)}",
             expected="'demo', a hub id such as 'org/name', a folder with config.json and weights, or a PEFT adapter",
-            do="check the name and the connection; for a model with code of its own read that code, then pass "
+            do=lacking(path, tokenizer is None)
+            or "check the name and the connection; for a model with code of its own read that code, then pass "
             "trust_remote_code=True"
             + ("" if attn_implementation is None else "; without attn_implementation= the class's own is used"),
         ) from error
@@ -244,9 +252,10 @@ def _load_adapter(path: str, options: dict, settings: dict):
     module = heads.load_known(base, base_options | settings)
     info: dict[str, Any] = {"missing_keys": [], "unexpected_keys": []}  # load_known has refused either
     if module is None:
-        module, info = AutoModelForSequenceClassification.from_pretrained(
-            base, output_loading_info=True, **rows, **base_options, **settings
-        )
+        with heads.without_report():
+            module, info = AutoModelForSequenceClassification.from_pretrained(
+                base, output_loading_info=True, **rows, **base_options, **settings
+            )
     missing = sorted(k for k in info["missing_keys"] if _IN_PEFT + k not in saved)
     if missing:
         raise LoadError(
@@ -285,9 +294,14 @@ def _merged(module: Any, path: str, revision: str | None) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
 
     base = {_IN_PEFT + name for name in module.state_dict()}
+    shapes = _saved_shapes(path, revision)
+    whole = _whole_embedding(module, shapes)
+    rows = {shapes[name][0] for name in whole}
+    if rows - {module.get_input_embeddings().weight.shape[0]}:  # tokens were added before training
+        module.resize_token_embeddings(max(rows), mean_resizing=False)
     adapted = PeftModel.from_pretrained(module, path, revision=revision)
     expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) - base
-    saved = set(_saved_shapes(path, revision)) - base
+    saved = set(shapes) - base - whole
     if expected != saved:
         sides = {"no": expected - saved, "no place for": saved - expected}
         raise LoadError(
@@ -297,6 +311,15 @@ def _merged(module: Any, path: str, revision: str | None) -> Any:
             do="load the base that the adapter was trained on, or save the adapter again",
         )
     return adapted.merge_and_unload()
+
+
+def _whole_embedding(module: Any, saved: Iterable[str]) -> set[str]:
+    """Names under which an adapter holds all rows of the embedding: peft saves them where tokens were added, or where
+    it adapts the embedding, within the wrappers that it put around it."""
+    table = module.get_input_embeddings()
+    at = _IN_PEFT + next(name for name, part in module.named_modules() if part is table)
+    inside = re.compile(re.escape(at) + r"(\.token_adapter)?(\.base_layer|\.modules_to_save)?\.weight")
+    return {name for name in saved if inside.fullmatch(name)}
 
 
 def _is_adapter(path: str, revision: str | None) -> bool:
@@ -325,12 +348,20 @@ def _adapter_file(path: str, revision: str | None) -> str:
     return hf_hub_download(path, "adapter_model.safetensors", revision=revision)
 
 
+def _pool_as_trained(module: Any, tokenizer: Any, own: bool) -> None:
+    """The head reads the last token that is not the config's padding token. A trainer writes the tokenizer's there, and
+    an adapter's folder has no config: its base's may name another, or none, and so have another token read. `own`: the
+    tokenizer is not its base's, which has no say where the base's config has one."""
+    config = module.config.get_text_config()
+    if tokenizer.pad_token_id is not None and (own or padding_id(module.config) is None):
+        module.config.pad_token_id = config.pad_token_id = tokenizer.pad_token_id
+
+
 def tokenizer_of(path: str, base: str | None, options: dict):
     """The tokenizer beside the weights; an adapter without one has its base's."""
     from transformers import AutoTokenizer
 
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-    if base is None or any(file_of(path, options["revision"], name) for name in names):
+    if base is None or has_tokenizer(path, options["revision"]):
         return AutoTokenizer.from_pretrained(path, **options)
     # The revision that was asked for is one of the checkpoint's.
     return AutoTokenizer.from_pretrained(base, **options | {"revision": None})

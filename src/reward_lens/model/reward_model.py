@@ -24,6 +24,7 @@ from reward_lens.model.heads.tail import tail_readout
 from reward_lens.model.linear_maps import linear_weight
 from reward_lens.model.norm import measure_norm
 from reward_lens.model.pair_tokens import FirstTokenTokenizer, set_inputs
+from reward_lens.model.placement import own_output
 from reward_lens.model.prefix import keys_and_values
 from reward_lens.model.readout import LOCAL, PromptGated, Readout, chosen_row, linear_readout, objective_names
 from reward_lens.model.step_hidden import hidden_readout, is_hidden
@@ -67,7 +68,7 @@ class RewardModel(OnTrunk):
         loading: Mapping[str, Any] | None = None,
         edits: Iterable[Mapping[str, Any]] = (),
     ):
-        self.module = module.eval()
+        self.module = checks.require_model(module).eval()
         self.config: Any = module.config
         self.name = name or getattr(self.config, "name_or_path", "") or type(module).__name__
         self.revision = revision
@@ -82,7 +83,8 @@ class RewardModel(OnTrunk):
         # A network that reads a text's steps (model.step_readout) brings its own way of writing texts.
         written = self.vocabulary.tokenizer if self.vocabulary else None
         self._rotary_threshold = rotary_threshold(text_config)
-        self.pad_id = next((i for i in (pad_id, tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+        own = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+        self.pad_id = next((i for i in (pad_id, *own) if i is not None), 0)
 
         run = self.vocabulary.probe if self.vocabulary else checks.run_probe
         probe = functools.partial(run, module, self.device)
@@ -166,7 +168,7 @@ class RewardModel(OnTrunk):
         return float(self.rewards([self.tokenize(prompt, response)])[0])
 
     def hf_score(self, prompt: "str | Sequence[Mapping]", response: "str | Sequence[str]") -> float:
-        """The wrapped model's own output on the same tokens, unpadded."""
+        """The wrapped model's own output on the same tokens, unpadded (without a trainer's autocast)."""
         return sum(self.own_terms(self.tokenize(prompt, response)))
 
     @torch.no_grad()
@@ -175,7 +177,7 @@ class RewardModel(OnTrunk):
         ids = torch.tensor([tokens.ids], device=self.device)
         if self.vocabulary:
             return self.vocabulary.own_terms(self.module, ids)
-        return [float(self.module(input_ids=ids, **self.trunk.segments(ids)).logits[0, self.row])]
+        return [float(own_output(self.module, input_ids=ids, **self.trunk.segments(ids)).logits[0, self.row])]
 
     @property
     def row(self) -> int:
@@ -342,8 +344,7 @@ class RewardModel(OnTrunk):
         if self.readout.exactness == "local" and "cannot_show" in meta:
             meta["cannot_show"] += " " + LOCAL
         if inputs is not None:
-            kind = type(inputs[0]).__name__
-            out[{"Pair": "n_pairs", "Group": "n_groups"}.get(kind, "n_items")] = len(inputs)
+            out[{"Pair": "n_pairs", "Group": "n_groups"}.get(type(inputs[0]).__name__, "n_items")] = len(inputs)
             out["n_prompts"] = len({item.prompt_key for item in inputs})
             out["inputs_hash"] = data.inputs_hash(inputs)
         return out | meta
@@ -390,9 +391,8 @@ def pair_coords(pairs: "data.Pairs") -> dict[str, Any]:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    names = ("reward-lens", "torch", "transformers", "numpy")
     found = {"python": platform.python_version()}
-    for name in names:
+    for name in ("reward-lens", "torch", "transformers", "numpy"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -23,7 +23,7 @@ from reward_lens.engine import hooks
 from reward_lens.errors import LoadError, StructureError
 from reward_lens.model.checks import PROBES
 from reward_lens.model.linear_maps import is_linear, linear_bias, linear_weight
-from reward_lens.model.placement import input_device
+from reward_lens.model.placement import input_device, own_output
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.step_hidden import hidden_structure, is_hidden
 from reward_lens.model.step_readout import StepReadout
@@ -213,7 +213,7 @@ def _match_own_scores(module: Any, head: nn.Module, scorer: StepScorer, rows: li
     ids = torch.randint(min(8, vocabulary // 2), vocabulary, (1, 12), generator=generator).to(device)
     seen: list[Tensor] = []
     with hooks.attached([hooks.read_output(head, lambda x: seen.append(x.detach()))]):
-        output = module(input_ids=ids, attention_mask=torch.ones_like(ids))
+        output = own_output(module, input_ids=ids, attention_mask=torch.ones_like(ids))
     logits = getattr(output, "logits", None)
     if logits is None or logits.shape != seen[0].shape:
         logits = seen[0]

@@ -18,6 +18,9 @@ from reward_lens.errors import AlignmentError, DataError, LoadError
 TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
 """Templates that print today's date (Llama 3) get this one, so that a reward does not depend on the day."""
 
+PLAIN_TEXT = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}{{ eos_token }}"
+"""Prompt and response as they are, as trainers of reward models write texts that are no conversations (TRL)."""
+
 Role = Literal["prompt", "response", "tail"]
 
 
@@ -82,7 +85,8 @@ class Tokenizer:
                 "The tokenizer does not say where its tokens stand in the text",
                 found=f"a {type(tokenizer).__name__}",
                 expected="a fast tokenizer (PreTrainedTokenizerFast, a tokenizer.json beside the weights)",
-                do="pass one: rl.load(path, tokenizer=...) or rl.RewardModel(module, tokenizer)",
+                do="pass one: rl.load(path, tokenizer=...) or rl.RewardModel(module, tokenizer)"
+                + ("; a processor holds it as .tokenizer" if hasattr(tokenizer, "tokenizer") else ""),
             )
         self.hf = tokenizer
         self.pooled_skips = pooled_skips
@@ -135,8 +139,9 @@ class Tokenizer:
                 "The tokenizer has no chat template",
                 found="tokenizer.chat_template is None",
                 expected="the template the reward model was trained with",
-                do="set tokenizer.chat_template to the Jinja template named by the model's authors and build "
-                "rl.RewardModel(module, tokenizer)",
+                do="set tokenizer.chat_template to the Jinja template named by the model's authors and pass it, "
+                "rl.load(path, tokenizer=tokenizer), or put it beside the weights as chat_template.jinja; for a model "
+                f"trained on plain texts that is {PLAIN_TEXT!r}, without the BOS where the tokenizer adds none",
             )
         return self._templated(messages, answer, tokenize=False)
 

@@ -27,7 +27,7 @@ from reward_lens.model import checks
 from reward_lens.model.judge import JudgeTokenizer, check_template, digest
 from reward_lens.model.linear_maps import is_linear, linear_bias, linear_weight
 from reward_lens.model.norm import measure_norm
-from reward_lens.model.placement import input_device
+from reward_lens.model.placement import input_device, own_output
 from reward_lens.model.readout import LinearReadout
 from reward_lens.model.tokens import Tokenizer
 
@@ -173,7 +173,7 @@ class VocabRows:
         the signs that they have in the reward."""
         before: list[Tensor] = []
         with hooks.attached([hooks.read_output(self.head, lambda z: before.append(z[0, -1]))]):
-            last = module(input_ids=ids).logits[0, -1]
+            last = own_output(module, input_ids=ids).logits[0, -1]
         if self.logits.cap is not None:
             last = self.logits.factor * before[0].double()
         return [sign * float(last[i]) for sign, i in zip((1, -1), self.rows, strict=False)]

@@ -15,6 +15,7 @@ from reward_lens.result import Check, Result
 WHOLE = 60  # rows up to which a table is complete
 TOP = 12  # rows of a table that is not
 EVERY = slice(None)
+PICKED = " An interval is each for itself, and what is picked for its size out of many looks larger than it is."
 TEXTS = ("prompt", "prompt_id", "chosen", "rejected")  # coordinates that hold whole texts
 
 
@@ -113,11 +114,8 @@ def _parts(data: xr.Dataset) -> Table:
     ends = {f"total, {end}": bound for end, bound in ends.items() if np.isfinite(bound).any()}
     flat = {"component": text_of(data["component"].values), "direct": parts.pop("direct"), "total": parts.pop("total")}
     order = largest(flat["total"], TOP)
-    said = ["an interval is each for itself"] if ends else []
-    if cut := len(order) < len(flat["total"]):
-        said.append("what is picked for its size out of many looks larger than it is")
-    caption = "Means over pairs" + "".join(f"; {words}" for words in said) + "."
-    return _table(flat | ends | parts, caption + " Components by their total" * cut, order)
+    caption = "Means over pairs." + " Components by their total" * (len(order) < len(flat["total"]))
+    return _table(flat | ends | parts, caption, order)
 
 
 def _scores(result: Result) -> Table:
@@ -159,5 +157,6 @@ def _table(flat: dict, caption: str, order: slice | np.ndarray = EVERY, write=nu
     if len(rows) < count:
         which = "first" if isinstance(order, slice) else "largest by absolute value"
         caption = f"{caption}: the {len(rows)} {which} of {count:,}."
+        caption += PICKED if not isinstance(order, slice) and any(name.endswith("low") for name in flat) else ""
     numeric = [column.dtype.kind in "fiu" for column in flat.values()]
     return Table(caption, [words(name) for name in flat], rows, numeric)

@@ -14,6 +14,7 @@ Reference: Lambert et al. 2024, arXiv 2403.13787 (accuracy by subset); Guo et al
 (ECE).
 """
 
+import functools
 import itertools
 import warnings
 
@@ -215,7 +216,7 @@ def ranking(rm: RewardModel, groups, scores: Result | None = None) -> Result:
         pairwise += [(prompts[i], credit) for credit in won(reward[better] - reward[worse])]
         tau.append((prompts[i], stats.within_group_rank_correlation(reward, label)))
     cells = [_over_prompts(rows, stats.proportion_interval) for rows in (top, pairwise)]
-    cells.append(_over_prompts(tau, stats.mean_interval))
+    cells.append(_over_prompts(tau, functools.partial(stats.mean_interval, limits=(-1.0, 1.0))))
     coords = {
         "metric": np.array(["top-1 accuracy", "pairwise accuracy", "kendall tau-b"], dtype=object),
         "unit_of": ("metric", np.array(["fraction", "fraction", "correlation"], dtype=object)),

@@ -8,7 +8,9 @@ A policy that is moved a little towards the reward moves feature f by its covari
 sign says which way pressure pushes; the curves say how far selection has pushed at n. Every prompt counts the same.
 
 What this cannot show: a cause. A feature that goes with length covaries with a reward that pays for length. Nor other
-policies: these are samples of one, and pressure finds texts that it hardly ever writes.
+policies: these are samples of one, and pressure finds texts that it hardly ever writes. With heavy tails its intervals
+are too short: in simulations of 6 to 25 prompts of 2 to 15 samples, reward and feature lognormal and correlated .4, .71
+of those of the covariance held it (nearly all others lay below), .82 of the slope's and .85 of the correlation's.
 
 References: Gao, Schulman and Hilton 2023, arXiv 2210.10760; Beirami et al. 2024, arXiv 2401.01879.
 """

@@ -143,9 +143,9 @@ def agreement_by_length(result: Result, layers: str = "all", model: str = "train
     for members in GROUPS.values():
         inside = np.isin(lengths.astype(str), members)
         if inside.any():
-            over = stats.mean_interval(value.values[inside], prompts[inside], seed=result.meta.get("seed", 0))
+            seed = result.meta.get("seed", 0)
+            over = stats.mean_interval(value.values[inside], prompts[inside], seed=seed, limits=(-1.0, 1.0))
             cells = {key: getattr(over, key) for key in found}
-            cells |= {end: np.clip(cells[end], -1.0, 1.0) for end in ("low", "high")}
         else:
             cells = {key: np.full(value.shape[1:], 0.0 if key.startswith("n") else np.nan) for key in found}
         for key, cell in cells.items():

@@ -8,7 +8,9 @@ Welch's F, which corrects for that; with many prompts the two agree. Interval: t
 observed F is the 2.5% or 97.5% point, as I2 = nc / (nc + K - 1).
 
 What this cannot show: that contexts without a subset label of their own behave alike; and with two or three contexts
-the interval is nearly the whole range.
+the interval is nearly the whole range. With many contexts of few prompts, or of skewed effects, it errs too often: in
+simulations without any heterogeneity p < .05 in .12 of runs of 16 contexts of 4 prompts (.08 of 8 contexts), and of
+lognormal effects in .15 of 16 contexts of 4 to 30 prompts.
 
 Reference: Higgins and Thompson 2002 (I2); Welch 1951; Hedges and Pigott 2001 (noncentral interval).
 """

@@ -32,6 +32,7 @@ from reward_lens.result import Check, Result
 
 ROUNDING = 1e-5  # a row of float32 weights misses one by less than this without a sink; of 16 bits by half a step
 MARGIN = "spans of two responses have no common order: no margin"
+NOTHING_ELSE = "a span that is nothing but the position that is read has no effect of its own"
 
 
 @torch.no_grad()
@@ -48,8 +49,9 @@ def attention_knockout(
 
     Parameters
     ----------
-    spans: "token", "word" or "sentence": every unit of the response; or {pair id: [range for the chosen response, range
-        for the rejected one]}, one span a response, any part of the text.
+    spans: "token", "word" or "sentence": every unit of the response, one that ends at the reward position without it
+        (padding with the EOS has the head read a response's last token); or {pair id: [range for the chosen response,
+        range for the rejected one]}, one span a response, any part of the text.
     queries: who may not read the span: the reward position, or every position after the span.
     layers: blocks in which reading is blocked; None: all that have attention.
 
@@ -88,9 +90,10 @@ def attention_knockout(
         return paired_result(rm, "attention_knockout", pairs, value[..., 0], ("pair", "side"), checks=checks, seed=seed,
                              **words)  # fmt: skip
     value[:, 2] = np.nan
+    alone = any(not len(unit.positions) for own in units for unit in own)
     return paired_result(
         rm, "attention_knockout", pairs, value, ("pair", "side", "position"), _coords(units, width), checks=checks,
-        interval=False, undefined=MARGIN, seed=seed, **words,
+        interval=False, undefined=f"{MARGIN}; {NOTHING_ELSE}" if alone else MARGIN, seed=seed, **words,
     )  # fmt: skip
 
 
@@ -120,11 +123,13 @@ def without(span: range) -> Source:
 def _of_text(
     rm: RewardModel, text: Tokens, units: list[Unit], queries: str, blocks: list[int], max_rows: int | None
 ) -> tuple[np.ndarray, float]:
-    if not units:
-        return np.zeros(0), 0.0
+    effects = np.full(len(units), np.nan)
+    some = [i for i, unit in enumerate(units) if len(unit.positions)]
+    if not some:
+        return effects, 0.0
     rows = []
-    for unit in units:
-        span = unit.positions
+    for i in some:
+        span = units[i].positions
         if queries == "reward":
             readers = range(text.reward_pos, text.reward_pos + 1)
         else:  # whoever sees the span: what follows it, or, where the first token is read, all others
@@ -132,32 +137,37 @@ def _of_text(
         source = without(span)
         rows.append(tuple(Edit(Site("pattern", layer), readers, source) for layer in blocks))
     out = patch_rows(rm, text, rows, max_rows=max_rows)
-    return -out.change.numpy(), out.clean_gap
+    effects[some] = -out.change.numpy()
+    return effects, out.clean_gap
+
+
+def _unread(text: Tokens, unit: Unit) -> Unit:
+    """The unit before the reward position, which reads itself whatever is blocked."""
+    span = range(unit.positions.start, max(unit.positions.start, min(unit.positions.stop, text.reward_pos)))
+    if text.reads_first or span == unit.positions:
+        return unit
+    return Unit(span, "".join(text.pieces[i] for i in span) or unit.text, unit.role)
 
 
 def _units(rm: RewardModel, pair, side: int, text: Tokens, spans) -> list[Unit]:
-    """The spans of one response, checked: not empty, before the reward position."""
+    """The spans of one response, before the reward position; those that were given are checked."""
     if isinstance(spans, str):
-        units = units_of(text, cast(By, spans))
-    else:
-        both = spans.get(pair.id, ())
-        if len(both) != 2 or not all(isinstance(span, range) and span.step == 1 for span in both):
-            raise DataError(f"Pair {pair.id} has no spans", found=f"{both!r}" if both else ", ".join(map(str, spans)),
-                            expected="{pair id: [range for chosen, range for rejected]} for every pair",
-                            do="add two ranges without steps to spans=")  # fmt: skip
-        span = both[side]
-        units = [Unit(span, "", "response")]
-    for unit in units:
-        span = unit.positions
-        if not len(span) or span.start < 0 or span.stop > text.seen.stop or text.reward_pos in span:
-            raise DataError(
-                f"A span of pair {pair.id} cannot be knocked out",
-                found=f"positions {span.start} to {span.stop}; the reward is read at {text.reward_pos}",
-                expected="at least one position, all of them read by another one: before the reward position, or, "
-                "where the first token is read, behind it",
-                do="choose such a range (rm.tokenize shows positions and pieces)",
-            )
-    return units
+        return [_unread(text, unit) for unit in units_of(text, cast(By, spans))]
+    both = spans.get(pair.id, ())
+    if len(both) != 2 or not all(isinstance(span, range) and span.step == 1 for span in both):
+        raise DataError(f"Pair {pair.id} has no spans", found=f"{both!r}" if both else ", ".join(map(str, spans)),
+                        expected="{pair id: [range for chosen, range for rejected]} for every pair",
+                        do="add two ranges without steps to spans=")  # fmt: skip
+    span = both[side]
+    if not len(span) or span.start < 0 or span.stop > text.seen.stop or text.reward_pos in span:
+        raise DataError(
+            f"A span of pair {pair.id} cannot be knocked out",
+            found=f"positions {span.start} to {span.stop}; the reward is read at {text.reward_pos}",
+            expected="at least one position, all of them read by another one: before the reward position, or, "
+            "where the first token is read, behind it",
+            do="choose such a range (rm.tokenize shows positions and pieces)",
+        )
+    return [Unit(span, "", "response")]
 
 
 def _coords(units: list[list[Unit]], width: int) -> dict:

@@ -21,6 +21,7 @@ Reference: Cohen 1960 (kappa); Kornblith et al. 2019, arXiv 1905.00414, and Nguy
 The relative depth, the profiles and the angle between models are this library's.
 """
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -33,7 +34,7 @@ from reward_lens.errors import DataError
 from reward_lens.methods.comparison import compared_curves as curves_of
 from reward_lens.methods.comparison import compared_models as compared
 from reward_lens.methods.comparison import compared_scores as scores
-from reward_lens.methods.comparison.compared_models import Cell, plain
+from reward_lens.methods.comparison.compared_models import STATES, Cell, plain
 from reward_lens.methods.comparison.model_summary import PROFILES, Summary, Texts, named_models, summaries
 from reward_lens.methods.shared.paired_shares import paired_change
 from reward_lens.result import Check, Result
@@ -53,7 +54,7 @@ def compare(
     pairs,
     profiles: Sequence[str] = ("lens", "contributions", "states"),
     probes: Sequence | None = None,
-    n_permutations: int = 199,
+    n_permutations: int | None = None,
     seed: int = 0,
 ) -> Result:
     """Agreement of every two reward models on the same texts: preferences, rewards, profiles by depth, states.
@@ -67,7 +68,8 @@ def compare(
     profiles: any of "lens", "contributions", "states" (one pass each model) and "effects" (of all components, noise and
         denoise at the reward position: a sweep a pair). () compares rewards alone.
     probes: edits as in `probe_hacking`, whose shifts are put side by side; None: no probes.
-    n_permutations: of the null of CKA (prompts of one side in random order); 0: none.
+    n_permutations: of the null of CKA (prompts of one side in random order); 0: none. None: 199, or as many as let a p
+        adjusted over all of the result come under .05.
 
     Returns value (models, measure) in [-1, 1] with low and high over prompts; models = "a ~ b" for every two, with
     coordinates `first`, `second` and `alignment` (correlation of their states' entries; an angle needs .5). Coordinates
@@ -88,6 +90,7 @@ def compare(
     read = _read(models, pairs, profiles, probes, n_permutations)
     n_bins = compared.bins_of(read)
     two = compared.two_of(read)
+    n_permutations = _enough(n_permutations, len(two))
     cells = [compared.between(read[i], read[j], pairs, n_bins, n_permutations, seed) for i, j in two]
     names = np.array([compared.pair_name(read[i], read[j]) for i, j in two], dtype=object)
     coords = {"models": names}
@@ -120,18 +123,19 @@ def compare_checkpoints(
     steps: Sequence[int | float] | None = None,
     against: Literal["first", "last"] = "first",
     profiles: Sequence[str] = ("states",),
-    n_permutations: int = 199,
+    n_permutations: int | None = None,
     seed: int = 0,
 ) -> Result:
     """Checkpoints of one run beside its first or last: agreement, states, read-out angle, accuracy, spread of rewards.
 
     `models` in the order of training and `pairs`, `profiles`, `n_permutations` as in `compare`. `steps`: a number a
-    model, rising; None counts from 0. `against`: the checkpoint that all others are held against.
+    model, rising; None takes those of a Trainer's folders (names that end in "checkpoint-500" or so), else counts from
+    0. `against`: the checkpoint that all others are held against.
 
     Returns value (step, measure) with low and high over prompts: those of `compare` against that checkpoint, and
     "accuracy" (fraction; a tie counts half), "accuracy change" (difference from that checkpoint, paired), "reward sd"
     (within prompts, reward units) and "reward sd ratio" to that checkpoint. Coordinates as in `compare`, with `name` of
-    each step. That checkpoint's own row compares it with itself, so its correlations are 1 without an interval.
+    each step. That checkpoint's own row compares it with itself, so its correlations are 1 without an interval or a p.
 
     Raises `DataError` as `compare` does, and for steps that do not rise or match. Cannot show what happened between two
     checkpoints; and a trend over steps is one run's, its intervals are over prompts, not runs.
@@ -141,14 +145,15 @@ def compare_checkpoints(
         raise DataError("There is no such checkpoint to compare with", found=f"against={against!r}",
                         expected="'first' or 'last'", do="pass one of these")  # fmt: skip
     models = named_models(models)
-    at = _steps(steps, len(models))
+    at = _steps(steps, list(models))
     read = _read(models, pairs, profiles, None, n_permutations)
     reference = read[0] if against == "first" else read[-1]
     n_bins = compared.bins_of(read)
-    cells = []
+    cells, n_permutations = [], _enough(n_permutations, len(read) - 1)
     for one in read:
         cells.append(_alone(one, reference, pairs))
-        cells[-1] |= compared.between(reference, one, pairs, n_bins, n_permutations, seed)
+        permuted = 0 if one is reference else n_permutations  # it is like itself, which is no finding
+        cells[-1] |= compared.between(reference, one, pairs, n_bins, permuted, seed)
     coords = {"step": at, "name": ("step", np.array([s.name for s in read], dtype=object))}
     coords["alignment"] = ("step", np.array([compared.alignment(reference, s) for s in read]))
     return _result(
@@ -187,9 +192,14 @@ def disagreements(result: Result, first: str | None = None, second: str | None =
     return opposed.sort_values("gap", ascending=False, kind="stable").head(n).reset_index(drop=True)
 
 
-def _read(models, pairs: data.Pairs, profiles, probes, n_permutations: int) -> list[Summary]:
+def _enough(n_permutations: int | None, rows: int) -> int:
+    """The number given, or one at which Holm's first step over the rows' tests can come under .05."""
+    return max(199, 20 * len(STATES) * rows) if n_permutations is None else n_permutations
+
+
+def _read(models, pairs: data.Pairs, profiles, probes, n_permutations: int | None) -> list[Summary]:
     unknown = [p for p in profiles if p not in PROFILES] if not isinstance(profiles, str) else [profiles]
-    if unknown or n_permutations < 0:
+    if unknown or (n_permutations is not None and n_permutations < 0):
         raise DataError(
             "The comparison was not understood",
             found=f"profiles={profiles!r}, n_permutations={n_permutations}",
@@ -279,13 +289,17 @@ def _distinct(pairs: data.Pairs) -> tuple[data.Pairs, int]:
     return (pairs, 0) if len(kept) == len(pairs) else (data.Pairs(kept, pairs.source), len(pairs) - len(kept))
 
 
-def _steps(steps: Sequence[int | float] | None, count: int) -> np.ndarray:
-    at = np.arange(count, dtype=float) if steps is None else np.asarray(steps, dtype=float)
-    if at.shape != (count,) or not np.isfinite(at).all() or (np.diff(at) <= 0).any():
+def _steps(steps: Sequence[int | float] | None, names: Sequence[str]) -> np.ndarray:
+    numbers = [int(end[1]) for name in names if (end := re.search(r"checkpoint-(\d+)$", name))]
+    if steps is None:
+        steps = numbers if len(numbers) == len(names) else range(len(names))
+    at = np.asarray(steps, dtype=float)
+    if at.shape != (len(names),) or not np.isfinite(at).all() or (np.diff(at) <= 0).any():
         raise DataError(
             "The steps do not go with the checkpoints",
-            found=f"steps={steps!r} and {count} models",
+            found=f"steps {list(steps)} and the models {', '.join(names)}",
             expected="one finite number a model, each above the one before",
-            do="pass the models in the order of training, or leave steps out",
+            do="pass the models in the order of training (by name checkpoint-1000 stands before checkpoint-500), "
+            "and steps where the names do not tell them",
         )
     return at

@@ -120,5 +120,5 @@ def _mean_correlation(x: np.ndarray, y: np.ndarray, floors, prompts: Sequence[st
     flat = [np.ptp(v, axis=1) <= floor for v, floor in zip((x, y), floors, strict=True)]
     with np.errstate(divide="ignore", invalid="ignore"):
         rho = np.where(flat[0] | flat[1], np.nan, (away[0] * away[1]).sum(1) / (sizes[0] * sizes[1])).clip(-1, 1)
-    over = stats.mean_interval(rho, prompts, seed=seed)
+    over = stats.mean_interval(rho, prompts, seed=seed, limits=(-1.0, 1.0))
     return scores.from_interval(over, "" if np.isfinite(rho).any() else FLAT)

@@ -9,6 +9,10 @@ Intervals are jackknife ones: each prompt is left out in turn, on the scale atan
 se^2 = (G - 1) / G sum_g (estimate without g - estimate)^2 and t(G - 1). Nothing is resampled, so a figure that repeated
 rows would bias (debiased CKA) is treated as the others are.
 
+What these cannot show: an SD within prompts of rewards with heavy or skewed tails. In simulations of 12 to 100 prompts
+the interval of `spread` holds it in .8 of runs (t with 3 degrees of freedom, lognormal) and lies below it in the
+others; that of a ratio of two such SDs holds it in .9.
+
 Reference: Miller 1974, Biometrika 61 (the jackknife); Cohen 1960 (kappa).
 """
 

@@ -110,7 +110,7 @@ def crosscoder_latents(
     known = np.abs(total).max() > floor  # else models of equal margins are told apart by rounding
     share = prompt_ratio(difference * total[:, None], total**2 * known, prompts)
     n_active = len(active_latents(parts[0]))
-    tests = flip_tests(difference[:, : len(kept)], prompts, "holm", seed)
+    tests = flip_tests(difference[:, : len(kept)], prompts, "holm", seed, n_active)
     coords = {
         "model": np.array([*(one.name for one in read), DIFFERENCE], dtype=object),
         "latent": np.array([*(f"F{j}" for j in kept), *names], dtype=object),

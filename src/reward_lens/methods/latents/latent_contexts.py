@@ -89,7 +89,7 @@ def latent_contexts(
             values[k, c], texts[k, c], places[k, c] = strip, names[i], position
             for o in range(max(0, around - position), min(2 * around + 1, len(tokens[i]) - position + around)):
                 pieces[k, c, o] = tokens[i].pieces[position - around + o]
-    over = stats.mean_interval(density, prompts, seed=seed)
+    over = stats.mean_interval(density, prompts, seed=seed, limits=(0.0, 1.0))
     coords = {
         "latent": np.array([f"F{j}" for j in wanted], dtype=object),
         "context": np.arange(1, top + 1),

@@ -29,6 +29,7 @@ from reward_lens.errors import DataError
 from reward_lens.methods.latents.latent_splits import Estimator, Part, split_pair
 from reward_lens.methods.latents.latent_states import At, described, is_last, read_latents, site_of
 from reward_lens.methods.shared.paired import paired_result
+from reward_lens.methods.shared.paired_shares import paired_change
 from reward_lens.methods.shared.prompt_ratios import plain
 from reward_lens.model.reward_model import SIDES, RewardModel
 from reward_lens.model.sites import Site
@@ -97,8 +98,8 @@ def latent_contributions(
     prompts = [p.prompt_key for p in pairs]
     sizes = np.abs(np.concatenate([whole[..., None], tails[..., :2]], -1))  # latents, error, b_dec
     share = np.divide(sizes[..., 1], sizes.sum(-1), out=np.zeros(sizes.shape[:2]), where=sizes.sum(-1) > 0)
-    over = stats.mean_interval(share, prompts, seed=seed)
-    coords = _coords(kept, names, parts, prompts, seed) | {"error_share": (("pair", "side"), share)}
+    over = stats.mean_interval(share, prompts, seed=seed, limits=(0.0, 1.0))
+    coords = _coords(kept, names, parts, prompts) | {"error_share": (("pair", "side"), share)}
     settings = {"estimator": how, "at": at, "scale": split, "top": top, "steps": steps if how == "integrated" else None}
     return paired_result(
         rm, "latent_contributions", pairs, np.concatenate(columns, -1), ("pair", "side", "latent"), coords, seed=seed,
@@ -134,21 +135,31 @@ def _kept(margin: csr_array, parts: Sequence[Part], top: int | None) -> np.ndarr
     return np.sort(active[np.argsort(-size, kind="stable")[:top]])
 
 
-def _coords(kept: np.ndarray, names: list[str], parts: Sequence[Part], prompts: list[str], seed: int) -> dict[str, Any]:
+def _coords(kept: np.ndarray, names: list[str], parts: Sequence[Part], prompts: list[str]) -> dict[str, Any]:
     there = np.stack([np.isin(kept, p.active) for p in parts]).astype(float).reshape(len(prompts), 2, -1)
     tail = np.full(len(names), np.nan)
-    # Where no latent is active there is nothing to take the mean of.
-    difference = there[:, 0] - there[:, 1] if len(kept) else np.zeros((len(prompts), 1))
-    over = stats.mean_interval(difference, prompts, seed=seed)
-    by_latent = {"frequency_chosen": there[:, 0].mean(0), "frequency_rejected": there[:, 1].mean(0)}
-    by_latent |= {"frequency_difference" + end: np.asarray(getattr(over, key))[: len(kept)]
-                  for key, end in (("mean", ""), ("low", "_low"), ("high", "_high"))}  # fmt: skip
+    difference = there[:, 0] - there[:, 1]
+    low, high = _ends_of_change(difference, prompts)
+    by_latent = {"frequency_chosen": there[:, 0].mean(0), "frequency_rejected": there[:, 1].mean(0),
+                 "frequency_difference": difference.mean(0), "frequency_difference_low": low,
+                 "frequency_difference_high": high}  # fmt: skip
     return {
         "latent": np.array([*(f"F{j}" for j in kept), *names], dtype=object),
         "index": ("latent", np.array([*kept, *(-1 for _ in names)])),
         "kind": ("latent", np.array([*("latent" for _ in kept), *names], dtype=object)),
         **{name: ("latent", np.concatenate([values, tail])) for name, values in by_latent.items()},
     }
+
+
+def _ends_of_change(difference: np.ndarray, prompts: list[str]) -> np.ndarray:
+    """[(low, high), latent] of the mean of -1, 0 and 1 over pairs. Many latents are active in the same few texts."""
+    ends = np.full((2, difference.shape[1]), np.nan)
+    if len(set(prompts)) >= stats.FEWEST:
+        patterns = {column.tobytes(): column for column in difference.T}
+        found = {key: paired_change(column, prompts)[2:] for key, column in patterns.items()}
+        for end, column in zip(ends.T, difference.T, strict=True):
+            end[:] = found[column.tobytes()]
+    return ends
 
 
 def _checks(rm: RewardModel, parts: Sequence[Part], how: Estimator) -> list[Check]:

@@ -118,9 +118,15 @@ def with_margin(cells: np.ndarray) -> np.ndarray:
     return np.concatenate([cells, cells[:, :1] - cells[:, 1:]], 1)
 
 
-def flip_tests(margins: np.ndarray, prompts: list[str], adjust: str, seed: int) -> tuple[np.ndarray, np.ndarray, dict]:
-    """p of every latent's margin effects, the adjusted ones, and what is said of them."""
-    tests = [stats.sign_flip_test(column, prompts, seed=seed) for column in margins.T]
+def flip_tests(
+    margins: np.ndarray, prompts: list[str], adjust: str, seed: int, of: int = 0
+) -> tuple[np.ndarray, np.ndarray, dict]:
+    """p of every latent's margin effects, the adjusted ones, and what is said of them.
+
+    As many flips are drawn as let a p adjusted over all tests (`of`, if that is more than are made) come under .05.
+    """
+    n_resamples = max(9999, 20 * max(of, margins.shape[1]))
+    tests = [stats.sign_flip_test(column, prompts, n_resamples, seed) for column in margins.T]
     p = np.array([t.p for t in tests])
     words = {"test": "sign flips over prompts", "adjusted": adjust, "smallest_p": tests[0].smallest_p}
     return p, stats.adjust(p, adjust), words | ({"reason": tests[0].reason} if tests[0].reason else {})

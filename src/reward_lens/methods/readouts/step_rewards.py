@@ -78,7 +78,9 @@ def step_rewards(rm: RewardModel, solutions, seed: int = 0) -> Result:
     }  # fmt: skip
     columns: dict[str, Any] = {name: ("solution", column) for name, column in aggregates.items()}
     prompts = [s.prompt_key for s in read.solutions]
-    spread = {name: stats.mean_interval(column, prompts, seed=seed) for name, column in aggregates.items()}
+    limits = {name: (0.0, 1.0) if name.endswith("probability") else (-np.inf, np.inf) for name in aggregates}
+    spread = {name: stats.mean_interval(column, prompts, seed=seed, limits=limits[name])
+              for name, column in aggregates.items()}  # fmt: skip
     return _result(
         rm, "step_rewards", read, values, (), {"probability": (("solution", "step"), chance)} | columns, seed,
         checks=[_cut(rm, read, reward)], title="Rewards of steps",

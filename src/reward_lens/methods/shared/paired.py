@@ -27,21 +27,19 @@ def paired_result(
     checks: Sequence[Check] = (),
     undefined: str | None = None,
     interval: bool = True,
-    limits: tuple[float, float] | None = None,
+    limits: tuple[float, float] = (-np.inf, np.inf),
     seed: int = 0,
     **meta: Any,
 ) -> Result:
     """`values` [pair, ...] with `dims` ("pair", ...); a dim "side" gets chosen, rejected, margin.
 
-    The interval is over prompts (pairs of one prompt are resampled together); see `stats.mean_interval` for small n.
-    `limits`: what no value can pass; a t interval is cut there.
+    The interval is over prompts (pairs of one prompt are resampled together); see `stats.mean_interval` for small n
+    and for `limits`.
     """
     value = labelled(pairs, values, dims, coords)
     summary = {}
     if interval:
-        summary, meta["interval"] = over_prompts(pairs, value, seed)
-    if summary and limits is not None:
-        summary |= {end: summary[end].clip(*limits) for end in ("low", "high")}
+        summary, meta["interval"] = over_prompts(pairs, value, seed, limits)
     return Result(
         name,
         value,
@@ -64,9 +62,11 @@ def labelled(
     return xr.DataArray(np.asarray(values, dtype=np.float64), dims=tuple(dims), coords=coordinates)
 
 
-def over_prompts(pairs: data.Pairs, value: xr.DataArray, seed: int) -> tuple[dict[str, xr.DataArray], dict[str, Any]]:
+def over_prompts(
+    pairs: data.Pairs, value: xr.DataArray, seed: int, limits: tuple[float, float] = (-np.inf, np.inf)
+) -> tuple[dict[str, xr.DataArray], dict[str, Any]]:
     """Mean, low and high over pairs, and what is said of the interval."""
-    over = stats.mean_interval(value.values, [p.prompt_key for p in pairs], seed=seed)
+    over = stats.mean_interval(value.values, [p.prompt_key for p in pairs], seed=seed, limits=limits)
     of_pairs = [name for name, coord in value.coords.items() if "pair" in coord.dims]
     rest = value.drop_vars(of_pairs).isel(pair=0)
     summary = {key: rest.copy(data=np.asarray(getattr(over, key))) for key in ("mean", "low", "high")}

@@ -157,7 +157,7 @@ def load_known(path: str, settings: dict[str, Any]) -> Any:
         source = {"pretrained_model_name_or_path": None}
         settings = {name: value for name, value in settings.items() if name != "revision"}
         settings["state_dict"] = row.layout.state(tensors_in(path, revision), config)
-    with _without_report() if row.files else contextlib.nullcontext():
+    with without_report() if row.files else contextlib.nullcontext():
         module, info = model_class.from_pretrained(
             **source, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **settings
         )
@@ -194,9 +194,9 @@ def load_known(path: str, settings: dict[str, Any]) -> Any:
 
 
 @contextlib.contextmanager
-def _without_report():
-    """transformers' loading report would call parts that have their own files newly initialised; what stays missing
-    raises here."""
+def without_report():
+    """transformers' loading report would call parts that have their own files (an adapter's head) newly initialised;
+    what stays missing raises here."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
