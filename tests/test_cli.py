@@ -226,13 +226,21 @@ def test_refusals_are_sentences_with_exit_code_1(model, tmp_path):
     assert "DataError" in run("lens", model, str(tmp_path / "none.jsonl"), code=1).stderr
 
 
-def test_what_cannot_be_saved_has_been_printed(model, pairs, tmp_path):
+def test_what_cannot_be_saved_has_been_printed(model, pairs, tmp_path, monkeypatch):
     """Paths that cannot be written: a sentence, after the answer or before the work, and no Python error."""
     place = str(tmp_path / "file" / "result.nc")
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    for command in (("accuracy", model, pairs), ("lens", model, pairs), ("probe", model, pairs, "--probes", "hedge")):
+        with monkeypatch.context() as patched:
+            patched.setattr(rl.Result, "save", full)
+            result = run(*command, "--save", str(tmp_path / "result.nc"), code=1)
+        assert command[0] in result.stdout and "No space left" in result.stderr
     (tmp_path / "file").write_text("")
     for command in (("accuracy", model, pairs), ("lens", model, pairs), ("probe", model, pairs, "--probes", "hedge")):
-        result = run(*command, "--save", place, code=1)
-        assert command[0] in result.stdout and "File exists" in result.stderr
+        assert "File exists" in " ".join(run(*command, "--save", place, code=2).stderr.split())
     assert "directory" in run("accuracy", model, pairs, "--save", str(tmp_path), code=2).stderr
     run("report", model, pairs, "-o", str(tmp_path / "file"), code=2)
     run("sae", "explore", model, "no-dictionary", "-o", str(tmp_path), code=2)
@@ -477,6 +485,15 @@ def test_a_dictionary_is_measured_beside_another_seed(model, varied, dictionary,
     assert body["name"] == "sae_report" and body["meta"]["n_pairs"] == 4
     assert "LoadError" in run("sae", "eval", model, str(tmp_path / "none"), code=1).stderr
     assert "DataError" in run("sae", "eval", model, dictionary, "--site", "L0.mlp", "--pairs", varied, code=1).stderr
+
+
+def test_a_dictionary_of_another_model_is_noted(model, varied, dictionary, tmp_path):
+    module, tokenizer = tiny_model("llama", seed=3)
+    module.save_pretrained(tmp_path / "another")
+    tokenizer.save_pretrained(tmp_path / "another")
+    for name, noted in ((model, False), (str(tmp_path / "another"), True)):
+        said = run("sae", "eval", name, dictionary, "--pairs", varied, "--limit", "2").stderr
+        assert ("the dictionary was trained on" in said and "this is another" in said) == noted
 
 
 def test_a_release_is_a_folder_in_a_folder(model, varied, dictionary):

@@ -95,6 +95,14 @@ def test_readouts_that_are_none(tmp_path):
         readout_of(str(tmp_path / "list.json"))
 
 
+@pytest.mark.parametrize(("command", "said"), [("steps", "math-shepherd"), ("judge", "{a} and {b}")])
+def test_a_command_without_its_readout_says_so_before_the_model_is_loaded(command, said, tmp_path):
+    refused = " ".join(
+        run(command, "nowhere", solutions(tmp_path) if command == "steps" else "demo", code=1).stderr.split()
+    )
+    assert "Found: no --readout" in refused and said in refused
+
+
 def test_judge_prints_shares_with_intervals(language_model, pairs):
     readout = json.dumps({"positive": "A", "negative": "B", "template": PAIR_JUDGE})
     printed = run("judge", language_model, pairs, "--readout", readout).output

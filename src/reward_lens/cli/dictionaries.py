@@ -11,6 +11,7 @@ import reward_lens as rl
 from reward_lens.cli.common import (
     COLUMNS,
     SAVED,
+    SOURCES,
     AsJson,
     Limit,
     Objective,
@@ -35,7 +36,7 @@ app.add_typer(sae, name="sae")
 
 STORE, TRAINING = "activations", "training"
 MODEL = typer.Argument(help="'demo', a hub id, a folder or a PEFT adapter.")
-PairsOption = Annotated[str, typer.Option(help="'demo', a .jsonl, .json, .parquet or .csv file, or a hub id.")]
+PairsOption = Annotated[str, typer.Option(help=SOURCES)]
 Folder = Annotated[str, typer.Argument(help="A dictionary's folder, or a hub id.")]
 Subfolder = Annotated[str | None, typer.Option(help="Of a release of many: the dictionary's folder in it.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub.")]
@@ -112,6 +113,7 @@ def evaluate(
     """How well a dictionary stands in for what it reads: variance, rewards, margins, and other seeds."""
     found, others = rl.SAE.load(folder, subfolder, revision), [rl.SAE.load(other) for other in seeds or ()]
     rm, data = load_both(model, pairs, split, limit, objective, truncation)
+    _note_another_model(found, rm)
     with err.status(f"Running {2 * len(data)} responses with and without the dictionary"):
         report = rl.sae_report(rm, found, data, others, site=site, seed=seed)
     _print(report, as_json, save)
@@ -143,6 +145,7 @@ def explore(
 
     found = rl.SAE.load(folder, subfolder, revision)
     rm, data = load_both(model, pairs, split, limit, objective, truncation)
+    _note_another_model(found, rm)
     results = []
     with Progress(*COLUMNS, console=err) as progress:
         task = progress.add_task(f"{len(data)} pairs", total=None)
@@ -152,6 +155,13 @@ def explore(
             if save is not None:
                 result.save(save / f"{result.name}.nc")
     typer.echo(f"Latents: {rl.write_explorer(results, output)}")
+
+
+def _note_another_model(found: Any, rm: "rl.RewardModel") -> None:
+    """A dictionary of a base model may be held against its reward model; of any other its figures say little."""
+    trained = found.meta.get("model")
+    if trained and trained != rm.name:
+        err.print(f"Note: the dictionary was trained on {trained}, this is {rm.name}", markup=False, soft_wrap=True)
 
 
 def _halves(data: "rl.Pairs", held_out: float) -> tuple["rl.Pairs", "rl.Pairs"]:

@@ -16,7 +16,6 @@ from reward_lens.cli.common import (
     app,
     err,
     load,
-    load_both,
     load_pairs,
     quietly,
     refusals,
@@ -25,6 +24,13 @@ from reward_lens.cli.common import (
 from reward_lens.cli.loading import given
 
 Beta = Annotated[float, typer.Option(help="Of the DPO run.")]
+
+
+def _require_readout(expected: str) -> None:
+    """Before the model is loaded: without one it would be read as a reward model, and refused for that."""
+    if given.get().readout is None:
+        raise rl.DataError("Nothing says how this model is read", found="no --readout", expected=expected,
+                           do="pass --readout")  # fmt: skip
 
 
 @app.command(epilog="Example: reward-lens steps peiyi9979/math-shepherd-mistral-7b-prm solutions.jsonl "
@@ -38,7 +44,9 @@ def steps(
     split: Split = None, limit: Limit = None, as_json: AsJson = False, save: Save = None,
 ):  # fmt: skip
     """What a process reward model gives to every step of solutions; --readout says how it reads them."""
-    data, rm = rl.load_solutions(solutions, split=split, limit=limit), load(model)
+    data = rl.load_solutions(solutions, split=split, limit=limit)
+    _require_readout(f"one of {', '.join(rl.STEP_READOUTS)}, or the fields of a StepReadout as JSON")
+    rm = load(model)
     ask = {"rewards": rl.step_rewards, "lens": rl.step_lens, "contributions": rl.step_contributions}[what]
     with err.status(f"Reading {len(data)} solutions"):
         result = ask(rm, data)
@@ -57,7 +65,9 @@ def judge(
     save: Save = None,
 ):  # fmt: skip
     """Both orders of every pair before a judge, its preference and its position bias; --readout gives its question."""
-    rm, data = load_both(model, pairs, split, limit)
+    data = load_pairs(pairs, split, limit)
+    _require_readout("fields of a VocabReadout as JSON, with a template of {prompt}, {a} and {b}, or a file of them")
+    rm = load(model)
     with err.status(f"Asking about {len(data)} pairs in both orders"):
         result = rl.pair_judge(rm, data)
     show(result, as_json, save)
