@@ -101,6 +101,23 @@ def test_an_adapter_that_is_no_product_is_not_split():
         rl.contributions(rm, PAIRS, by="head")
 
 
+def test_an_adapter_that_is_no_product_in_some_blocks_leaves_them_attention():
+    """They are no recurrent mixers: nothing may leave them out, or keep them whole, without a word."""
+    module, tokenizer = tiny_model("llama", seed=3)
+    live = adapted(module, "llama", use_dora=True, layers_to_transform=[1])
+    merged = rl.RewardModel(copy.deepcopy(live).merge_and_unload(), tokenizer)
+    rm = rl.RewardModel(live, tokenizer)
+    here, there = (rl.attention_knockout(m, PAIRS[:2]).value.values for m in (rm, merged))
+    np.testing.assert_allclose(here, there, atol=1e-4)
+    here, there = (rl.effects(m, PAIRS[:2], ["L1.V0"]).value.values for m in (rm, merged))
+    np.testing.assert_allclose(here, there, atol=1e-4)
+    for call in (rl.effects, rl.agreement):
+        with pytest.raises(rl.StructureError, match="block 1 .* cannot be split into heads"):
+            call(rm, PAIRS[:2], "heads")
+    with pytest.raises(rl.StructureError, match="block 1 .* cannot be split into heads"):
+        rl.contributions(rm, PAIRS[:2], by="head")
+
+
 def test_what_writes_weights_asks_for_a_merge(models, tmp_path):
     live, _ = models("llama")
     with pytest.raises(rl.DataError, match="An edit of the head needs the adapters in the weights.*merge_and_unload"):

@@ -253,6 +253,7 @@ def test_random_weights_are_a_control_and_leave_the_model_alone():
     assert control.score("Hello", "World") != before == rm.score("Hello", "World")
     result = rl.crystallization_depth(rm, PAIRS, control_seeds=2)
     assert result.value.dims == ("pair", "model") and list(result.value["model"].values)[0] == "trained"
+    assert "(pair, model)" in rl.crystallization_depth.__doc__
     inside = result.value.values[np.isfinite(result.value.values)]
     assert ((inside >= 0) & (inside <= 1)).all()
 

@@ -149,6 +149,7 @@ def test_top_ranks_margins_by_size():
     assert top.values.tolist() == [["L0.attn", -5.0, -6.0, -4.0], ["embed", 0.5, -0.5, 1.5]]
     bare = components(mean=None, low=None, high=None).top(1)
     assert bare.values.tolist() == [["L0.attn", -5.0]]
+    assert components().top(0).empty and components().top(-1).empty
 
 
 def test_top_leaves_out_undefined_cells():

@@ -149,7 +149,7 @@ class Result:
         frame = pd.DataFrame(frame[keep])
         frame = frame[frame["value"].notna()]
         order = np.argsort(-np.abs(np.asarray(frame["value"])), kind="stable")
-        return frame.iloc[order[:n]].reset_index(drop=True)
+        return frame.iloc[order[: max(n, 0)]].reset_index(drop=True)
 
     @property
     def _own_tokens(self) -> bool:

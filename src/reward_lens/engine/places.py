@@ -104,6 +104,8 @@ def out_map(rm: RewardModel, layer: int, kind: str) -> nn.Module:
     try:
         if path is None:
             kept = "its maps are quantised" if rm.quantised else "no single linear map makes the write"
+            if kind == "attn" and not rm.structure.attends(layer):
+                kept = "a mixer that is no attention and has no heads"
             raise AttributeError(kept)
         return rm.trunk.blocks[layer].get_submodule(path)
     except AttributeError as error:

@@ -59,6 +59,9 @@ class Structure:
     """What stands between the final state and the head and is read through the model's own code (`heads.tail`)."""
     reads_first: bool = False
     """Whether the head reads the first token's state rather than the last one's. Measured."""
+    attention: bool | tuple[bool, ...] | None = None
+    """Whether a block's mixer is attention, where blocks differ; None: it is where there is an `attn_out`, and
+    everywhere if there is none at all."""
     gaps: tuple[float, ...] = dataclasses.field(default=(), compare=False)
     """Unexplained share of each block's change, measured by the proof."""
 
@@ -79,7 +82,9 @@ class Structure:
         return tuple(dict.fromkeys(found)) if isinstance(found, tuple) else (found,)
 
     def attends(self, layer: int) -> bool:
-        """Whether a block's mixer is attention: False where it has no heads beside blocks that have."""
+        """Whether a block's mixer is attention. One whose heads cannot be split (an adapter that is no product) is."""
+        if self.attention is not None:
+            return self.path("attention", layer)
         return self.path("attn_out", layer) is not None or self.paths("attn_out") == (None,)
 
 
@@ -125,10 +130,12 @@ def find_structure(model: Any, run_probe, n_layers: int, n_heads: int, head: str
         if attn_out is not None and linear_weight(block.get_submodule(attn_out)).shape[1] % n_heads:
             attn_out = None
         found.append((attn, mlp, attn_out, _linear_behind(block, mlp, outputs, inputs)))
+    attention = None
     if len(kinds) > 1:
         some = [blocks[layers[0]] for layers in kinds]
         attending = block_kinds.with_attention(some, [attn for attn, *_ in found], run_probe)
         found = [(a, m, out if has else None, n) for (a, m, out, n), has in zip(found, attending, strict=True)]
+        attention = block_kinds.spread(kinds, attending) if any(attending) else None
     attn, mlp, attn_out, mlp_out = (block_kinds.spread(kinds, part) for part in zip(*found, strict=True))
     first: dict[str, Any] = {}
     try:
@@ -139,8 +146,9 @@ def find_structure(model: Any, run_probe, n_layers: int, n_heads: int, head: str
             raise
         final_norm, head, first = tail.final_norm, tail.head, {"pooler": tail.pooler, "reads_first": True}
     return Structure(
-        blocks_path, attn, mlp, attn_out, mlp_out, final_norm, head, n_heads, write_scale or 1.0, norms=norms, **first
-    )
+        blocks_path, attn, mlp, attn_out, mlp_out, final_norm, head, n_heads, write_scale or 1.0, norms=norms,
+        attention=attention, **first,
+    )  # fmt: skip
 
 
 def prove(model: Any, structure: Structure, run_probe) -> Structure:

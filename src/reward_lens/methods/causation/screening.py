@@ -52,7 +52,8 @@ def screen_then_verify(
 
     Returns value (pair, component, kind) in reward units, kind = estimate, exact (NaN where a site was not verified).
     The recorded check "recall" and meta["recall"] give the share of the truly largest sites that were screened, on the
-    calibration pairs. Raises `DataError` for top or calibration_pairs under 1, and what `effects` does.
+    calibration pairs. Raises `DataError` for top or calibration_pairs under 1, for more of them than there are sites or
+    pairs, and what `effects` does.
     """
     pairs = data.as_pairs(pairs)
     wanted = sites_of(rm, sites)

@@ -82,8 +82,8 @@ def reward_lens(rm: RewardModel, pairs, norm: Norms = "own", at: Literal["final"
 def crystallization_depth(rm: RewardModel, pairs, norm: Norms = "own", control_seeds: int = 0, seed: int = 0) -> Result:
     """Smallest relative depth after which the lens margin keeps its final sign and at least half its final size.
 
-    Returns value (pair,) as a fraction of the depth, or (model, pair) with a row for each of `control_seeds` copies of
-    the model with random weights (norms and biases kept): late values can be mere norm growth. Undefined (NaN, with the
+    Returns value (pair,) as a fraction of the depth, or (pair, model) with `control_seeds` copies of the model with
+    random weights (norms and biases kept) behind it: late values can be mere norm growth. Undefined (NaN, with the
     reason) where the final margin is under the model's noise floor. Mean and interval over prompts.
     """
     if control_seeds < 0:

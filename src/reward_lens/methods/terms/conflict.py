@@ -1,7 +1,8 @@
 """Are two reward terms aligned, orthogonal or in conflict? Four tests, each with an interval, or "undetermined".
 
-    score           partial rank correlation of the two scores within prompts, given the responses' length; over the
-                    root of the reliabilities of scores whose direction was fitted
+    score           partial rank correlation of the two scores within prompts, given the responses' length in characters
+                    (terms may have tokenizers of their own); over the root of the reliabilities of scores whose
+                    direction was fitted
     direction       cosine of the two mean differences of states, freed of noise (`direction_cosines`)
     intervention    mean change of score b over that of score a, each in its SDs within prompts, as states move one
                     natural SD along v_a, the norm run again
