@@ -159,14 +159,15 @@ def spearman(x, y, level: float = 0.95) -> Estimate:
     keep = ~(np.isnan(x) | np.isnan(y))
     x, y, n = x[keep], y[keep], int(keep.sum())
     if n < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return Estimate(*[np.nan] * 4, n, n, f"{n} points" if n < 3 else "one of the two is constant")
+        return Estimate(np.nan, np.nan, np.nan, np.nan, n, n, f"{n} points" if n < 3 else "one of the two is constant")
     rho, p = np.array(spearmanr(x, y)).tolist()
     if n < FEWEST:
         return Estimate(rho, np.nan, np.nan, np.nan, n, n, f"{n} points; an interval needs {FEWEST}")
     if abs(rho) > 1 - 1e-12:
         return Estimate(rho, np.nan, np.nan, 2 / factorial(n), n, n, "a perfect correlation has no Fisher interval")
     half = norm.ppf((1 + level) / 2) * np.sqrt((1 + rho**2 / 2) / (n - 3))
-    return Estimate(rho, *np.tanh([np.arctanh(rho) - half, np.arctanh(rho) + half]).tolist(), p, n, n)
+    low, high = np.tanh([np.arctanh(rho) - half, np.arctanh(rho) + half]).tolist()
+    return Estimate(rho, low, high, p, n, n)
 
 
 def wilson(successes: int | float, n: int | float, level: float = 0.95) -> tuple[float, float]:
