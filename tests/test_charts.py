@@ -173,6 +173,14 @@ def test_heads_have_a_scale_of_their_own_beside_larger_mlps():
         assert scale["domain"] == pytest.approx([-end, end])
 
 
+def test_tokens_are_listed_by_their_text_where_it_tells_them_apart():
+    value = xr.DataArray([0.3, 0.2, -0.1], dims="token", coords={"token": ["\u0120is", "is", "\u010a"]})
+    for pieces, labels in (([" is", "is", "\n"], ["\u201c is\u201d", "\u201cis\u201d", "\u201c\u21b5\u201d"]),
+                           (["is", "is", "\n"], ["\u0120is", "is", "\u010a"])):  # fmt: skip
+        (panel,) = panels(Result("rows", value.assign_coords(piece=("token", pieces)), unit="cosine"))
+        assert [row["y"] for row in values(panel) if "y" in row] == labels
+
+
 def test_a_few_components_are_a_list():
     few = shapes.contributions().sel(component=["embed", "L0.attn", "L0.mlp", "bias"])
     assert kind(few) == "list"

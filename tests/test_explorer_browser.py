@@ -120,7 +120,7 @@ def test_keys(visit):
     strip = tab.locator("#detail .strip").first
     strip.focus()
     tab.keyboard.press("ArrowRight")
-    assert "(token 1 of " in tab.locator("#detail output").first.inner_text()
+    assert "(1 of " in tab.locator("#detail output").first.inner_text()
 
 
 def test_the_peak_is_marked_and_hostile_text_is_text(visit):

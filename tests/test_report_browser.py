@@ -113,7 +113,7 @@ def test_keyboard(visit):
         tab.keyboard.press("ArrowRight")
     (first,) = [b for b in shapes.texts().items() if b[0] == (0, "chosen")]
     readout = tab.locator(".text.chosen > output").first.inner_text()
-    assert json.dumps(first[1][6][0]) in readout and "(token 2 of 9)" in readout
+    assert json.dumps(first[1][6][0]) in readout and "(2 of 9)" in readout
     summary = tab.locator(".more-rows summary").first
     summary.focus()
     tab.keyboard.press("Enter")

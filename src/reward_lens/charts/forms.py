@@ -28,7 +28,7 @@ from reward_lens.charts.rows import (
     words,
     zero,
 )
-from reward_lens.charts.strip import blocks, strip_chart
+from reward_lens.charts.strip import blocks, quoted, strip_chart
 from reward_lens.result import Result
 
 MAX_ROWS = 40  # rows of one list; the largest are kept and the note says so
@@ -166,7 +166,10 @@ def grid(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Dataset) -
 def listing(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Dataset) -> list[Panel]:
     """One row a label: points with intervals where there are any, else bars. A second dim has a colour a label."""
     series = dims[1] if len(dims) > 1 else None
-    table = frame(data, y=dims[0], series=series, n=_count(data))
+    spelled = "piece" in data.coords and data["piece"].dims == (dims[0],)
+    table = frame(data, y=dims[0], series=series, n=_count(data), text="piece" if spelled else None)
+    if spelled and table["text"].is_unique:  # a tokenizer's own names, such as "Ġis", are no text to read
+        table["y"] = [quoted(piece) for piece in table["text"]]
     count, title, (least, most) = len(table), unit_of(result, data), span(whole)
     if count > MAX_ROWS and not series:
         table = table.iloc[largest(table["value"].to_numpy(), MAX_ROWS)]

@@ -74,6 +74,11 @@ def readable(piece: str) -> str:
     return piece.replace("\n", "\u21b5\n")
 
 
+def quoted(piece: str) -> str:
+    """Quotation marks show where a token begins and ends."""
+    return f"\u201c{readable(piece).replace(chr(10), '')}\u201d"
+
+
 def strip_chart(texts: list[Block], unit: str) -> tuple[Drawing, str]:
     """The chart form (notebook, SVG, PNG), monospaced, of a fixed width; and a note on what is left out."""
     cells, headings, height = _typeset(texts[:BLOCKS])

@@ -52,7 +52,7 @@ const appearance = (() => {
     const place = [...strip.children].indexOf(token) + 1;
     const text = JSON.stringify(token.textContent);
     document.getElementById(strip.dataset.out).textContent =
-      `${text}  ${token.title}  (token ${place} of ${strip.childElementCount})`;
+      `${text}  ${token.title}  (${place} of ${strip.childElementCount})`;
   }
 
   function tokenOf(event) {

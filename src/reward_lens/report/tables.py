@@ -8,7 +8,7 @@ import xarray as xr
 
 from reward_lens.charts import kind
 from reward_lens.charts.rows import columns, dims_of, largest, text_of, words
-from reward_lens.charts.strip import blocks, readable
+from reward_lens.charts.strip import blocks, quoted
 from reward_lens.report import numbers
 from reward_lens.result import Check, Result
 
@@ -133,18 +133,13 @@ def _scores(result: Result) -> Table:
 
 def _tokens(result: Result) -> Table:
     cells = [
-        (block.pair, block.side, _quoted(piece), role, value)
+        (block.pair, block.side, quoted(piece), role, value)
         for block in blocks(result)
         for piece, role, value in zip(block.pieces, block.roles, block.values, strict=True)
     ]
     names = ("pair", "side", "token", "role", "value")
     flat = {name: np.array([cell[i] for cell in cells]) for i, name in enumerate(names)}
     return _table(flat, "Tokens", largest(flat["value"], TOP))
-
-
-def _quoted(piece: str) -> str:
-    """Quotation marks show where a token begins and ends."""
-    return f"\u201c{readable(piece).replace(chr(10), '')}\u201d"
 
 
 def _table(flat: dict, caption: str, order: slice | np.ndarray = EVERY, write=numbers.number) -> Table:
