@@ -16,6 +16,7 @@ from reward_lens import stats
 from reward_lens.errors import DataError
 from reward_lens.methods.behaviour.accuracy import accuracy, calibration, length_partial, ranking
 from reward_lens.methods.behaviour.style import style_matrix, style_summary
+from reward_lens.methods.shared.paired_shares import paired_change
 from reward_lens.result import Result
 
 
@@ -72,6 +73,19 @@ def test_accuracy_by_subset_rule_and_length(rm):
     )
     assert (float(low), float(high)) == pytest.approx(stats.wilson(5.5, 8))
     assert result.unit == "fraction" and result.meta["shows"] and result.meta["cannot_show"]
+
+
+def test_the_model_ahead_of_a_rule_is_a_paired_difference(rm):
+    pairs = some_pairs(8)
+    result = accuracy(rm, pairs, with_scores(rm, pairs, [1, -1, 0, 2, 3, -4, 5, 6], [1, 2, 3, 4, -1, -2, -3, 0]))
+    found = [[float(result.value[f"ahead{end}"].sel(subset=row, rule="longer wins")) for end in ("", "_low", "_high")]
+             for row in ("all", "balanced", "chosen shorter")]  # fmt: skip
+    change = np.array([0, -1, -0.5, 0, 1, 0, 1, 0.5])  # credit of the model less that of the rule
+    assert found[0] == pytest.approx([change.mean(), *paired_change(change, np.arange(8))[2:]])
+    own = result.dataset.sel(subset="balanced", rule="reward model")
+    assert found[1] == pytest.approx([float(own[name]) - 0.5 for name in ("value", "low", "high")])
+    assert found[2][0] == pytest.approx(2 / 3) and np.isnan(found[2][1:]).all()  # three prompts
+    assert np.isnan(result.value["ahead"].sel(rule="reward model")).all()
 
 
 def test_accuracy_counts_prompts(rm):

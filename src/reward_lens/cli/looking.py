@@ -106,6 +106,9 @@ def accuracy(
         table[name] = own[name].values
     typer.echo(f"accuracy [fraction], {interval_words(result)}")
     typer.echo(table.to_string(float_format=lambda x: f"{x:.3f}", na_rep=""))
+    for row in result.value.sel(subset="all")[1:]:
+        by, low, high = (float(row[name]) for name in ("ahead", "ahead_low", "ahead_high"))
+        typer.echo(f"all pairs, ahead of '{row.rule.item()}' by {by:+.3f} ({low:+.3f} to {high:+.3f}), paired")
     for check in result.checks:
         typer.echo(str(check))
     if save is not None:

@@ -24,7 +24,7 @@ import xarray as xr
 from reward_lens import data, stats
 from reward_lens.errors import DataError
 from reward_lens.methods.shared.paired import given_scores
-from reward_lens.methods.shared.paired_shares import won
+from reward_lens.methods.shared.paired_shares import paired_change, won
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.result import Result
 
@@ -48,8 +48,9 @@ def accuracy(rm: RewardModel, pairs, scores: Result | None = None) -> Result:
     "shorter wins" (response tokens; a tie counts half). `subset` begins with "all"; its coordinate `group`
     says what a row is: "all", "subset" (the pairs' own labels) or "length": "chosen longer", "chosen
     shorter", "equal length", and "balanced", the mean of the first two, which is one half for either length
-    rule. Coordinates `n_pairs` and `n_prompts`. A row without pairs is NaN, with the reason
-    in the checks. Raises `DataError` if `scores` are of other pairs or of another model.
+    rule. Coordinates `n_pairs`, `n_prompts`, and `ahead`, `ahead_low`, `ahead_high` (subset, rule): the model's
+    accuracy less a rule's on the same pairs, with the paired interval (`paired_shares`; from 6 prompts). A row without
+    pairs is NaN, with the reason in the checks. Raises `DataError` if `scores` are of other pairs or of another model.
     """
     pairs = data.as_pairs(pairs)
     margin, longer = _margins(rm, pairs, scores)
@@ -62,6 +63,10 @@ def accuracy(rm: RewardModel, pairs, scores: Result | None = None) -> Result:
     cells.append(_balanced(*(row for row, _ in sides), *(prompts[inside] for _, inside in sides)))
     rows.append(("balanced", "length", sides[0][1] | sides[1][1]))
     cube = np.array(cells)
+    ahead = [[_ahead(credit[inside, 0] - credit[inside, i], prompts[inside]) for i in range(len(RULES))]
+             for _, _, inside in rows[:-1]]  # fmt: skip
+    ahead = np.array([*ahead, np.tile(cube[-1, :1] - 0.5, (len(RULES), 1))])  # balanced: a length rule gets one half
+    ahead[:, 0] = np.nan  # of the model before itself
     labels, groups, members = zip(*rows, strict=True)
     coords = {
         "subset": np.array(labels, dtype=object),
@@ -69,7 +74,7 @@ def accuracy(rm: RewardModel, pairs, scores: Result | None = None) -> Result:
         "n_pairs": ("subset", np.array([int(inside.sum()) for inside in members])),
         "n_prompts": ("subset", np.array([len(set(prompts[inside])) for inside in members])),
         "rule": np.array(RULES, dtype=object),
-    }
+    } | {f"ahead{end}": (("subset", "rule"), ahead[..., i]) for i, end in enumerate(("", "_low", "_high"))}
     value, low, high = (xr.DataArray(cube[..., i], dims=("subset", "rule"), coords=coords) for i in range(3))
     return Result(
         "accuracy", value, unit="fraction", low=low, high=high, undefined="no pairs of that kind",
@@ -260,6 +265,13 @@ def _share(credit: np.ndarray, prompts: np.ndarray) -> tuple:
         return np.nan, np.nan, np.nan
     over = stats.proportion_interval(credit, prompts)
     return over.mean, over.low, over.high
+
+
+def _ahead(change: np.ndarray, prompts: np.ndarray) -> tuple:
+    if not len(change):
+        return np.nan, np.nan, np.nan
+    ends = paired_change(change, prompts)[2:] if len(set(prompts)) >= stats.FEWEST else (np.nan, np.nan)
+    return change.mean(), *ends
 
 
 def _balanced(longer, shorter, longer_prompts, shorter_prompts) -> list[tuple[float, float, float]]:
