@@ -590,6 +590,11 @@ def test_labels_that_contradict_each_other_and_blank_prompts_are_noted():
     assert "empty or blank prompt: 1 (3)" in pairs.notes and len(pairs.notes) == 4
 
 
+def test_a_transcript_as_prompt_is_noted():
+    pairs = Pairs([Pair("\n\nHuman: Hi\n\nAssistant:", "a", "b"), Pair("Human beings", "a", "b")])
+    assert pairs.notes == ("a transcript (Human: ...) as prompt, taken as one user turn: 1 (1)",)
+
+
 def test_a_prompt_column_that_is_only_the_last_turn_says_what_to_do(write):
     turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"},
              {"role": "user", "content": "three"}]  # fmt: skip

@@ -257,6 +257,9 @@ def _notes(pairs: Sequence[Pair], repeated: list[str]) -> Iterator[str]:
     turned = [(prompt, rejected, chosen) for prompt, chosen, rejected in content]
     odd = {
         "empty or blank prompt": [p.id for p in pairs if not p.messages[-1]["content"].strip()],
+        "a transcript (Human: ...) as prompt, taken as one user turn": [
+            p.id for p in pairs if isinstance(p.prompt, str) and p.prompt.lstrip().startswith("Human:")
+        ],
         "empty or blank response": [p.id for p in pairs if not all(r.strip() for r in p.responses)],
         "chosen equal to rejected": [p.id for p in pairs if p.chosen == p.rejected],
         "same texts as an earlier pair": [p.id for i, p in enumerate(pairs) if first[content[i]] != i],
