@@ -163,6 +163,8 @@ def test_the_head_of_an_adapter_over_a_language_model_is_not_called_untrained(tm
     handler = Handler()
     handler.emit = lambda record: said.append(record.getMessage())
     logger.addHandler(handler)
+    level = logging.get_verbosity()
+    logging.set_verbosity_warning()  # whatever ran before: the command line silences it
     try:
         classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
         assert any("newly initialized" in words for words in said)
@@ -171,6 +173,7 @@ def test_the_head_of_an_adapter_over_a_language_model_is_not_called_untrained(tm
         rl.load(tmp_path / "adapter")
     finally:
         logger.removeHandler(handler)
+        logging.set_verbosity(level)
     assert not any("newly initialized" in words for words in said)
 
 
