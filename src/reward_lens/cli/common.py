@@ -47,7 +47,7 @@ def writable(path: Path | None) -> Path | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise typer.BadParameter(f"{path} cannot be written: {error}") from error
+        raise typer.BadParameter(f"{path} cannot be written ({error}): name another place") from error
     return path
 
 

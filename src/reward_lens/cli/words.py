@@ -8,11 +8,12 @@ from rich.text import Text
 
 import reward_lens as rl
 from reward_lens.charts.strip import Block, blocks, colour_limit
+from reward_lens.charts.theme import LIGHT
 from reward_lens.cli.common import AsJson, Objective, Save, app, err, load, out, refusals, show, writable
 from reward_lens.report.numbers import number
 
 Method = Literal["prefix", "truncate", "gradient", "integrated", "leave_one_out"]
-MORE, LESS = (84, 150, 215), (222, 128, 50)  # as on the pages: blue adds reward, orange takes it
+MORE, LESS = (bytes.fromhex(colour.removeprefix("#")) for colour in (LIGHT.positive, LIGHT.negative))
 
 
 @app.command(epilog="Example: reward-lens words 'What is 2 + 2?' 'It is 4, of course.' --model demo --html words.html")
@@ -31,7 +32,7 @@ def words(
         raise rl.DataError("There is no word to weigh", found=f"the response {response!r}", expected="a response",
                            do="pass it in quotes behind the prompt")  # fmt: skip
     rm, pair = load(model, objective), rl.Pair(prompt, response, "", id="response")  # beside an empty one
-    with err.status("Running the response without each of its parts"):
+    with err.status(f"Sharing out the reward: {method}"):
         answer = rl.token_attribution(rm, [pair], method, by)
     result = answer.sel(side="chosen")
     reward = result.dataset["reward"].item()

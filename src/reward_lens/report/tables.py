@@ -152,6 +152,6 @@ def _table(flat: dict, caption: str, order: slice | np.ndarray = EVERY, write=nu
     if len(rows) < count:
         which = "first" if isinstance(order, slice) else "largest by absolute value"
         caption = f"{caption}: the {len(rows)} {which} of {count:,}."
-        caption += PICKED if not isinstance(order, slice) and any(name.endswith("low") for name in flat) else ""
+        caption += PICKED if not isinstance(order, slice) and {"low", "total, low"} & set(flat) else ""
     numeric = [column.dtype.kind in "fiu" for column in flat.values()]
     return Table(caption, [words(name) for name in flat], rows, numeric)

@@ -24,7 +24,7 @@ import xarray as xr
 from reward_lens import data, stats
 from reward_lens.errors import DataError
 from reward_lens.methods.shared.paired import given_scores
-from reward_lens.methods.shared.paired_shares import paired_change, won
+from reward_lens.methods.shared.paired_shares import ends_of_change, won
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.result import Result
 
@@ -270,8 +270,7 @@ def _share(credit: np.ndarray, prompts: np.ndarray) -> tuple:
 def _ahead(change: np.ndarray, prompts: np.ndarray) -> tuple:
     if not len(change):
         return np.nan, np.nan, np.nan
-    ends = paired_change(change, prompts)[2:] if len(set(prompts)) >= stats.FEWEST else (np.nan, np.nan)
-    return change.mean(), *ends
+    return change.mean(), *ends_of_change(change, prompts)
 
 
 def _balanced(longer, shorter, longer_prompts, shorter_prompts) -> list[tuple[float, float, float]]:

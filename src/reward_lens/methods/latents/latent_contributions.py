@@ -29,7 +29,7 @@ from reward_lens.errors import DataError
 from reward_lens.methods.latents.latent_splits import Estimator, Part, split_pair
 from reward_lens.methods.latents.latent_states import At, described, is_last, read_latents, site_of
 from reward_lens.methods.shared.paired import paired_result
-from reward_lens.methods.shared.paired_shares import paired_change
+from reward_lens.methods.shared.paired_shares import ends_of_change
 from reward_lens.methods.shared.prompt_ratios import plain
 from reward_lens.model.reward_model import SIDES, RewardModel
 from reward_lens.model.sites import Site
@@ -153,13 +153,9 @@ def _coords(kept: np.ndarray, names: list[str], parts: Sequence[Part], prompts: 
 
 def _ends_of_change(difference: np.ndarray, prompts: list[str]) -> np.ndarray:
     """[(low, high), latent] of the mean of -1, 0 and 1 over pairs. Many latents are active in the same few texts."""
-    ends = np.full((2, difference.shape[1]), np.nan)
-    if len(set(prompts)) >= stats.FEWEST:
-        patterns = {column.tobytes(): column for column in difference.T}
-        found = {key: paired_change(column, prompts)[2:] for key, column in patterns.items()}
-        for end, column in zip(ends.T, difference.T, strict=True):
-            end[:] = found[column.tobytes()]
-    return ends
+    patterns = {column.tobytes(): column for column in difference.T}
+    found = {key: ends_of_change(column, prompts) for key, column in patterns.items()}
+    return np.array([found[column.tobytes()] for column in difference.T]).reshape(-1, 2).T
 
 
 def _checks(rm: RewardModel, parts: Sequence[Part], how: Estimator) -> list[Check]:

@@ -28,7 +28,7 @@ from reward_lens.errors import DataError
 from reward_lens.methods.latents.latent_contributions import latent_contributions
 from reward_lens.methods.latents.latent_states import described, encoded, site_of
 from reward_lens.methods.latents.splicing import PLACES, Means, read_places, splice
-from reward_lens.methods.shared.paired_shares import paired_change, won
+from reward_lens.methods.shared.paired_shares import ends_of_change, won
 from reward_lens.methods.shared.prompt_ratios import plain, prompt_ratio
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
@@ -156,8 +156,7 @@ def _of_rewards(runs: Float[np.ndarray, "text 3"], floor: float, prompts: list[s
     right = [won(m) for m in margins]
     shares = [_cell(stats.proportion_interval(credit, prompts), len(credit)) for credit in (same, *right)]
     change = right[1] - right[0]
-    ends = paired_change(change, np.array(prompts))[2:] if len(set(prompts)) >= stats.FEWEST else (np.nan, np.nan)
-    return [recovered, *shares, _Cell(float(change.mean()), *ends, len(change))]
+    return [recovered, *shares, _Cell(float(change.mean()), *ends_of_change(change, np.array(prompts)), len(change))]
 
 
 def _mean(values: np.ndarray, prompts: list[str], seed: int) -> _Cell:

@@ -24,7 +24,7 @@ from reward_lens import data, stats
 from reward_lens.edits import TextEdit, edits_of
 from reward_lens.errors import DataError
 from reward_lens.methods.behaviour.edited_texts import scored_edits, within_prompt_sd
-from reward_lens.methods.shared.paired_shares import paired_change, won
+from reward_lens.methods.shared.paired_shares import ends_of_change, won
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.result import Result
 
@@ -111,8 +111,8 @@ def _accuracy_rows(
         for i, credit in enumerate((first, second)):
             share = stats.proportion_interval(credit[keep], prompts[keep])
             rows[-1]["cells"][i] = [share.mean, share.low, share.high]
-        if rows[-1]["n_prompts"] >= stats.FEWEST and not same:  # of the same model there is nothing to estimate
-            rows[-1]["cells"][2][1:] = paired_change(second[keep] - first[keep], prompts[keep])[2:]
+        if not same:  # of the same model there is nothing to estimate
+            rows[-1]["cells"][2][1:] = ends_of_change(second[keep] - first[keep], prompts[keep])
     return rows
 
 

@@ -34,3 +34,8 @@ def paired_change(change: Float[np.ndarray, " pair"], prompts) -> tuple[float, f
     low = g - l - reach(g - gain.low, loss.high - l)
     high = g - l + reach(gain.high - g, l - loss.low)
     return g, l, float(low), float(high)
+
+
+def ends_of_change(change: Float[np.ndarray, " pair"], prompts) -> tuple[float, float]:
+    """The ends of that interval alone; NaN under `stats.FEWEST` prompts, where no mean has one."""
+    return paired_change(change, prompts)[2:] if len(set(prompts)) >= stats.FEWEST else (np.nan, np.nan)
