@@ -510,6 +510,9 @@ def test_a_folder_that_cannot_be_loaded_says_what_it_is(tmp_path):
         module.save_pretrained(tmp_path / f"run/checkpoint-{step}")
     with pytest.raises(rl.LoadError, match=r"one of the folders in it: \S+run/checkpoint-500, \S+/checkpoint-1000\.$"):
         rl.load(tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(rl.LoadError, match="a folder that holds config.json beside the weights"):
+        rl.load(tmp_path / "empty")
     checkpoint = tmp_path / "run/checkpoint-500"
     with pytest.raises(rl.LoadError, match=r"save the tokenizer into the folder .*, or pass rl.load\(path, tok"):
         rl.load(checkpoint)

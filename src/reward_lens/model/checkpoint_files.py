@@ -53,7 +53,9 @@ def lacking(path: str, tokenizer: bool) -> str | None:
     elif not (folder / "config.json").exists():
         found = (f.parent for name in ("config.json", _ADAPTER) for f in folder.glob(f"*/{name}"))
         inside = sorted(found, key=lambda f: (int("0" + "".join(filter(str.isdecimal, f.name))), f.name))
-        return f"load one of the folders in it: {some_of([str(f) for f in inside])}" if inside else None
+        if inside:
+            return f"load one of the folders in it: {some_of([str(f) for f in inside])}"
+        return "name a folder that holds config.json beside the weights: this one has neither a model nor an adapter"
     if tokenizer and not has_tokenizer(path, None):
         return "save the tokenizer into the folder (tokenizer.save_pretrained), or pass rl.load(path, tokenizer=...)"
     return None
