@@ -1,5 +1,6 @@
 """The wavefront sweep against one whole forward a row, on every family; and what it must leave exactly alone."""
 
+import dataclasses
 import functools
 import inspect
 import os
@@ -173,6 +174,38 @@ def test_keys_that_heads_share_are_read_in_place_to_the_same_bits(family, monkey
     with pytest.raises(rl.CheckFailed):
         patch_rows(rm, base, [(edit(rm, "L1.attn", where, torch.full((len(where), rm.d_model), torch.nan)),)])
     assert os.environ[shared_keys.GROUPED] == "0"
+
+
+@every
+def test_the_last_mlp_is_shown_one_position_where_the_block_allows_it(family):
+    rm = model(family)
+    base = runs(rm)[0]
+    adds_in_place, on_rows_of_positions = ("falcon", "falcon_new"), ("opt",)
+    mlp = rm.trunk.mlp_alone
+    assert (mlp is None) == (family in adds_in_place + on_rows_of_positions)
+    if mlp is None:
+        return
+    last, where = rm.n_layers - 1, range(30, len(base))
+    shown: list[int] = []
+    handle = mlp.register_forward_hook(lambda module, args, output: shown.append(args[0].shape[1]))
+    try:
+        for name, positions in ((f"L{last}.attn", 1), (f"L{last}.mlp", len(base) - 30)):
+            target = torch.randn(len(where), rm.d_model)
+            row = [(edit(rm, name, where, target), edit(rm, "L0.resid_pre", where, target))]
+            got = float(patch_rows(rm, base, row).rewards)
+            assert shown[-1] == positions
+            changes = [("L0.resid_pre", where, target), (name, where, target)]
+            assert abs(got - patched_reward(rm, base, changes)) <= 1e-5 * rm.effect_scale(got)
+    finally:
+        handle.remove()
+
+
+def test_a_last_mlp_that_mixes_positions_is_run_on_all(monkeypatch):
+    rm = model("llama")
+    held, plain = rm.trunk.last_mlp, rm.trunk.last_mlp.forward
+    assert dataclasses.replace(rm.trunk).mlp_alone is held
+    monkeypatch.setattr(held, "forward", lambda x: plain(x + 0.1 * x.roll(1, 1)))
+    assert dataclasses.replace(rm.trunk).mlp_alone is None
 
 
 @pytest.mark.parametrize("argument", ["cache", "past_key_values"])

@@ -79,7 +79,7 @@ def test_the_rows_of_a_path_keep_to_the_budget(monkeypatch):
     whole = rl.path_effects(rm, [EQUAL], "heads", ["L2.attn", "L2.mlp"], at="all").value
     rows: list[int] = []
     handle = rm.trunk.writers["mlp"][2].register_forward_hook(lambda m, args, y: rows.append(y.shape[0]))
-    monkeypatch.setattr("reward_lens.engine.patching.SEEN_PER_BATCH", 3 * len(rm.tokenize_pairs([EQUAL])[0][0]))
+    monkeypatch.setattr("reward_lens.engine.row_budget.SEEN_PER_BATCH", 3 * len(rm.tokenize_pairs([EQUAL])[0][0]))
     few = rl.path_effects(rm, [EQUAL], "heads", ["L2.attn", "L2.mlp"], at="all").value
     handle.remove()
     assert max(rows) == 4  # three and the clean row of the sweep

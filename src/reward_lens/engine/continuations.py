@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reward_lens.engine.patching import row_budget
+from reward_lens.engine.row_budget import row_budget
 from reward_lens.engine.runs import common_start
 from reward_lens.model.forward import Batch
 from reward_lens.model.prefix import NO_PREFIX, KeyValues, PrefixCache, keys_and_values

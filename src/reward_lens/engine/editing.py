@@ -25,6 +25,7 @@ from reward_lens.model.tokens import Tokens
 
 RESIDUALS = ("embed", "resid_pre", "resid_post")
 IN_ATTENTION = ("q", "k", "v", "pattern")
+IN_MLP = ("mlp", "neuron", "router", "expert")
 POSITIONAL = ("q", "k", "pattern")
 """Kinds whose values belong to the positions of their own text."""
 

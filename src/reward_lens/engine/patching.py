@@ -7,6 +7,7 @@ first edit is there join from the clean residual. Every block's weights are read
 only the blocks it changes: one that changes what a block adds last joins behind that block (`_joining_late`). With a
 common prefix (`model.prefix`) only positions from the first edited one on are run: for an edit at the reward position,
 one token a row. What follows it is not run in a causal network; in one that is not, everything is (`Tokens.seen`).
+Behind the last block one position is read: its MLP runs there alone where its code allows that (`Trunk.mlp_alone`).
 
 A prompt-gated head reads a second position, where its weights are set. Where a row's edits reach it the row is read
 with its own weights; a row whose edits are all behind it has those of the clean row, to the bit.
@@ -28,12 +29,23 @@ from torch import Tensor
 
 from reward_lens.engine import hooks
 from reward_lens.engine.attention_tap import AttentionTap
-from reward_lens.engine.editing import IN_ATTENTION, RESIDUALS, Edit, Placed, Source, block_hooks, depth_of, edited
+from reward_lens.engine.editing import (
+    IN_ATTENTION,
+    IN_MLP,
+    RESIDUALS,
+    Edit,
+    Placed,
+    Source,
+    block_hooks,
+    depth_of,
+    edited,
+)
 from reward_lens.engine.gradients import reward_at
 from reward_lens.engine.places import gate_inside, reaches_gate, require_site
+from reward_lens.engine.row_budget import gradient_budget, row_budget
 from reward_lens.engine.shared_keys import shared_keys
 from reward_lens.errors import CheckFailed, DataError
-from reward_lens.model.forward import TOKENS_PER_BATCH, Recording, record, suffix_batch
+from reward_lens.model.forward import Recording, one_position, record, suffix_batch
 from reward_lens.model.prefix import NO_PREFIX, KeyValues, PrefixCache, keys_and_values
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
@@ -41,15 +53,6 @@ from reward_lens.model.tokens import Tokens
 
 Row = tuple[Edit, ...]
 Progress = Callable[[int], None]
-FREE_SHARE = 0.25  # of the free memory that the rows of one walk may take
-SEEN_PER_BATCH = 16 * TOKENS_PER_BATCH
-"""Positions attended to by the rows of one walk together: their keys and values are laid out once a row."""
-
-
-CACHED_TOKENS, CACHED_ROWS = 1024, 16
-"""Positions of a walk on a CPU, whose caches hold no more, and the rows that one clean row is spread over at least."""
-GRADIENT_TOKENS = 1024
-"""Positions of a walk with gradients: every block's activations are kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,8 +171,7 @@ def patch_gradients(
     walk = _Walk(rm, recording, base.reward_pos - start, gate_inside(rm, base, start), -start, [])
     moves_gate = [reaches_gate(rm, base, edit.positions) for edit, _ in rows]
     fixed = rm.readout_inputs([base]) if walk.gate_at is None else None
-    kept = max(1, min(GRADIENT_TOKENS // (stop - start), SEEN_PER_BATCH // (4 * stop)))
-    budget = kept if max_rows is None else row_budget(rm, stop - start, stop, max_rows)
+    budget = gradient_budget(rm, stop - start, stop, max_rows)
     order = sorted(range(len(rows)), key=lambda i: _layer_of(rows[i][0]))
     out: list[Tensor] = [rows[0][1]] * len(rows)
     clean: list[float] = []
@@ -184,24 +186,6 @@ def patch_gradients(
         for i, slope in zip(some, slopes, strict=True):
             out[i] = slope
     return out, clean
-
-
-def row_budget(rm: RewardModel, length: int, seen: int, asked: int | None = None) -> int:
-    """Rows of `length` positions, each attending to `seen`, that walk at once: those asked for, or as many as a bound
-    on tokens, as in plain scoring, and a share of the free memory allow."""
-    if asked is not None:
-        if asked < 1:
-            raise DataError("No rows were to walk at once", found=f"max_rows={asked}", expected="1 or more, or None",
-                            do="leave max_rows away: what fits is measured")  # fmt: skip
-        return asked
-    config = rm.config.get_text_config()
-    wide = getattr(config, "intermediate_size", None) or 4 * rm.d_model
-    floats = length * (6 * rm.d_model + 3 * wide) + 4 * seen * rm.d_model + length * seen * rm.n_heads
-    by_memory = int(FREE_SHARE * _free_bytes(rm.device) / (4 * floats))
-    by_tokens = TOKENS_PER_BATCH // length
-    if rm.device.type == "cpu":
-        by_tokens = min(by_tokens, max(CACHED_TOKENS // length, CACHED_ROWS))
-    return max(1, min(by_tokens, SEEN_PER_BATCH // seen, by_memory))
 
 
 class _Reached(NamedTuple):
@@ -253,9 +237,20 @@ class _Walk:
         args, kwargs = hooks.with_first_input(*self.recording.calls[layer], x)
         args, kwargs = grown(self.rm, args, kwargs, x.shape[0])
         tap = AttentionTap(self.rm, [p for p in placed if p.edit.site.kind in IN_ATTENTION])
-        made = [*tap.hooks(), *block_hooks(self.rm, (x.shape[0], x.shape[1]), placed)]
+        made = [
+            *tap.hooks(),
+            *block_hooks(self.rm, (x.shape[0], x.shape[1]), placed),
+            *self._one_read(layer, x, placed),
+        ]
         with hooks.attached(made), tap.active(), shared_keys(x):
             return hooks.first_output(self.rm.trunk.blocks[layer](*args, **kwargs))
+
+    def _one_read(self, layer: int, x: Tensor, placed: list[Placed]) -> list[hooks.Hook]:
+        """Behind the last block one position is read, so its MLP, where nothing in it is edited, runs there alone."""
+        mlp = self.rm.trunk.mlp_alone if layer == self.rm.n_layers - 1 and x.shape[1] > 1 else None
+        if mlp is None or self.gate_at is not None or any(p.edit.site.kind in IN_MLP for p in placed):
+            return []
+        return [one_position(mlp, self.at)]
 
 
 class _Collected:
@@ -376,11 +371,3 @@ def _require(rm: RewardModel, base: Tokens, row: Row) -> None:
             expected=f"at least one position, within the text's {len(base)} tokens",
             do="choose positions of the text (rm.tokenize shows them)",
         )
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    return psutil.virtual_memory().available

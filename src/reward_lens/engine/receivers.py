@@ -9,8 +9,9 @@ from reward_lens.engine import hooks
 from reward_lens.engine.attention_tap import AttentionTap
 from reward_lens.engine.editing import IN_ATTENTION, Edit, Placed, block_hooks, edited
 from reward_lens.engine.intervention import add
-from reward_lens.engine.patching import grown, row_budget
+from reward_lens.engine.patching import grown
 from reward_lens.engine.places import out_map
+from reward_lens.engine.row_budget import row_budget
 from reward_lens.model.forward import Recording
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site

@@ -113,6 +113,8 @@ class Trunk:
     """Separator behind which a text is the second of a pair, where the model tells two segments apart."""
     first_position: int = 0
     """Position id of a text's first token."""
+    last_mlp: nn.Module | None = None
+    """What in the last block holds the MLP, or as much of it as one module does."""
 
     def __post_init__(self):
         self._accepts = inspect.signature(self.module.forward).parameters
@@ -165,6 +167,27 @@ class Trunk:
             shapes.append(found)
         one, two = shapes
         return frozenset(name for name in one if one[name] == two.get(name))
+
+    @functools.cached_property
+    def mlp_alone(self) -> nn.Module | None:
+        """`last_mlp`, if one position may be shown to it alone: what the block then adds is broadcast over all
+        positions and is right at that one. Measured on a text; None where it mixes positions or its code forbids it."""
+        if self.last_mlp is None:
+            return None
+        parameter = next(self.module.parameters())
+        ids, at = torch.arange(8, device=parameter.device)[None], 5
+        ones = torch.ones_like(ids)
+        batch = Batch(ids, ones, ids, ids[:, 0], ids[:, at], (0,))
+        before: list[Tensor] = []
+        entering = self.read_residual(len(self.blocks) - 1, lambda x: before.append(x[0, at].float()))
+        try:
+            with torch.no_grad():
+                whole = self.pooled(batch, entering)[0].float()
+                alone = self.pooled(batch, one_position(self.last_mlp, at))[0].float()
+        except (RuntimeError, IndexError, ValueError):  # an addition in place, a shape that the block counts on
+            return None
+        apart = (alone - whole).norm() / (whole - before[0]).norm()
+        return self.last_mlp if apart < (3e-2 if parameter.element_size() < 4 else 1e-4) else None
 
     @functools.cached_property
     def carrier(self) -> Carrier:
@@ -249,6 +272,11 @@ def replay(
     return resid
 
 
+def one_position(module: nn.Module, at: int) -> hooks.Hook:
+    """Hook that shows a module [batch, pos, d] no position but one."""
+    return hooks.edit_input(module, lambda x: x[:, at : at + 1])
+
+
 def at_rows(positions: Int[Tensor, " batch"]) -> Callable[[Tensor], Tensor]:
     """Pick one position a row from [batch, pos, d]: a copy, so the full tensor can be freed."""
 
@@ -271,8 +299,12 @@ def trunk_of(module: Any, structure: "Structure") -> Trunk:
     if structure.norms is not None:
         first, second = structure.norms
         norms = tuple((block.get_submodule(first), block.get_submodule(second)) for block in blocks)
+    last = len(blocks) - 1
+    paths = (structure.path("mlp_out", last), structure.path("mlp", last))  # in front of the norm behind, if there is
+    holding = (getattr(blocks[last], path.split(".")[0], None) for path in paths if path is not None)
     return Trunk(
-        trunk_module(module, structure.blocks), blocks, final_norm, writers, structure.write_scale, norms
+        trunk_module(module, structure.blocks), blocks, final_norm, writers, structure.write_scale, norms,
+        last_mlp=next(module for module in holding if module is not None),
     )  # fmt: skip
 
 
