@@ -32,7 +32,7 @@ COLUMNS = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeE
 Model = Annotated[str, typer.Argument(help="'demo', a hub id, a folder or a PEFT adapter.")]
 SOURCES = "'demo', a .jsonl, .json, .parquet or .csv file, a folder of save_to_disk, or a hub id."
 PairsFile = Annotated[str, typer.Argument(help=SOURCES)]
-Objective = Annotated[str | None, typer.Option(help="Row of a head with several.")]
+Objective = Annotated[str | None, typer.Option(help="Row of a head with several, or one less another: 'good - bad'.")]
 Limit = Annotated[int | None, typer.Option(help="Use only the first N pairs.", min=1)]
 Split = Annotated[str | None, typer.Option(help="Split of a data set that has several.")]
 Truncation = Annotated[str | None, typer.Option(help="'left' or 'right' cuts over-long texts; default: refuse them.")]

@@ -69,7 +69,7 @@ def with_row(
     Raises `DataError` for a row that leaves nothing of the reward, and for a head that another part of the model uses.
     """
     refuse_change(rm, "An edit of the head")
-    before = editable_readout(rm)
+    before, number = editable_readout(rm), rm.row
     require_no_live_adapter(rm.module, "An edit of the head")
     require_all_there(rm.module, "An edit of the head", rm.structure.head)
     after = stored(rm, row)
@@ -85,19 +85,19 @@ def with_row(
     module = sharing_copy(rm.module, but=rm.head)
     head = module.get_submodule(rm.structure.head)
     mean, scale = _standard(rm)
-    linear_weight(head)[rm.row].copy_(after * scale)
+    linear_weight(head)[number].copy_(after * scale)
     has_bias = linear_bias(head)
     if bias is not None:
         if has_bias is None:
             raise DataError("The head has no bias to set", found="a head without bias", expected="bias=None",
                             do="report the constant instead")  # fmt: skip
-        has_bias[rm.row].copy_(bias * scale + mean)
+        has_bias[number].copy_(bias * scale + mean)
     kept = (w.double() for w in (before.weight, after))
     words = {
         **record,
         "model": rm.name,
         "objective": before.objective,
-        "row": rm.row,
+        "row": number,
         "weight_norm_before": float(before.weight.double().norm()),
         "weight_norm_after": float(after.double().norm()),
         "weight_cosine": float(torch.cosine_similarity(*kept, dim=0)),
@@ -105,7 +105,7 @@ def with_row(
         "reward_lens": importlib.metadata.version("reward-lens"),
     }
     return RewardModel(
-        module, rm.tokenizer.hf, objective=rm.row, structure=rm.structure, truncation=rm.truncation,
+        module, rm.tokenizer.hf, objective=number, structure=rm.structure, truncation=rm.truncation,
         name=f"{trunk_name(rm)} (head {_digest(head)})", revision=rm.revision, edits=(*rm.edits, words),
     )  # fmt: skip
 

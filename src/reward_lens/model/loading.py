@@ -46,7 +46,7 @@ def load(
     quantization_config: as transformers takes it (`BitsAndBytesConfig`), for the trunk; the head has to stay in
         floating point, which is measured. Heads and neurons of quantised maps are not split; components are.
     dtype: default is the checkpoint's own.
-    objective: row of a head with several.
+    objective: row of a head with several, or "A - B", one less another.
     structure, readout: describe an unusual network; both are put to the same proof. A `VocabReadout` loads a language
         model and reads the reward from its logits, a `StepReadout` a process reward model.
     truncation: None raises on a conversation longer than the model reads, "left" cuts the prompt, "right" the response.

@@ -152,14 +152,16 @@ def require_linear(readout: Any, question: str) -> LinearReadout:
     )
 
 
-def linear_readout(norm: Norm, head, objective: int, name: str) -> LinearReadout:
-    """The `objective`-th row of a linear head module, in the norm's precision."""
+def linear_readout(norm: Norm, head, row: int, name: str, less: int | None = None) -> LinearReadout:
+    """One row of a linear head module, or one row less another, in the norm's precision."""
     from reward_lens.model.linear_maps import linear_bias, linear_weight
 
-    weight = linear_weight(head)[objective].detach().to(norm.gain)
+    def of(table: Tensor) -> Tensor:
+        rows = table.detach().to(norm.gain)
+        return rows[row] if less is None else rows[row] - rows[less]
+
     bias = linear_bias(head)
-    bias = norm.gain.new_zeros(()) if bias is None else bias[objective].detach().to(norm.gain)
-    return LinearReadout(norm, weight, bias, name)
+    return LinearReadout(norm, of(linear_weight(head)), norm.gain.new_zeros(()) if bias is None else of(bias), name)
 
 
 def objective_names(config, n_rows: int) -> tuple[str, ...]:
@@ -172,23 +174,49 @@ def objective_names(config, n_rows: int) -> tuple[str, ...]:
     return names if len(set(names)) == n_rows else tuple(map(str, range(n_rows)))
 
 
-def chosen_row(names: tuple[str, ...], objective: str | int | None, model: str) -> int:
-    """The row that `objective` names; raises `LoadError` for none of several, and for one that is not there."""
+class Rows(NamedTuple):
+    """What of a head with several rows is the reward: one, or one less another."""
+
+    row: int
+    less: int | None
+    name: str
+
+
+LESS = " - "
+"""Stands between the names of two rows whose difference is the reward."""
+
+
+def chosen_rows(names: tuple[str, ...], objective: str | int | None, model: str) -> Rows:
+    """The rows that `objective` names: one by name or index, or the difference of two, "A - B". Raises `LoadError` for
+    none of several, and for one that is not there."""
     if objective is None and len(names) > 1:
         raise LoadError(
             f"The head of {model} has {len(names)} rows and none was chosen",
             found="objective=None; rows " + ", ".join(names),
-            expected="the name or index of one row (a mean over rows is no reward the model was trained for)",
-            do=f"pass objective={names[0]!r}, or another row",
+            expected="the name or index of one row (a mean over rows is no reward the model was trained for), or the "
+            f"difference of two, 'A{LESS}B': the log-odds of label A against B for a head trained with cross-entropy",
+            do=f"pass objective={names[0]!r}, or another row, or objective={names[1] + LESS + names[0]!r}",
         )
-    row = 0 if objective is None else names.index(objective) if objective in names else objective
-    if isinstance(row, str) and row.isdecimal():
-        row = int(row)  # an index in the words of a command line
-    if not isinstance(row, int) or not -len(names) <= row < len(names):
-        raise LoadError(
-            f"The head of {model} has no row {objective!r}",
-            found="rows " + ", ".join(names),
-            expected="one of these names or its index",
-            do="correct objective=",
-        )
-    return row % len(names)
+    row = 0 if objective is None else _index(names, objective)
+    if row is not None:
+        return Rows(row, None, names[row])
+    parts = objective.split(LESS) if isinstance(objective, str) else []
+    for cut in range(1, len(parts)):
+        row, less = (_index(names, LESS.join(some)) for some in (parts[:cut], parts[cut:]))
+        if row is not None and less is not None and row != less:
+            return Rows(row, less, names[row] + LESS + names[less])
+    raise LoadError(
+        f"The head of {model} has no row {objective!r}",
+        found="rows " + ", ".join(names),
+        expected=f"one of these names or its index, or the difference of two, 'A{LESS}B'",
+        do="correct objective=",
+    )
+
+
+def _index(names: tuple[str, ...], objective: str | int) -> int | None:
+    """Index of the row of that name or number; None where there is none."""
+    if objective in names:
+        return names.index(objective)
+    if isinstance(objective, str) and objective.isdecimal():
+        objective = int(objective)  # an index in the words of a command line
+    return objective % len(names) if isinstance(objective, int) and -len(names) <= objective < len(names) else None

@@ -15,19 +15,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reward_lens import data
-from reward_lens.errors import DataError, named
+from reward_lens.errors import DataError, StructureError, named
 from reward_lens.model import checks
 from reward_lens.model import structure as structures
 from reward_lens.model.forward import Batch, OnTrunk, batches, padding_id, rotary_threshold, trunk_of
 from reward_lens.model.heads.own import OwnHead, head_of, published_path
-from reward_lens.model.heads.tail import tail_readout
 from reward_lens.model.linear_maps import linear_weight
-from reward_lens.model.norm import measure_norm
+from reward_lens.model.own_readout import own_readout
 from reward_lens.model.pair_tokens import FirstTokenTokenizer, set_inputs
 from reward_lens.model.placement import own_output
 from reward_lens.model.prefix import keys_and_values
-from reward_lens.model.readout import LOCAL, PromptGated, Readout, chosen_row, linear_readout, objective_names
-from reward_lens.model.step_hidden import hidden_readout, is_hidden
+from reward_lens.model.readout import LOCAL, PromptGated, chosen_rows, objective_names
 from reward_lens.model.structure import Structure
 from reward_lens.model.tokens import Tokenizer, Tokens
 from reward_lens.model.vocab_readout import refuse_change, vocabulary_of
@@ -43,7 +41,8 @@ class RewardModel(OnTrunk):
     ----------
     module: the model, as `AutoModelForSequenceClassification` returns it; put in eval mode, otherwise untouched.
     tokenizer: its fast tokenizer, with the chat template the model was trained with.
-    objective: name or index of the head's row, for heads with several; their mean is never called a reward.
+    objective: name or index of the head's row, for heads with several; "A - B" reads one row less another, the log-odds
+        of two labels of a classifier. The mean of all is never called a reward.
     structure: paths of an unusual network's parts; put to the same proof as what the search finds.
     readout: a `Readout` for a reward that is not a linear head; a `VocabReadout` for one in a language model's logits.
     truncation: what to do with a conversation longer than the model reads: None raises, "left" cuts the prompt's
@@ -106,7 +105,7 @@ class RewardModel(OnTrunk):
             set_inputs(self.trunk, self.tokenizer, self.config)
             own = self.vocabulary.readout(self.trunk.final_norm) if self.vocabulary else None
             self._given = self.vocabulary.spec if self.vocabulary else readout
-            self.readout = own or readout or self._readout(objective)
+            self.readout = own or readout or own_readout(self, objective)
             self.load_report: Result = checks.confirmed(self, kept) or checks.load_report(self)
 
     @property
@@ -177,18 +176,24 @@ class RewardModel(OnTrunk):
         ids = torch.tensor([tokens.ids], device=self.device)
         if self.vocabulary:
             return self.vocabulary.own_terms(self.module, ids)
-        return [float(own_output(self.module, input_ids=ids, **self.trunk.segments(ids)).logits[0, self.row])]
+        logits = own_output(self.module, input_ids=ids, **self.trunk.segments(ids)).logits[0]
+        rows = chosen_rows(self.objectives, self.readout.objective, self.name)
+        return [float(logits[rows.row]), *([] if rows.less is None else [-float(logits[rows.less])])]
 
     @property
     def row(self) -> int:
-        """Index of the head's row that is read; `StructureError` where no head has one."""
+        """Index of the head's row that is read; `StructureError` where no one row is."""
         refuse_change(self, "A row of a reward head")
-        return self.objectives.index(self.readout.objective)
+        rows = chosen_rows(self.objectives, self.readout.objective, self.name)
+        if rows.less is None:
+            return rows.row
+        raise StructureError("The reward is no row of the head", found=f"the difference {rows.name}",
+                             expected="one row", do=f"load one: objective={self.objectives[rows.row]!r}")  # fmt: skip
 
     @property
     def read_as(self) -> dict[str, Any]:
         """The argument under which a `RewardModel` of another module is read as this one is."""
-        return {"objective": self.row} if self._given is None else {"readout": self._given}
+        return {"objective": self.readout.objective} if self._given is None else {"readout": self._given}
 
     @torch.no_grad()
     def rewards(self, tokens: Sequence[Tokens], batch_size: int | None = None) -> Float[Tensor, " n"]:
@@ -312,7 +317,7 @@ class RewardModel(OnTrunk):
         other = object.__new__(RewardModel)
         other.__dict__.update(self.__dict__)
         with torch.no_grad():
-            other.readout = other._readout(objective)
+            other.readout = own_readout(other, objective)
             other.load_report = checks.load_report(other)
         return other
 
@@ -348,22 +353,6 @@ class RewardModel(OnTrunk):
             out["n_prompts"] = len({item.prompt_key for item in inputs})
             out["inputs_hash"] = data.inputs_hash(inputs)
         return out | meta
-
-    def _readout(self, objective: str | int | None) -> Readout:
-        names, final = self.objectives, self.trunk.final_norm
-        own = self.module if isinstance(self.module, OwnHead) else None
-        if is_hidden(self.head):
-            return hidden_readout(self.head, final, names[0])
-        if self.structure.pooler is not None:
-            row = chosen_row(names, objective, self.name)
-            norm = measure_norm(final, self.config.get_text_config().hidden_size, next(self.head.parameters()))
-            return tail_readout(self.module, self.structure, norm, row, names[row])
-        if objective is None and own is not None and own.first_is_reward:
-            objective = 0
-        row = chosen_row(names, objective, self.name)
-        like = linear_weight(self.head) if own is None else next(self.head.parameters())
-        norm = measure_norm(final, like.shape[1] if own is None else own.width, like)
-        return linear_readout(norm, self.head, row, names[row]) if own is None else own.readout(norm, row)
 
     def __repr__(self) -> str:
         return (

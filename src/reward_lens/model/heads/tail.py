@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from reward_lens.engine import hooks
 from reward_lens.model.heads.local import LocalReadout
 from reward_lens.model.norm import Norm
+from reward_lens.model.readout import Rows
 
 
 class OwnTail(nn.Module):
@@ -51,9 +52,24 @@ class OwnTail(nn.Module):
         return scores.reshape(*state.shape[:-1], -1)
 
 
-def tail_readout(module: Any, structure: Any, norm: Norm, row: int, objective: str) -> LocalReadout:
-    """The readout of one score behind a pooler."""
-    return LocalReadout(norm, OwnTail(module, structure, norm.gain), row, objective)
+class Difference(nn.Module):
+    """One column of a tail less another, as its only column."""
+
+    def __init__(self, tail: OwnTail, rows: Rows):
+        super().__init__()
+        self.tail, self.rows = tail, rows
+
+    def forward(self, state: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch 1"]:
+        columns = self.tail(state)
+        return (columns[..., self.rows.row] - columns[..., self.rows.less])[..., None]
+
+
+def tail_readout(module: Any, structure: Any, norm: Norm, rows: Rows) -> LocalReadout:
+    """The readout of one score behind a pooler, or of one less another."""
+    tail = OwnTail(module, structure, norm.gain)
+    if rows.less is None:
+        return LocalReadout(norm, tail, rows.row, rows.name)
+    return LocalReadout(norm, Difference(tail, rows), 0, rows.name)
 
 
 class _Given:
