@@ -279,3 +279,17 @@ def test_the_layout_of_the_published_size_is_complete():
         module = table.class_for(row.head, config, row.name, row.settings)(config)
     state = table.INTERNLM2.state(saved, config)
     assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("architecture", ["RewardModel", "LlamaForSequenceClassification"])
+def test_openrlhf_is_known_by_its_key_whatever_class_saved_the_model(tmp_path, architecture):
+    """It reads the last token, padding token or not, and standardises; a sequence classifier does neither."""
+    ending = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    changes = {"architectures": [architecture], "pad_token_id": 2, "value_head_prefix": "score"}
+    state = published.make(tmp_path, "openrlhf", template=ending, pad="eos", **changes)
+    saved = {name.replace("value_head", "score"): tensor for name, tensor in state.items()}
+    rm = rl.load(published.write(tmp_path, saved), dtype=torch.float64)
+    tokens = rm.tokenize("a", "b")
+    assert tokens.ids[-1] == rm.pad_id and tokens.reward_pos == len(tokens) - 1
+    expected = published.published_score(tmp_path, "openrlhf", state, tokens.ids)
+    assert rm.score("a", "b") == pytest.approx(expected, abs=1e-6)

@@ -115,10 +115,11 @@ KNOWN = (
         checkpoints=("oasst-rm-2.1-pythia-1.4b-epoch-2.5", "oasst-rm-2-pythia-6.9b-epoch-1"),
     ),
     *(_starling(named, *model) for named in (True, False) for model in _STARLINGS),
-    # OpenRLHF's, whose older and newer classes and heads have different names
+    # OpenRLHF's: its older class by name; the newer ones by a key that it writes, whatever class saved the model (it
+    # loads any folder as a reward model). Heads have either name in each.
     *(
         Known(
-            RegressionScore, name, key=key, holds=(f"{path}.weight",), settings={"head_path": path},
+            RegressionScore, name, named=key is None, key=key, holds=(f"{path}.weight",), settings={"head_path": path},
             checkpoints=("reward models of OpenRLHF",) if path == "value_head" else (),
         )
         for name, key in (("LLMForSequenceRegression", None), ("RewardModel", "normalize_reward"))
