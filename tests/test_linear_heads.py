@@ -293,3 +293,44 @@ def test_openrlhf_is_known_by_its_key_whatever_class_saved_the_model(tmp_path, a
     assert tokens.ids[-1] == rm.pad_id and tokens.reward_pos == len(tokens) - 1
     expected = published.published_score(tmp_path, "openrlhf", state, tokens.ids)
     assert rm.score("a", "b") == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_token_classifier_of_one_label_is_read_at_the_last_token(tmp_path, family):
+    """The reward models of verl and AReaL: the last token that is attended to, padding token or not, and a bias."""
+    from transformers import AutoModelForTokenClassification
+
+    from families import tiny_model
+
+    ending = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    tokenizer = published.tiny_tokenizer(chat_template=ending, pad="eos")
+    config = tiny_model(family, tokenizer=tokenizer)[0].config
+    config.pad_token_id = tokenizer.pad_token_id
+    torch.manual_seed(0)
+    module = AutoModelForTokenClassification.from_config(config).eval()
+    torch.nn.init.normal_(module.score.weight)
+    torch.nn.init.normal_(module.score.bias)
+    module.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    rm = rl.load(tmp_path, attn_implementation="eager")
+    tokens = rm.tokenize("a", "b")
+    assert tokens.ids[-1] == rm.pad_id and rm.readout.kind == "linear"
+    with torch.no_grad():
+        expected = float(module(input_ids=torch.tensor([tokens.ids])).logits[0, -1, 0])
+    assert rm.score("a", "b") == pytest.approx(expected, abs=1e-5)
+    assert rm.hf_score("a", "b") == pytest.approx(expected, abs=1e-5)
+    assert rl.load(rm.save_pretrained(tmp_path / "again")).score("a", "b") == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(rl.LoadError, match="ForTokenClassification gives a score for every token.*save it and rl.load"):
+        rl.RewardModel(module, tokenizer)
+
+
+def test_a_token_classifier_of_two_labels_is_a_process_reward_model(tmp_path):
+    from transformers import AutoModelForTokenClassification
+
+    from families import tiny_model
+
+    module, tokenizer = tiny_model("llama", num_labels=2)
+    AutoModelForTokenClassification.from_config(module.config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(rl.LoadError, match=r"no place for its score.bias.*rl.load_step_model\(path, readout\) reads"):
+        rl.load(tmp_path)

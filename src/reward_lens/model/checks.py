@@ -79,6 +79,14 @@ def run_probe(module: Any, device: torch.device) -> Tensor:
 
 def require_model(module: Any) -> Any:
     """The module; `LoadError` for what is no model of transformers, such as the wrapper of a distributed run."""
+    if type(module).__name__.endswith("ForTokenClassification") and not isinstance(module, OwnHead):
+        raise LoadError(
+            f"A {type(module).__name__} gives a score for every token",
+            found="no position that its reward is read at",
+            expected="a model that gives one reward for a text",
+            do="for a reward at the last token (verl, AReaL; one label) save it and rl.load the folder; for one at the "
+            "end of every step rl.step_model(module, tokenizer, readout)",
+        )
     if isinstance(module, nn.Module) and hasattr(module, "config"):
         return module
     inside = getattr(module, "module", None)

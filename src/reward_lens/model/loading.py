@@ -177,7 +177,10 @@ def _load_classifier(path: str, options: dict, settings: dict):
             f"A part of {path} beside its trunk would be dropped",
             found=dropped,
             expected="a place for every weight of the head: what is left of it is another reward",
-            do="if these weights have no part in the reward, load the module yourself and pass "
+            do="rl.load_step_model(path, readout) reads a token classifier at the end of every step; only one of one "
+            "label is read at the last token"
+            if any(a.endswith("ForTokenClassification") for a in architectures)
+            else "if these weights have no part in the reward, load the module yourself and pass "
             "rl.RewardModel(module, tokenizer); else pass readout= for this head",
         )
     require_places(path, module, info["unexpected_keys"])

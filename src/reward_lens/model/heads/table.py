@@ -48,6 +48,8 @@ class Known:
     """Published ones, for the reader."""
     only: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     """What these keys may be, if they are there: other values are other heads."""
+    labels: int | None = None
+    """Number of labels that the config must have."""
 
     def fits(self, config: Mapping[str, Any], holds: Callable[[], frozenset[str]]) -> bool:
         named = config.get("architectures") or []
@@ -56,6 +58,8 @@ class Known:
         if self.key is not None and config.get(self.key) is None:
             return False
         if any(config.get(key) != value for key, value in self.values.items()):
+            return False
+        if self.labels not in (None, len(config.get("id2label") or ()) or config.get("num_labels")):
             return False
         return not self.holds or set(self.holds) <= holds()
 
@@ -124,6 +128,16 @@ KNOWN = (
         )
         for name, key in (("LLMForSequenceRegression", None), ("RewardModel", "normalize_reward"))
         for path in ("value_head", "score")
+    ),
+    # Token classifiers of one label, read at the last token. Of two labels they are process reward models.
+    *(
+        Known(
+            LinearScore, f"{family}ForTokenClassification", labels=1, holds=("score.weight", "score.bias"),
+            settings={"head_path": "score", "bias": True},
+            checkpoints=("reward models of verl and AReaL, of other families too",) if family == "Llama" else (),
+        )
+        for family in ("Llama", "Mistral", "Mixtral", "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe", "Gemma", "Gemma2",
+                       "Phi", "Phi3", "Glm4", "DeepseekV3", "StableLm", "Starcoder2")
     ),
 )  # fmt: skip
 """The first row that fits holds."""
