@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import published_heads
 import published_linear as published
@@ -242,8 +243,6 @@ PLAIN = {
 
 @pytest.mark.parametrize("architecture", PLAIN.values(), ids=PLAIN)
 def test_plain_heads_are_left_to_transformers(tmp_path, architecture):
-    from safetensors.torch import save_file
-
     from families import tiny_model
 
     family = architecture.removesuffix("ForSequenceClassification").lower()
@@ -334,3 +333,62 @@ def test_a_token_classifier_of_two_labels_is_a_process_reward_model(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(rl.LoadError, match=r"no place for its score.bias.*rl.load_step_model\(path, readout\) reads"):
         rl.load(tmp_path)
+
+
+def _with_value_head(folder, form="safetensors", **changes):
+    """As LLaMA-Factory saves a reward model: the language model, and TRL's value head in a file of its own."""
+    state = published.make(folder, "ultra", **{"architectures": ["LlamaForCausalLM"]} | changes)
+    head = {"v_head.summary.weight": state.pop("regression_head.weight"), "v_head.summary.bias": torch.tensor([0.7])}
+    published.write(folder, state | {"lm_head.weight": torch.ones(320, 32)}, form)
+    if form == "safetensors":
+        save_file(head, folder / "value_head.safetensors", {"format": "pt"})
+    else:
+        torch.save(head, folder / "value_head.bin")
+    return state, head
+
+
+def _value(folder, state, head, ids):
+    config = json.loads((folder / "config.json").read_text())
+    states = published.llama_states(state, "model", published.SEPARATE, ids, config)
+    return float(states[-1] @ head["v_head.summary.weight"][0] + head["v_head.summary.bias"])
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin shards"])
+def test_a_value_head_in_a_file_of_its_own_is_read_at_the_last_token(tmp_path, form):
+    ending = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    state, head = _with_value_head(tmp_path / "rm", form, template=ending, pad="eos", pad_token_id=2)
+    rm = rl.load(tmp_path / "rm")
+    tokens = rm.tokenize("a", "b")
+    assert tokens.ids[-1] == rm.pad_id and rm.readout.kind == "linear"
+    expected = _value(tmp_path / "rm", state, head, tokens.ids)
+    assert rm.score("a", "b") == pytest.approx(expected, abs=1e-5)
+    assert rm.hf_score("a", "b") == pytest.approx(expected, abs=1e-5)
+    assert rl.load(rm.save_pretrained(tmp_path / "again")).score("a", "b") == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_value_head_that_does_not_fit_is_refused(tmp_path):
+    _with_value_head(tmp_path)
+    save_file({"v_head.summary.weight": torch.ones(1, 7)}, tmp_path / "value_head.safetensors")
+    with pytest.raises(rl.LoadError, match="no trained reward head.*value_head.safetensors or .bin: .*summary.bias"):
+        rl.load(tmp_path)
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_an_adapter_of_a_language_model_with_a_value_head_beside_it(tmp_path, safe):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    state, head = _with_value_head(tmp_path / "base")
+    (tmp_path / "base" / "value_head.safetensors").unlink()
+    settings = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), settings).eval()
+    adapted.save_pretrained(tmp_path / "adapter", safe_serialization=safe)
+    with pytest.raises(rl.LoadError, match="has no trained reward head"):
+        rl.load(tmp_path / "adapter")
+    torch.save(head, tmp_path / "adapter" / "value_head.bin")
+    rm = rl.load(tmp_path / "adapter")
+    ids = torch.tensor([rm.tokenize("a", "b").ids])
+    with torch.no_grad():
+        state = adapted(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -1]
+    expected = float(state @ head["v_head.summary.weight"][0] + head["v_head.summary.bias"])
+    assert rm.score("a", "b") == pytest.approx(expected, abs=1e-5)

@@ -67,7 +67,8 @@ def test_sharded_checkpoints_and_device_map(saved):
         assert mapped.score(*PROBES[0]) == plain.score(*PROBES[0])
 
 
-def test_peft_adapters_are_merged_head_included(saved, tmp_path):
+@pytest.mark.parametrize("safe", [True, False])
+def test_peft_adapters_are_merged_head_included(saved, tmp_path, safe):
     from peft import LoraConfig, get_peft_model
 
     base = saved()
@@ -77,7 +78,7 @@ def test_peft_adapters_are_merged_head_included(saved, tmp_path):
     wrapped = get_peft_model(rl.load(base).module, settings)
     with torch.no_grad():
         next(p for n, p in wrapped.named_parameters() if "score.modules_to_save" in n).mul_(2)
-    wrapped.save_pretrained(tmp_path / "adapter")
+    wrapped.save_pretrained(tmp_path / "adapter", safe_serialization=safe)
     ids = torch.tensor([rl.load(base).tokenize(*PROBES[0]).ids])
     with torch.no_grad():
         expected = float(wrapped.eval()(input_ids=ids).logits[0, 0])
@@ -521,6 +522,9 @@ def test_a_folder_that_cannot_be_loaded_says_what_it_is(tmp_path):
     for base in (None, "./gone"):
         config = {"peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": base}
         (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+        (tmp_path / "adapter/adapter_model.safetensors").unlink(missing_ok=True)
+        with pytest.raises(rl.LoadError, match="save the adapter's weights beside its adapter_config.json, as"):
+            rl.load(tmp_path / "adapter")
         save_file({"base_model.model.score.weight": torch.ones(1, 32)}, tmp_path / "adapter/adapter_model.safetensors")
         with pytest.raises(rl.LoadError, match=f"see to the adapter's base, {base!r} .base_model_name_or_path in"):
             rl.load(tmp_path / "adapter")

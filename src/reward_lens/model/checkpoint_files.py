@@ -14,6 +14,9 @@ from reward_lens.errors import LoadError
 
 WHOLE = ("model.safetensors", "pytorch_model.bin")
 """Of an unsharded checkpoint; a sharded one has an index beside its shards."""
+VALUE_HEAD = ("value_head.safetensors", "value_head.bin")
+"""Of a value head beside a language model or an adapter of one (LLaMA-Factory, ms-swift)."""
+ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 _ADAPTER = "adapter_config.json"
 
 
@@ -43,6 +46,8 @@ def lacking(path: str, tokenizer: bool) -> str | None:
     if not folder.is_dir():
         return None
     if (folder / _ADAPTER).exists():
+        if not any((folder / name).exists() for name in ADAPTER):
+            return f"save the adapter's weights beside its {_ADAPTER}, as {' or '.join(ADAPTER)}"
         base = json.loads((folder / _ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
         if not base or not Path(base).is_dir():
             return (
@@ -50,6 +55,7 @@ def lacking(path: str, tokenizer: bool) -> str | None:
                 "reached, or a folder that is there from here; a base in memory goes with the adapter around it to "
                 "rl.RewardModel(module, tokenizer)"
             )
+        tokenizer = tokenizer and not has_tokenizer(base, None)  # which stands in for the adapter's own
     elif not (folder / "config.json").exists():
         found = (f.parent for name in ("config.json", _ADAPTER) for f in folder.glob(f"*/{name}"))
         inside = sorted(found, key=lambda f: (int("0" + "".join(filter(str.isdecimal, f.name))), f.name))
@@ -81,6 +87,29 @@ def tensors_in(path: str, revision: str | None, names: tuple[str, ...] | None = 
         with _opened(file) as tensors:
             found |= {name: tensors[name] for name in tensors if names is None or name in names}
     return found
+
+
+def value_head_in(path: str, revision: str | None) -> dict[str, Tensor]:
+    """The tensors of a value head in a file of its own; empty where there is none."""
+    file = _first_of(VALUE_HEAD, path, revision)
+    if file is None:
+        return {}
+    with _opened(file) as tensors:
+        return {key: tensors[key] for key in tensors}
+
+
+def adapter_shapes(path: str, revision: str | None) -> dict[str, list[int]]:
+    """Shapes of an adapter's tensors by name."""
+    file = _first_of(ADAPTER, path, revision)
+    if file is None:
+        raise FileNotFoundError(f"{path} has no {' or '.join(ADAPTER)}")
+    with _opened(file) as tensors:
+        shape = tensors.shape if isinstance(tensors, _Lazy) else lambda key: list(tensors[key].shape)
+        return {key: shape(key) for key in tensors}
+
+
+def _first_of(names: Sequence[str], path: str, revision: str | None) -> Path | None:
+    return next((file for name in names if (file := file_of(path, revision, name)) is not None), None)
 
 
 def require_places(path: str, module: Any, unexpected: Iterable[str]) -> None:
@@ -123,6 +152,9 @@ class _Lazy:
 
     def __getitem__(self, name: str) -> Tensor:
         return self._opened.get_tensor(name)
+
+    def shape(self, name: str) -> list[int]:
+        return self._opened.get_slice(name).get_shape()
 
 
 @contextmanager
