@@ -214,6 +214,23 @@ def test_an_adapter_that_does_not_fit_its_base_is_refused(saved, tmp_path, chang
     assert re.search(found, error.value.found)
 
 
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_a_config_without_labels_has_those_of_its_head(saved, form):
+    """As that of the language model whose config was kept: transformers takes it for two labels."""
+    folder = saved()
+    expected = hf_reward(folder, *PROBES[0])
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if "label" not in k}))
+    if form == "bin":
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    assert rl.load(folder).score(*PROBES[0]) == pytest.approx(expected, abs=1e-5)
+    labels = {"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}}
+    (folder / "config.json").write_text(json.dumps(config | labels))
+    with pytest.raises(rl.LoadError, match=r"score.weight of shape \(1, 32\).*\(2, 32\), by.*correct config.json"):
+        rl.load(folder)
+
+
 def test_an_adapter_without_a_head_leaves_the_rows_of_its_base(tmp_path):
     from peft import LoraConfig, get_peft_model
 

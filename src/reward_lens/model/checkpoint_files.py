@@ -127,6 +127,18 @@ def require_places(path: str, module: Any, unexpected: Iterable[str]) -> None:
         )
 
 
+def require_sizes(path: str, mismatched: Iterable[Sequence[Any]]) -> None:
+    """Raise `LoadError` for tensors (name, shape, the config's shape) of other sizes than the config gives them."""
+    if mismatched:
+        name, found, expected = min(map(tuple, mismatched))
+        raise LoadError(
+            f"The weights of {path} are not of the sizes that its config gives them",
+            found=f"{name} of shape {tuple(found)}",
+            expected=f"shape {tuple(expected)}, by config.json",
+            do="correct config.json (num_labels and id2label for a head, vocab_size for an embedding, and so on)",
+        )
+
+
 def some_of(names: Sequence[str]) -> str:
     """The first names, and how many more there are."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

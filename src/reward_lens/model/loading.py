@@ -6,10 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from reward_lens.errors import LoadError
 from reward_lens.model import heads
-from reward_lens.model.checkpoint_files import adapter_shapes, has_tokenizer, lacking, require_places, some_of
+from reward_lens.model.checkpoint_files import (
+    adapter_shapes,
+    has_tokenizer,
+    lacking,
+    require_places,
+    require_sizes,
+    some_of,
+    tensors_in,
+)
 from reward_lens.model.forward import padding_id
 from reward_lens.model.heads.local import ValueHeadScore
 from reward_lens.model.heads.own import OwnHead
@@ -156,17 +165,18 @@ def _load_classifier(path: str, options: dict, settings: dict):
     known = heads.load_known(path, options | settings)
     if known is not None:
         return known, []
-    config = AutoConfig.from_pretrained(path, **options)
+    config = AutoConfig.from_pretrained(path, **options, **_rows_in(path, options["revision"]))
     architectures = getattr(config, "architectures", None) or []
     causal = heads.causal_of(architectures)
     try:
         module, info = AutoModelForSequenceClassification.from_pretrained(
-            path, config=config, output_loading_info=True, **options, **settings
+            path, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options, **settings
         )
     except ValueError as error:
         if causal is None:
             raise
         raise _no_reward_head(path, f"no such class with a head ({_first_lines(error)})", causal) from error
+    require_sizes(path, info["mismatched_keys"])
     missing = sorted(info["missing_keys"])
     left = _beside_trunk(module, info["unexpected_keys"])
     dropped = f"{type(module).__name__} has no place for its {some_of(left)}" if left else ""
@@ -186,6 +196,15 @@ def _load_classifier(path: str, options: dict, settings: dict):
         )
     require_places(path, module, info["unexpected_keys"])
     return module, missing
+
+
+def _rows_in(path: str, revision: str | None) -> dict[str, int]:
+    """The number of labels by the rows of the head, for a config that does not say it: transformers takes it for 2."""
+    values, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
+    if values.get("id2label") or values.get("num_labels"):
+        return {}
+    held = tensors_in(path, revision, ("score.weight", "classifier.weight", "classifier.out_proj.weight"))
+    return {"num_labels": next(iter(held.values())).shape[0]} if held else {}
 
 
 def _beside_trunk(module: Any, keys) -> list[str]:
@@ -251,7 +270,7 @@ def _load_adapter(path: str, options: dict, settings: dict):
     base = str(adapter.base_model_name_or_path)
     saved = _saved_shapes(path, options["revision"])
     of_heads = [shape[0] for key, shape in saved.items() if key.endswith(_HEAD_SUFFIXES)]
-    rows = {"num_labels": of_heads[0]} if of_heads else {}
+    rows = {"num_labels": of_heads[0]} if of_heads else _rows_in(base, adapter.revision)
     base_options = {"trust_remote_code": options["trust_remote_code"], "revision": adapter.revision}
     module = heads.load_known(base, base_options | settings, (path, options["revision"]))
     info: dict[str, Any] = {"missing_keys": [], "unexpected_keys": []}  # load_known has refused either
