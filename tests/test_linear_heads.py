@@ -392,3 +392,16 @@ def test_an_adapter_of_a_language_model_with_a_value_head_beside_it(tmp_path, sa
         state = adapted(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -1]
     expected = float(state @ head["v_head.summary.weight"][0] + head["v_head.summary.bias"])
     assert rm.score("a", "b") == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_value_head_among_the_weights_is_asked_what_it_is(tmp_path):
+    """TRL saves it so, and so do process reward models: which of the two it is stands nowhere."""
+    state, head = _with_value_head(tmp_path)
+    (tmp_path / "value_head.safetensors").unlink()
+    published.write(tmp_path, state | head)
+    with pytest.raises(rl.LoadError, match="no trained reward head.*v_head.summary.weight and .bias as value_head.saf"):
+        rl.load(tmp_path)
+    save_file(head, tmp_path / "value_head.safetensors", {"format": "pt"})
+    rm = rl.load(tmp_path)
+    expected = _value(tmp_path, state, head, rm.tokenize("a", "b").ids)
+    assert rm.score("a", "b") == pytest.approx(expected, abs=1e-5)

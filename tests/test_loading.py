@@ -288,6 +288,44 @@ def test_a_language_model_is_refused(tmp_path):
         rl.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("trunk", "head", "family"),
+    [("module.model.", "module.score.weight", "llama"), ("rwtransformer.", "v_head.weight", "llama"),
+     ("rwtranrsformer.", "v_head.weight", "gpt_neox"), ("model.", "value_head.weight", "llama")],
+)  # fmt: skip
+def test_weights_under_other_names_are_said_to_be_there(saved, trunk, head, family):
+    """Of a wrapper, of DeepSpeed-Chat, of a head of another name: what the refusal says to rename, renamed, loads."""
+    folder = saved(family=family)
+    expected = hf_reward(folder, *PROBES[0])
+    prefix = {"llama": "model.", "gpt_neox": "gpt_neox."}[family]
+    weights = load_file(folder / "model.safetensors")
+    other = {(trunk + k.removeprefix(prefix) if k.startswith(prefix) else head): x for k, x in weights.items()}
+    config = json.loads((folder / "config.json").read_text())
+    plain = {k: v for k, v in config.items() if "label" not in k} | {"architectures": ["LlamaForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(plain))
+    torch.save(other, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(rl.LoadError, match="no trained reward head") as error:
+        rl.load(folder)
+    told = [(trunk, prefix)] * (trunk != prefix)
+    assert all(f"rename weights of the checkpoint, {a!r} to {b!r}" in error.value.do for a, b in told)
+    assert f"rename {head} to score.weight" in error.value.do
+    renamed = {k.replace(trunk, prefix, 1) if k.startswith(trunk) else "score.weight": x for k, x in other.items()}
+    torch.save(renamed, folder / "pytorch_model.bin")
+    assert rl.load(folder).score(*PROBES[0]) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_an_unembedding_is_not_taken_for_a_head(saved, family):
+    folder = saved(family=family)
+    weights = load_file(folder / "model.safetensors")
+    name = {"llama": "lm_head.weight", "gpt_neox": "embed_out.weight"}[family]
+    save_file({k: x for k, x in weights.items() if "score" not in k} | {name: torch.ones(4, 32)},
+              folder / "model.safetensors", {"format": "pt"})  # fmt: skip
+    with pytest.raises(rl.LoadError, match="no trained reward head.*load the reward model itself"):
+        rl.load(folder)
+
+
 def test_nan_weights_are_refused(saved):
     def spoil(module):
         with torch.no_grad():

@@ -1,6 +1,7 @@
 """The files of a checkpoint, of a hub repository or a folder: the names of the tensors it holds, and the tensors."""
 
 import json
+import re
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ VALUE_HEAD = ("value_head.safetensors", "value_head.bin")
 """Of a value head beside a language model or an adapter of one (LLaMA-Factory, ms-swift)."""
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 _ADAPTER = "adapter_config.json"
+_UNEMBEDDING = re.compile(r"(^|\.)(lm_head|embed_out|lm_loss|output_layer)\.")
 
 
 def file_of(path: str, revision: str | None, name: str) -> Path | None:
@@ -137,6 +139,30 @@ def require_sizes(path: str, mismatched: Iterable[Sequence[Any]]) -> None:
             expected=f"shape {tuple(expected)}, by config.json",
             do="correct config.json (num_labels and id2label for a head, vocab_size for an embedding, and so on)",
         )
+
+
+def other_names(module: Any, missing: Sequence[str], unexpected: Iterable[str]) -> str | None:
+    """What to do where the weights that a class lacks are there under other names: of a wrapper (`module.`,
+    `rwtransformer.`), of a head, of TRL's value head. None where they are not."""
+    trunk, left = module.base_model_prefix + ".", set(unexpected)
+    lacking = [name.removeprefix(trunk) for name in missing if name.startswith(trunk)]
+    starts = {name.removesuffix(lacking[0]) for name in left if name.endswith(lacking[0])} if lacking else set()
+    start = next((one for one in sorted(starts) if left.issuperset(one + rest for rest in lacking)), None)
+    steps = [] if start is None else [f"rename weights of the checkpoint, {start!r} to {trunk!r}"]
+    own = sorted(
+        name for name in left if not name.startswith((start or trunk, trunk)) and not _UNEMBEDDING.search(name)
+    )
+    heads = [name for name in missing if not name.startswith(trunk)]
+    if own == ["v_head.summary.bias", "v_head.summary.weight"]:
+        steps.append(
+            "save v_head.summary.weight and .bias as value_head.safetensors beside the weights if the reward is at "
+            "the last token; rl.load_step_model(path, readout) reads one at the end of every step"
+        )
+    elif len(own) == len(heads) == 1 and own[0].endswith("weight"):
+        steps.append(
+            f"rename {own[0]} to {heads[0]}, which is read at the last token that is not config.json's padding"
+        )
+    return "; ".join(steps) or None
 
 
 def some_of(names: Sequence[str]) -> str:

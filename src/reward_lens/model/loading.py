@@ -14,6 +14,7 @@ from reward_lens.model.checkpoint_files import (
     adapter_shapes,
     has_tokenizer,
     lacking,
+    other_names,
     require_places,
     require_sizes,
     some_of,
@@ -182,7 +183,7 @@ def _load_classifier(path: str, options: dict, settings: dict):
     dropped = f"{type(module).__name__} has no place for its {some_of(left)}" if left else ""
     if missing:
         found = f"the checkpoint lacks {some_of(missing)}" + (f"; {dropped}" if dropped else "")
-        raise _no_reward_head(path, found, causal)
+        raise _no_reward_head(path, found, causal, other_names(module, missing, info["unexpected_keys"]))
     if left:
         raise LoadError(
             f"A part of {path} beside its trunk would be dropped",
@@ -213,12 +214,13 @@ def _beside_trunk(module: Any, keys) -> list[str]:
     return sorted(key for key in keys if not key.startswith(known))
 
 
-def _no_reward_head(path: str, found: str, causal: str | None) -> LoadError:
+def _no_reward_head(path: str, found: str, causal: str | None, do: str | None = None) -> LoadError:
     return LoadError(
-        f"{path} has no trained reward head" if causal is None else f"{path} is a language model, not a reward model",
+        f"{path} has no trained reward head" if do or not causal else f"{path} is a language model, not a reward model",
         found=found + (f"; its architecture is {causal}" if causal else ""),
         expected="every weight of the reward model in the checkpoint: a head of random numbers scores noise",
-        do="load the reward model itself (its config names ...ForSequenceClassification), or pass "
+        do=do
+        or "load the reward model itself (its config names ...ForSequenceClassification), or pass "
         "readout=rl.VocabReadout(' Yes', ' No') for a reward read from a language model's vocabulary",
     )
 
