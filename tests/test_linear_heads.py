@@ -294,6 +294,28 @@ def test_openrlhf_is_known_by_its_key_whatever_class_saved_the_model(tmp_path, a
     assert rm.score("a", "b") == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["reward", "cost"])
+def test_a_score_head_of_another_trunk_is_known_by_its_key(tmp_path, kind):
+    """safe-rlhf's GPT-2: the same head; its own texts begin without a BOS, so that no template is put in its place."""
+    from families import tiny_model
+
+    module, tokenizer = tiny_model("gpt2")
+    tokenizer.save_pretrained(tmp_path)
+    keys = {"architectures": ["GPT2ForScore"], "score_dim": 1, "score_type": kind, "do_normalize": True}
+    (tmp_path / "config.json").write_text(
+        json.dumps(module.config.to_diff_dict() | keys | {"bias": False}, default=str)
+    )
+    statistics = {"mean": torch.tensor([0.7]), "var": torch.tensor([2.5]), "count": torch.tensor([9])}
+    state = {name.replace("score.", "score_head."): tensor for name, tensor in module.state_dict().items()}
+    published.write(tmp_path, state | {f"normalizer.{name}": tensor for name, tensor in statistics.items()})
+    rm = rl.load(tmp_path)
+    with torch.no_grad():
+        plain = float(module(input_ids=torch.tensor([rm.tokenize("a", "b").ids])).logits[0, 0])
+    expected = (plain - (0.7 if kind == "reward" else 0)) / (2.5**0.5 + 1e-8)
+    assert rm.score("a", "b") == pytest.approx(expected, abs=1e-5) and rm.objectives == (kind,)
+    assert rl.load(rm.save_pretrained(tmp_path / "again")).score("a", "b") == pytest.approx(expected, abs=1e-5)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_a_token_classifier_of_one_label_is_read_at_the_last_token(tmp_path, family):
     """The reward models of verl and AReaL: the last token that is attended to, padding token or not, and a bias."""

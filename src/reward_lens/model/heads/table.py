@@ -122,6 +122,8 @@ KNOWN = (
         StandardisedScore, "LlamaForScore", also=("LlamaModelForScore",), settings={"chat_template": BEAVER},
         checkpoints=("beaver-7b-v1.0-reward", "beaver-7b-v1.0-cost"),
     ),
+    # safe-rlhf's of another trunk, by a key that it writes
+    Known(StandardisedScore, "AutoModelForScore", named=False, key="score_type", holds=("score_head.weight",)),
     Known(
         LinearScore, "GPTNeoXRewardModel", layout=OF_ITS_OWN_TYPE, only={"pooling": ("last",)},
         settings={"head_path": "out_proj", "bias": True, "chat_template": OASST},
