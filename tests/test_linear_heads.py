@@ -294,6 +294,31 @@ def test_openrlhf_is_known_by_its_key_whatever_class_saved_the_model(tmp_path, a
     assert rm.score("a", "b") == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("template", "response", "ending"),
+    [
+        ("{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<eos>\n' }}", "B", "B<eos>"),
+        ("{{ m['role'] + ': ' + m['content'] + '<|end|>\n' }}", "B", "B<|end|> <eos>"),
+        ("{{ m['content'] }}", "B\n\n", "B <eos>"),
+        ("{{ m['content'] + eos_token }}", "B\n", "B\n<eos>"),
+    ],
+)
+def test_openrlhf_ends_every_text_in_an_eos(tmp_path, template, response, ending):
+    """What a template writes behind it (ChatML's newline) was not there in training, and is not read."""
+    template = "{{ bos_token }}{% for m in messages %}" + template + "{% endfor %}"
+    state = published.make(tmp_path, "openrlhf", template=template)
+    tokenizer = published.tiny_tokenizer(chat_template=template)
+    rm = rl.load(published.write(tmp_path, state), dtype=torch.float64)
+    messages = [{"role": "user", "content": "A"}, {"role": "assistant", "content": response}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\n")
+    text = text if text.endswith("<eos>") else text + " <eos>"
+    tokens = rm.tokenize("A", response)
+    assert text.endswith(ending) and list(tokens.ids) == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert "".join(tokens.pieces[i] for i in tokens.response).rstrip("\n") == "B"
+    expected = published.published_score(tmp_path, "openrlhf", state, tokens.ids)
+    assert rm.score("A", response) == pytest.approx(expected, abs=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["reward", "cost"])
 def test_a_score_head_of_another_trunk_is_known_by_its_key(tmp_path, kind):
     """safe-rlhf's GPT-2: the same head; its own texts begin without a BOS, so that no template is put in its place."""

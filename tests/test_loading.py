@@ -250,7 +250,8 @@ def test_an_adapter_without_a_head_leaves_the_rows_of_its_base(tmp_path):
 def test_an_adapter_over_a_head_that_standardises_keeps_mean_and_scale(saved, tmp_path, task):
     from peft import LoraConfig, get_peft_model
 
-    plain = saved()
+    ending = CHAT_TEMPLATES["markers"].replace("<|end|>\\n", "' + eos_token + '")  # as OpenRLHF ends its texts
+    plain = saved(tokenizer=tiny_tokenizer(chat_template=ending))
     settings = LoraConfig(r=2, task_type=task, target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(rl.load(plain).module, settings).save_pretrained(tmp_path / "adapter")
     reward = rl.load(tmp_path / "adapter").score(*PROBES[0])
