@@ -90,6 +90,14 @@ def test_every_usual_file_loads(models, tmp_path, name, form):
     assert float(rm.rewards([ids])[0]) == pytest.approx(float(reference.rewards([ids])[0]), abs=1e-6)
 
 
+def test_shards_of_an_earlier_save_are_not_read(models, tmp_path):
+    """transformers takes the whole file where there are both."""
+    state = published.make(tmp_path, "internlm2", template="markers")
+    published.write(tmp_path, {name: 2 * tensor for name, tensor in state.items()}, "shards")
+    rm = rl.load(published.write(tmp_path, state))
+    assert rm.score("a", "b") == pytest.approx(models["internlm2"].score("a", "b"), abs=1e-6)
+
+
 @every
 def test_a_head_that_is_not_there_is_refused(tmp_path, name):
     state = published.make(tmp_path, name)

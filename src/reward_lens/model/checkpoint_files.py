@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from reward_lens.errors import LoadError
 
-WHOLE = ("model.safetensors", "pytorch_model.bin")
-"""Of an unsharded checkpoint; a sharded one has an index beside its shards."""
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""Whole or an index of shards, the first that is there as transformers takes it: others may be of an earlier save."""
 VALUE_HEAD = ("value_head.safetensors", "value_head.bin")
 """Of a value head beside a language model or an adapter of one (LLaMA-Factory, ms-swift)."""
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
@@ -71,15 +71,13 @@ def lacking(path: str, tokenizer: bool) -> str | None:
 
 def names_in(path: str, revision: str | None) -> frozenset[str]:
     """Names of all tensors; empty for a checkpoint kept in no usual file."""
-    for whole in WHOLE:
-        index = file_of(path, revision, whole + ".index.json")
-        if index is not None:
-            return frozenset(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        file = file_of(path, revision, whole)
-        if file is not None:
-            with _opened(file) as tensors:
-                return frozenset(tensors)
-    return frozenset()
+    file = _first_of(_WEIGHTS, path, revision)
+    if file is None:
+        return frozenset()
+    if file.suffix == ".json":
+        return frozenset(_shards(file))
+    with _opened(file) as tensors:
+        return frozenset(tensors)
 
 
 def tensors_in(path: str, revision: str | None, names: tuple[str, ...] | None = None) -> dict[str, Tensor]:
@@ -207,12 +205,14 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def _files(path: str, revision: str | None, names: tuple[str, ...] | None) -> list[Path]:
-    for whole in WHOLE:
-        index = file_of(path, revision, whole + ".index.json")
-        if index is not None:
-            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            shards = set(where.values()) if names is None else {where[name] for name in names if name in where}
-            return [file for shard in sorted(shards) if (file := file_of(path, revision, shard)) is not None]
-        if (file := file_of(path, revision, whole)) is not None:
-            return [file]
-    return []
+    file = _first_of(_WEIGHTS, path, revision)
+    if file is None or file.suffix != ".json":
+        return [] if file is None else [file]
+    where = _shards(file)
+    shards = set(where.values()) if names is None else {where[name] for name in names if name in where}
+    return [file for shard in sorted(shards) if (file := file_of(path, revision, shard)) is not None]
+
+
+def _shards(index: Path) -> dict[str, str]:
+    """File of each tensor."""
+    return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
