@@ -374,7 +374,7 @@ def test_a_token_classifier_of_one_label_is_read_at_the_last_token(tmp_path, fam
     assert rm.score("a", "b") == pytest.approx(expected, abs=1e-5)
     assert rm.hf_score("a", "b") == pytest.approx(expected, abs=1e-5)
     assert rl.load(rm.save_pretrained(tmp_path / "again")).score("a", "b") == pytest.approx(expected, abs=1e-5)
-    with pytest.raises(rl.LoadError, match="ForTokenClassification gives a score for every token.*save it and rl.load"):
+    with pytest.raises(rl.LoadError, match="no score of a text.*for every token.*save it and rl.load the folder"):
         rl.RewardModel(module, tokenizer)
 
 

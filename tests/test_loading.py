@@ -408,6 +408,24 @@ def test_what_is_no_model_of_transformers_is_a_sentence():
         rl.RewardModel("a/path", tokenizer)
 
 
+def test_reward_models_of_other_frameworks_in_memory_are_sentences():
+    """Forwards that give a tensor (OpenRLHF), states or logits at every token, and wrappers (DeepSpeed-Chat, TRL)."""
+    from transformers import AutoModelForCausalLM
+
+    module, tokenizer = tiny_model("llama")
+    own = type("RewardModel", (type(module),), {"forward": lambda self, input_ids, **_: torch.ones(len(input_ids))})
+    wrapped = nn.Module()
+    wrapped.config, wrapped.rwtransformer = module.config, module.model
+    for given, error in (
+        (own(module.config), "A RewardModel gives no score of a text. Found: a Tensor.*save it and rl.load the folder"),
+        (module.model, "A LlamaModel gives no score of a text. Found: a BaseModelOutputWithPast"),
+        (AutoModelForCausalLM.from_config(module.config), "every token.*save it.*pass readout=rl.VocabReadout"),
+        (wrapped, "A Module is no model of transformers. Found: no get_input_embeddings.*another framework saved too"),
+    ):
+        with pytest.raises(rl.LoadError, match=error):
+            rl.RewardModel(given, tokenizer)
+
+
 def test_a_network_that_a_trainer_prepared_is_read_without_its_autocast():
     """accelerate puts autocast around the `forward` of what it trains in bfloat16 (TRL's default), and leaves it there:
     the reward of the weights is what the saved checkpoint gives."""
