@@ -419,6 +419,9 @@ def test_a_value_head_in_a_file_of_its_own_is_read_at_the_last_token(tmp_path, f
     assert rm.score("a", "b") == pytest.approx(expected, abs=1e-5)
     assert rm.hf_score("a", "b") == pytest.approx(expected, abs=1e-5)
     assert rl.load(rm.save_pretrained(tmp_path / "again")).score("a", "b") == pytest.approx(expected, abs=1e-5)
+    edited = rl.edit_head(rm, torch.nn.functional.normalize(torch.arange(32.0) - 3, dim=0))
+    assert edited.score("a", "b") != pytest.approx(expected, abs=1e-3)
+    assert edited.score("a", "b") == pytest.approx(edited.hf_score("a", "b"), abs=1e-5)
 
 
 def test_a_value_head_that_does_not_fit_is_refused(tmp_path):

@@ -138,8 +138,9 @@ class ValueHeadScore(OwnHead):
     def columns(self, states: Tensor, ids: Tensor) -> Tensor:
         return self.v_head(states)
 
-    def head_parts(self) -> nn.ModuleList:
-        return nn.ModuleList([self.v_head])
+    def head_parts(self) -> nn.Module:
+        summary = self.v_head.summary
+        return summary if isinstance(summary, nn.Linear) else nn.ModuleList([self.v_head])
 
     def readout(self, norm: Norm, row: int) -> LocalReadout | LinearReadout:
         if isinstance(self.v_head.summary, nn.Linear):
