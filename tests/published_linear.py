@@ -58,7 +58,8 @@ def llama_state(trunk: str, names: dict[str, str], vocabulary: int, seed: int) -
 
 
 def _normed(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain
+    single = x.float()  # as Llama's class does in every precision
+    return (single * torch.rsqrt(single.square().mean(-1, keepdim=True) + eps)).to(x) * gain
 
 
 def _rotated(x: Tensor, theta: float) -> Tensor:

@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import published_heads
 import published_linear as published
@@ -87,6 +88,14 @@ def test_every_usual_file_loads(models, tmp_path, name, form):
     reference = models[name]
     ids = rm.tokenize(*TEXT_PAIRS[0][:2])
     assert float(rm.rewards([ids])[0]) == pytest.approx(float(reference.rewards([ids])[0]), abs=1e-6)
+
+
+def test_shards_of_an_earlier_save_are_not_read(models, tmp_path):
+    """transformers takes the whole file where there are both."""
+    state = published.make(tmp_path, "internlm2", template="markers")
+    published.write(tmp_path, {name: 2 * tensor for name, tensor in state.items()}, "shards")
+    rm = rl.load(published.write(tmp_path, state))
+    assert rm.score("a", "b") == pytest.approx(models["internlm2"].score("a", "b"), abs=1e-6)
 
 
 @every
@@ -242,8 +251,6 @@ PLAIN = {
 
 @pytest.mark.parametrize("architecture", PLAIN.values(), ids=PLAIN)
 def test_plain_heads_are_left_to_transformers(tmp_path, architecture):
-    from safetensors.torch import save_file
-
     from families import tiny_model
 
     family = architecture.removesuffix("ForSequenceClassification").lower()
@@ -279,3 +286,180 @@ def test_the_layout_of_the_published_size_is_complete():
         module = table.class_for(row.head, config, row.name, row.settings)(config)
     state = table.INTERNLM2.state(saved, config)
     assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("architecture", ["RewardModel", "LlamaForSequenceClassification"])
+def test_openrlhf_is_known_by_its_key_whatever_class_saved_the_model(tmp_path, architecture):
+    """It reads the last token, padding token or not, and standardises; a sequence classifier does neither."""
+    ending = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    changes = {"architectures": [architecture], "pad_token_id": 2, "value_head_prefix": "score"}
+    state = published.make(tmp_path, "openrlhf", template=ending, pad="eos", **changes)
+    saved = {name.replace("value_head", "score"): tensor for name, tensor in state.items()}
+    rm = rl.load(published.write(tmp_path, saved), dtype=torch.float64)
+    tokens = rm.tokenize("a", "b")
+    assert tokens.ids[-1] == rm.pad_id and tokens.reward_pos == len(tokens) - 1
+    expected = published.published_score(tmp_path, "openrlhf", state, tokens.ids)
+    assert rm.score("a", "b") == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("template", "response", "ending"),
+    [
+        ("{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<eos>\n' }}", "B", "B<eos>"),
+        ("{{ m['role'] + ': ' + m['content'] + '<|end|>\n' }}", "B", "B<|end|> <eos>"),
+        ("{{ m['content'] }}", "B\n\n", "B <eos>"),
+        ("{{ m['content'] + eos_token }}", "B\n", "B\n<eos>"),
+    ],
+)
+def test_openrlhf_ends_every_text_in_an_eos(tmp_path, template, response, ending):
+    """What a template writes behind it (ChatML's newline) was not there in training, and is not read."""
+    template = "{{ bos_token }}{% for m in messages %}" + template + "{% endfor %}"
+    state = published.make(tmp_path, "openrlhf", template=template)
+    tokenizer = published.tiny_tokenizer(chat_template=template)
+    rm = rl.load(published.write(tmp_path, state), dtype=torch.float64)
+    messages = [{"role": "user", "content": "A"}, {"role": "assistant", "content": response}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\n")
+    text = text if text.endswith("<eos>") else text + " <eos>"
+    tokens = rm.tokenize("A", response)
+    assert text.endswith(ending) and list(tokens.ids) == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert "".join(tokens.pieces[i] for i in tokens.response).rstrip("\n") == "B"
+    expected = published.published_score(tmp_path, "openrlhf", state, tokens.ids)
+    assert rm.score("A", response) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["reward", "cost"])
+def test_a_score_head_of_another_trunk_is_known_by_its_key(tmp_path, kind):
+    """safe-rlhf's GPT-2: the same head; its own texts begin without a BOS, so that no template is put in its place."""
+    from families import tiny_model
+
+    module, tokenizer = tiny_model("gpt2")
+    tokenizer.save_pretrained(tmp_path)
+    keys = {"architectures": ["GPT2ForScore"], "score_dim": 1, "score_type": kind, "do_normalize": True}
+    (tmp_path / "config.json").write_text(
+        json.dumps(module.config.to_diff_dict() | keys | {"bias": False}, default=str)
+    )
+    statistics = {"mean": torch.tensor([0.7]), "var": torch.tensor([2.5]), "count": torch.tensor([9])}
+    state = {name.replace("score.", "score_head."): tensor for name, tensor in module.state_dict().items()}
+    published.write(tmp_path, state | {f"normalizer.{name}": tensor for name, tensor in statistics.items()})
+    rm = rl.load(tmp_path)
+    with torch.no_grad():
+        plain = float(module(input_ids=torch.tensor([rm.tokenize("a", "b").ids])).logits[0, 0])
+    expected = (plain - (0.7 if kind == "reward" else 0)) / (2.5**0.5 + 1e-8)
+    assert rm.score("a", "b") == pytest.approx(expected, abs=1e-5) and rm.objectives == (kind,)
+    assert rl.load(rm.save_pretrained(tmp_path / "again")).score("a", "b") == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_token_classifier_of_one_label_is_read_at_the_last_token(tmp_path, family):
+    """The reward models of verl and AReaL: the last token that is attended to, padding token or not, and a bias."""
+    from transformers import AutoModelForTokenClassification
+
+    from families import tiny_model
+
+    ending = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    tokenizer = published.tiny_tokenizer(chat_template=ending, pad="eos")
+    config = tiny_model(family, tokenizer=tokenizer)[0].config
+    config.pad_token_id = tokenizer.pad_token_id
+    torch.manual_seed(0)
+    module = AutoModelForTokenClassification.from_config(config).eval()
+    torch.nn.init.normal_(module.score.weight)
+    torch.nn.init.normal_(module.score.bias)
+    module.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    rm = rl.load(tmp_path, attn_implementation="eager")
+    tokens = rm.tokenize("a", "b")
+    assert tokens.ids[-1] == rm.pad_id and rm.readout.kind == "linear"
+    with torch.no_grad():
+        expected = float(module(input_ids=torch.tensor([tokens.ids])).logits[0, -1, 0])
+    assert rm.score("a", "b") == pytest.approx(expected, abs=1e-5)
+    assert rm.hf_score("a", "b") == pytest.approx(expected, abs=1e-5)
+    assert rl.load(rm.save_pretrained(tmp_path / "again")).score("a", "b") == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(rl.LoadError, match="no score of a text.*for every token.*save it and rl.load the folder"):
+        rl.RewardModel(module, tokenizer)
+
+
+def test_a_token_classifier_of_two_labels_is_a_process_reward_model(tmp_path):
+    from transformers import AutoModelForTokenClassification
+
+    from families import tiny_model
+
+    module, tokenizer = tiny_model("llama", num_labels=2)
+    AutoModelForTokenClassification.from_config(module.config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(rl.LoadError, match=r"no place for its score.bias.*rl.load_step_model\(path, readout\) reads"):
+        rl.load(tmp_path)
+
+
+def _with_value_head(folder, form="safetensors", **changes):
+    """As LLaMA-Factory saves a reward model: the language model, and TRL's value head in a file of its own."""
+    state = published.make(folder, "ultra", **{"architectures": ["LlamaForCausalLM"]} | changes)
+    head = {"v_head.summary.weight": state.pop("regression_head.weight"), "v_head.summary.bias": torch.tensor([0.7])}
+    published.write(folder, state | {"lm_head.weight": torch.ones(320, 32)}, form)
+    if form == "safetensors":
+        save_file(head, folder / "value_head.safetensors", {"format": "pt"})
+    else:
+        torch.save(head, folder / "value_head.bin")
+    return state, head
+
+
+def _value(folder, state, head, ids):
+    config = json.loads((folder / "config.json").read_text())
+    states = published.llama_states(state, "model", published.SEPARATE, ids, config)
+    return float(states[-1] @ head["v_head.summary.weight"][0] + head["v_head.summary.bias"])
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin shards"])
+def test_a_value_head_in_a_file_of_its_own_is_read_at_the_last_token(tmp_path, form):
+    ending = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    state, head = _with_value_head(tmp_path / "rm", form, template=ending, pad="eos", pad_token_id=2)
+    rm = rl.load(tmp_path / "rm")
+    tokens = rm.tokenize("a", "b")
+    assert tokens.ids[-1] == rm.pad_id and rm.readout.kind == "linear"
+    expected = _value(tmp_path / "rm", state, head, tokens.ids)
+    assert rm.score("a", "b") == pytest.approx(expected, abs=1e-5)
+    assert rm.hf_score("a", "b") == pytest.approx(expected, abs=1e-5)
+    assert rl.load(rm.save_pretrained(tmp_path / "again")).score("a", "b") == pytest.approx(expected, abs=1e-5)
+    edited = rl.edit_head(rm, torch.nn.functional.normalize(torch.arange(32.0) - 3, dim=0))
+    assert edited.score("a", "b") != pytest.approx(expected, abs=1e-3)
+    assert edited.score("a", "b") == pytest.approx(edited.hf_score("a", "b"), abs=1e-5)
+
+
+def test_a_value_head_that_does_not_fit_is_refused(tmp_path):
+    _with_value_head(tmp_path)
+    save_file({"v_head.summary.weight": torch.ones(1, 7)}, tmp_path / "value_head.safetensors")
+    with pytest.raises(rl.LoadError, match="no trained reward head.*value_head.safetensors or .bin: .*summary.bias"):
+        rl.load(tmp_path)
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_an_adapter_of_a_language_model_with_a_value_head_beside_it(tmp_path, safe):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    state, head = _with_value_head(tmp_path / "base")
+    (tmp_path / "base" / "value_head.safetensors").unlink()
+    settings = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), settings).eval()
+    adapted.save_pretrained(tmp_path / "adapter", safe_serialization=safe)
+    with pytest.raises(rl.LoadError, match="has no trained reward head"):
+        rl.load(tmp_path / "adapter")
+    torch.save(head, tmp_path / "adapter" / "value_head.bin")
+    rm = rl.load(tmp_path / "adapter")
+    ids = torch.tensor([rm.tokenize("a", "b").ids])
+    with torch.no_grad():
+        state = adapted(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -1]
+    expected = float(state @ head["v_head.summary.weight"][0] + head["v_head.summary.bias"])
+    assert rm.score("a", "b") == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_value_head_among_the_weights_is_asked_what_it_is(tmp_path):
+    """TRL saves it so, and so do process reward models: which of the two it is stands nowhere."""
+    state, head = _with_value_head(tmp_path)
+    (tmp_path / "value_head.safetensors").unlink()
+    published.write(tmp_path, state | head)
+    with pytest.raises(rl.LoadError, match="no trained reward head.*v_head.summary.weight and .bias as value_head.saf"):
+        rl.load(tmp_path)
+    save_file(head, tmp_path / "value_head.safetensors", {"format": "pt"})
+    rm = rl.load(tmp_path)
+    expected = _value(tmp_path, state, head, rm.tokenize("a", "b").ids)
+    assert rm.score("a", "b") == pytest.approx(expected, abs=1e-5)

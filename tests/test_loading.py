@@ -67,7 +67,8 @@ def test_sharded_checkpoints_and_device_map(saved):
         assert mapped.score(*PROBES[0]) == plain.score(*PROBES[0])
 
 
-def test_peft_adapters_are_merged_head_included(saved, tmp_path):
+@pytest.mark.parametrize("safe", [True, False])
+def test_peft_adapters_are_merged_head_included(saved, tmp_path, safe):
     from peft import LoraConfig, get_peft_model
 
     base = saved()
@@ -77,7 +78,7 @@ def test_peft_adapters_are_merged_head_included(saved, tmp_path):
     wrapped = get_peft_model(rl.load(base).module, settings)
     with torch.no_grad():
         next(p for n, p in wrapped.named_parameters() if "score.modules_to_save" in n).mul_(2)
-    wrapped.save_pretrained(tmp_path / "adapter")
+    wrapped.save_pretrained(tmp_path / "adapter", safe_serialization=safe)
     ids = torch.tensor([rl.load(base).tokenize(*PROBES[0]).ids])
     with torch.no_grad():
         expected = float(wrapped.eval()(input_ids=ids).logits[0, 0])
@@ -213,6 +214,23 @@ def test_an_adapter_that_does_not_fit_its_base_is_refused(saved, tmp_path, chang
     assert re.search(found, error.value.found)
 
 
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_a_config_without_labels_has_those_of_its_head(saved, form):
+    """As that of the language model whose config was kept: transformers takes it for two labels."""
+    folder = saved()
+    expected = hf_reward(folder, *PROBES[0])
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if "label" not in k}))
+    if form == "bin":
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    assert rl.load(folder).score(*PROBES[0]) == pytest.approx(expected, abs=1e-5)
+    labels = {"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}}
+    (folder / "config.json").write_text(json.dumps(config | labels))
+    with pytest.raises(rl.LoadError, match=r"score.weight of shape \(1, 32\).*\(2, 32\), by.*correct config.json"):
+        rl.load(folder)
+
+
 def test_an_adapter_without_a_head_leaves_the_rows_of_its_base(tmp_path):
     from peft import LoraConfig, get_peft_model
 
@@ -232,7 +250,8 @@ def test_an_adapter_without_a_head_leaves_the_rows_of_its_base(tmp_path):
 def test_an_adapter_over_a_head_that_standardises_keeps_mean_and_scale(saved, tmp_path, task):
     from peft import LoraConfig, get_peft_model
 
-    plain = saved()
+    ending = CHAT_TEMPLATES["markers"].replace("<|end|>\\n", "' + eos_token + '")  # as OpenRLHF ends its texts
+    plain = saved(tokenizer=tiny_tokenizer(chat_template=ending))
     settings = LoraConfig(r=2, task_type=task, target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(rl.load(plain).module, settings).save_pretrained(tmp_path / "adapter")
     reward = rl.load(tmp_path / "adapter").score(*PROBES[0])
@@ -268,6 +287,44 @@ def test_a_language_model_is_refused(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(rl.LoadError, match="is a language model, not a reward model.*score.weight.*LlamaForCausalLM"):
         rl.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("trunk", "head", "family"),
+    [("module.model.", "module.score.weight", "llama"), ("rwtransformer.", "v_head.weight", "llama"),
+     ("rwtranrsformer.", "v_head.weight", "gpt_neox"), ("model.", "value_head.weight", "llama")],
+)  # fmt: skip
+def test_weights_under_other_names_are_said_to_be_there(saved, trunk, head, family):
+    """Of a wrapper, of DeepSpeed-Chat, of a head of another name: what the refusal says to rename, renamed, loads."""
+    folder = saved(family=family)
+    expected = hf_reward(folder, *PROBES[0])
+    prefix = {"llama": "model.", "gpt_neox": "gpt_neox."}[family]
+    weights = load_file(folder / "model.safetensors")
+    other = {(trunk + k.removeprefix(prefix) if k.startswith(prefix) else head): x for k, x in weights.items()}
+    config = json.loads((folder / "config.json").read_text())
+    plain = {k: v for k, v in config.items() if "label" not in k} | {"architectures": ["LlamaForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(plain))
+    torch.save(other, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(rl.LoadError, match="no trained reward head") as error:
+        rl.load(folder)
+    told = [(trunk, prefix)] * (trunk != prefix)
+    assert all(f"rename weights of the checkpoint, {a!r} to {b!r}" in error.value.do for a, b in told)
+    assert f"rename {head} to score.weight" in error.value.do
+    renamed = {k.replace(trunk, prefix, 1) if k.startswith(trunk) else "score.weight": x for k, x in other.items()}
+    torch.save(renamed, folder / "pytorch_model.bin")
+    assert rl.load(folder).score(*PROBES[0]) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_an_unembedding_is_not_taken_for_a_head(saved, family):
+    folder = saved(family=family)
+    weights = load_file(folder / "model.safetensors")
+    name = {"llama": "lm_head.weight", "gpt_neox": "embed_out.weight"}[family]
+    save_file({k: x for k, x in weights.items() if "score" not in k} | {name: torch.ones(4, 32)},
+              folder / "model.safetensors", {"format": "pt"})  # fmt: skip
+    with pytest.raises(rl.LoadError, match="no trained reward head.*load the reward model itself"):
+        rl.load(folder)
 
 
 def test_nan_weights_are_refused(saved):
@@ -349,6 +406,24 @@ def test_what_is_no_model_of_transformers_is_a_sentence():
         rl.RewardModel(wrapped, tokenizer)
     with pytest.raises(rl.LoadError, match="A str is no model of transformers.*rl.load takes a path"):
         rl.RewardModel("a/path", tokenizer)
+
+
+def test_reward_models_of_other_frameworks_in_memory_are_sentences():
+    """Forwards that give a tensor (OpenRLHF), states or logits at every token, and wrappers (DeepSpeed-Chat, TRL)."""
+    from transformers import AutoModelForCausalLM
+
+    module, tokenizer = tiny_model("llama")
+    own = type("RewardModel", (type(module),), {"forward": lambda self, input_ids, **_: torch.ones(len(input_ids))})
+    wrapped = nn.Module()
+    wrapped.config, wrapped.rwtransformer = module.config, module.model
+    for given, error in (
+        (own(module.config), "A RewardModel gives no score of a text. Found: a Tensor.*save it and rl.load the folder"),
+        (module.model, "A LlamaModel gives no score of a text. Found: a BaseModelOutputWithPast"),
+        (AutoModelForCausalLM.from_config(module.config), "every token.*save it.*pass readout=rl.VocabReadout"),
+        (wrapped, "A Module is no model of transformers. Found: no get_input_embeddings.*another framework saved too"),
+    ):
+        with pytest.raises(rl.LoadError, match=error):
+            rl.RewardModel(given, tokenizer)
 
 
 def test_a_network_that_a_trainer_prepared_is_read_without_its_autocast():
@@ -521,6 +596,9 @@ def test_a_folder_that_cannot_be_loaded_says_what_it_is(tmp_path):
     for base in (None, "./gone"):
         config = {"peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": base}
         (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+        (tmp_path / "adapter/adapter_model.safetensors").unlink(missing_ok=True)
+        with pytest.raises(rl.LoadError, match="save the adapter's weights beside its adapter_config.json, as"):
+            rl.load(tmp_path / "adapter")
         save_file({"base_model.model.score.weight": torch.ones(1, 32)}, tmp_path / "adapter/adapter_model.safetensors")
         with pytest.raises(rl.LoadError, match=f"see to the adapter's base, {base!r} .base_model_name_or_path in"):
             rl.load(tmp_path / "adapter")

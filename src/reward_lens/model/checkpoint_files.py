@@ -1,6 +1,7 @@
 """The files of a checkpoint, of a hub repository or a folder: the names of the tensors it holds, and the tensors."""
 
 import json
+import re
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,9 +13,13 @@ from torch import Tensor, nn
 
 from reward_lens.errors import LoadError
 
-WHOLE = ("model.safetensors", "pytorch_model.bin")
-"""Of an unsharded checkpoint; a sharded one has an index beside its shards."""
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""Whole or an index of shards, the first that is there as transformers takes it: others may be of an earlier save."""
+VALUE_HEAD = ("value_head.safetensors", "value_head.bin")
+"""Of a value head beside a language model or an adapter of one (LLaMA-Factory, ms-swift)."""
+ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 _ADAPTER = "adapter_config.json"
+_UNEMBEDDING = re.compile(r"(^|\.)(lm_head|embed_out|lm_loss|output_layer)\.")
 
 
 def file_of(path: str, revision: str | None, name: str) -> Path | None:
@@ -43,6 +48,8 @@ def lacking(path: str, tokenizer: bool) -> str | None:
     if not folder.is_dir():
         return None
     if (folder / _ADAPTER).exists():
+        if not any((folder / name).exists() for name in ADAPTER):
+            return f"save the adapter's weights beside its {_ADAPTER}, as {' or '.join(ADAPTER)}"
         base = json.loads((folder / _ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
         if not base or not Path(base).is_dir():
             return (
@@ -50,6 +57,7 @@ def lacking(path: str, tokenizer: bool) -> str | None:
                 "reached, or a folder that is there from here; a base in memory goes with the adapter around it to "
                 "rl.RewardModel(module, tokenizer)"
             )
+        tokenizer = tokenizer and not has_tokenizer(base, None)  # which stands in for the adapter's own
     elif not (folder / "config.json").exists():
         found = (f.parent for name in ("config.json", _ADAPTER) for f in folder.glob(f"*/{name}"))
         inside = sorted(found, key=lambda f: (int("0" + "".join(filter(str.isdecimal, f.name))), f.name))
@@ -63,15 +71,13 @@ def lacking(path: str, tokenizer: bool) -> str | None:
 
 def names_in(path: str, revision: str | None) -> frozenset[str]:
     """Names of all tensors; empty for a checkpoint kept in no usual file."""
-    for whole in WHOLE:
-        index = file_of(path, revision, whole + ".index.json")
-        if index is not None:
-            return frozenset(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        file = file_of(path, revision, whole)
-        if file is not None:
-            with _opened(file) as tensors:
-                return frozenset(tensors)
-    return frozenset()
+    file = _first_of(_WEIGHTS, path, revision)
+    if file is None:
+        return frozenset()
+    if file.suffix == ".json":
+        return frozenset(_shards(file))
+    with _opened(file) as tensors:
+        return frozenset(tensors)
 
 
 def tensors_in(path: str, revision: str | None, names: tuple[str, ...] | None = None) -> dict[str, Tensor]:
@@ -81,6 +87,29 @@ def tensors_in(path: str, revision: str | None, names: tuple[str, ...] | None = 
         with _opened(file) as tensors:
             found |= {name: tensors[name] for name in tensors if names is None or name in names}
     return found
+
+
+def value_head_in(path: str, revision: str | None) -> dict[str, Tensor]:
+    """The tensors of a value head in a file of its own; empty where there is none."""
+    file = _first_of(VALUE_HEAD, path, revision)
+    if file is None:
+        return {}
+    with _opened(file) as tensors:
+        return {key: tensors[key] for key in tensors}
+
+
+def adapter_shapes(path: str, revision: str | None) -> dict[str, list[int]]:
+    """Shapes of an adapter's tensors by name."""
+    file = _first_of(ADAPTER, path, revision)
+    if file is None:
+        raise FileNotFoundError(f"{path} has no {' or '.join(ADAPTER)}")
+    with _opened(file) as tensors:
+        shape = tensors.shape if isinstance(tensors, _Lazy) else lambda key: list(tensors[key].shape)
+        return {key: shape(key) for key in tensors}
+
+
+def _first_of(names: Sequence[str], path: str, revision: str | None) -> Path | None:
+    return next((file for name in names if (file := file_of(path, revision, name)) is not None), None)
 
 
 def require_places(path: str, module: Any, unexpected: Iterable[str]) -> None:
@@ -96,6 +125,42 @@ def require_places(path: str, module: Any, unexpected: Iterable[str]) -> None:
             do="correct config.json (number of layers, biases), or merge the adapter whose weights these are; if they "
             "have no part in the reward, load the module yourself and pass rl.RewardModel(module, tokenizer)",
         )
+
+
+def require_sizes(path: str, mismatched: Iterable[Sequence[Any]]) -> None:
+    """Raise `LoadError` for tensors (name, shape, the config's shape) of other sizes than the config gives them."""
+    if mismatched:
+        name, found, expected = min(map(tuple, mismatched))
+        raise LoadError(
+            f"The weights of {path} are not of the sizes that its config gives them",
+            found=f"{name} of shape {tuple(found)}",
+            expected=f"shape {tuple(expected)}, by config.json",
+            do="correct config.json (num_labels and id2label for a head, vocab_size for an embedding, and so on)",
+        )
+
+
+def other_names(module: Any, missing: Sequence[str], unexpected: Iterable[str]) -> str | None:
+    """What to do where the weights that a class lacks are there under other names: of a wrapper (`module.`,
+    `rwtransformer.`), of a head, of TRL's value head. None where they are not."""
+    trunk, left = module.base_model_prefix + ".", set(unexpected)
+    lacking = [name.removeprefix(trunk) for name in missing if name.startswith(trunk)]
+    starts = {name.removesuffix(lacking[0]) for name in left if name.endswith(lacking[0])} if lacking else set()
+    start = next((one for one in sorted(starts) if left.issuperset(one + rest for rest in lacking)), None)
+    steps = [] if start is None else [f"rename weights of the checkpoint, {start!r} to {trunk!r}"]
+    own = sorted(
+        name for name in left if not name.startswith((start or trunk, trunk)) and not _UNEMBEDDING.search(name)
+    )
+    heads = [name for name in missing if not name.startswith(trunk)]
+    if own == ["v_head.summary.bias", "v_head.summary.weight"]:
+        steps.append(
+            "save v_head.summary.weight and .bias as value_head.safetensors beside the weights if the reward is at "
+            "the last token; rl.load_step_model(path, readout) reads one at the end of every step"
+        )
+    elif len(own) == len(heads) == 1 and own[0].endswith("weight"):
+        steps.append(
+            f"rename {own[0]} to {heads[0]}, which is read at the last token that is not config.json's padding"
+        )
+    return "; ".join(steps) or None
 
 
 def some_of(names: Sequence[str]) -> str:
@@ -124,6 +189,9 @@ class _Lazy:
     def __getitem__(self, name: str) -> Tensor:
         return self._opened.get_tensor(name)
 
+    def shape(self, name: str) -> list[int]:
+        return self._opened.get_slice(name).get_shape()
+
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
@@ -137,12 +205,14 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def _files(path: str, revision: str | None, names: tuple[str, ...] | None) -> list[Path]:
-    for whole in WHOLE:
-        index = file_of(path, revision, whole + ".index.json")
-        if index is not None:
-            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            shards = set(where.values()) if names is None else {where[name] for name in names if name in where}
-            return [file for shard in sorted(shards) if (file := file_of(path, revision, shard)) is not None]
-        if (file := file_of(path, revision, whole)) is not None:
-            return [file]
-    return []
+    file = _first_of(_WEIGHTS, path, revision)
+    if file is None or file.suffix != ".json":
+        return [] if file is None else [file]
+    where = _shards(file)
+    shards = set(where.values()) if names is None else {where[name] for name in names if name in where}
+    return [file for shard in sorted(shards) if (file := file_of(path, revision, shard)) is not None]
+
+
+def _shards(index: Path) -> dict[str, str]:
+    """File of each tensor."""
+    return json.loads(index.read_text(encoding="utf-8"))["weight_map"]

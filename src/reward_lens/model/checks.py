@@ -22,7 +22,7 @@ from reward_lens.model import rounding
 from reward_lens.model.forward import at_rows, make_batch, padding_id, record, replay, suffix_batch
 from reward_lens.model.heads.own import OwnHead
 from reward_lens.model.linear_maps import is_linear
-from reward_lens.model.placement import own_output
+from reward_lens.model.placement import own_output, scores_of
 from reward_lens.model.prefix import pooled_with_prefix
 from reward_lens.model.readout import RunsANetwork
 from reward_lens.model.tokens import Tokens
@@ -61,8 +61,9 @@ CHECKS_HELP = {
 }
 
 
-def run_probe(module: Any, device: torch.device) -> Tensor:
-    """Run two short rows of seeded random tokens and return the logits; nothing is padded."""
+def run_probe(module: Any, device: torch.device, of_text: bool = False) -> Tensor:
+    """Run two short rows of seeded random tokens and return the logits, those `of_text` for a sequence classifier (else
+    `LoadError`); nothing is padded."""
     vocabulary = module.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(min(8, vocabulary // 2), vocabulary, (2, 7), generator=generator).to(device)
@@ -74,19 +75,22 @@ def run_probe(module: Any, device: torch.device) -> Tensor:
     arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if pad is None:  # Hugging Face refuses to pool a batch without a padding token
         arguments = {"input_ids": ids[:1]}
-    return own_output(module, **arguments).logits
+    return scores_of(module, **arguments) if of_text else own_output(module, **arguments).logits
 
 
 def require_model(module: Any) -> Any:
     """The module; `LoadError` for what is no model of transformers, such as the wrapper of a distributed run."""
-    if isinstance(module, nn.Module) and hasattr(module, "config"):
+    lacking = [name for name in ("config", "get_input_embeddings") if not hasattr(module, name)]
+    if isinstance(module, nn.Module) and not lacking:
         return module
     inside = getattr(module, "module", None)
+    found = f"no {' and no '.join(lacking)}"
     raise LoadError(
         f"A {type(module).__name__} is no model of transformers",
-        found="no config" + ("" if inside is None else f", and a {type(inside).__name__} inside as .module"),
+        found=found + ("" if inside is None else f", and a {type(inside).__name__} inside as .module"),
         expected="a sequence classifier (or a PeftModel around one) as a module",
-        do="pass " + ("what AutoModelForSequenceClassification gives; rl.load takes a path" if inside is None
+        do="pass " + ("what AutoModelForSequenceClassification gives; rl.load takes a path, of a reward model that "
+                      "another framework saved too" if inside is None
                       else "module.module, or trainer.model: rl.RewardModel(trainer.model, tokenizer)"),
     )  # fmt: skip
 

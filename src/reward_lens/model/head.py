@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from reward_lens.errors import DataError
 from reward_lens.model.adapters import require_no_live_adapter
 from reward_lens.model.heads.linear import LinearScore
+from reward_lens.model.heads.own import head_of
 from reward_lens.model.linear_maps import linear_bias, linear_weight
 from reward_lens.model.placement import require_all_there
 from reward_lens.model.readout import LinearReadout
@@ -83,7 +84,7 @@ def with_row(
             do="remove fewer directions, or use a smaller alpha",
         )
     module = sharing_copy(rm.module, but=rm.head)
-    head = module.get_submodule(rm.structure.head)
+    head = head_of(module, rm.structure)
     mean, scale = _standard(rm)
     linear_weight(head)[number].copy_(after * scale)
     has_bias = linear_bias(head)

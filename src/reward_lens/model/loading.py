@@ -6,11 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from reward_lens.errors import LoadError
 from reward_lens.model import heads
-from reward_lens.model.checkpoint_files import has_tokenizer, lacking, require_places, some_of
+from reward_lens.model.checkpoint_files import (
+    adapter_shapes,
+    has_tokenizer,
+    lacking,
+    other_names,
+    require_places,
+    require_sizes,
+    some_of,
+    tensors_in,
+)
 from reward_lens.model.forward import padding_id
+from reward_lens.model.heads.local import ValueHeadScore
 from reward_lens.model.heads.own import OwnHead
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.step_readout import StepReadout
@@ -155,33 +166,46 @@ def _load_classifier(path: str, options: dict, settings: dict):
     known = heads.load_known(path, options | settings)
     if known is not None:
         return known, []
-    config = AutoConfig.from_pretrained(path, **options)
+    config = AutoConfig.from_pretrained(path, **options, **_rows_in(path, options["revision"]))
     architectures = getattr(config, "architectures", None) or []
-    causal = next((a for a in architectures if a.endswith(("ForCausalLM", "LMHeadModel"))), None)
+    causal = heads.causal_of(architectures)
     try:
         module, info = AutoModelForSequenceClassification.from_pretrained(
-            path, config=config, output_loading_info=True, **options, **settings
+            path, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options, **settings
         )
     except ValueError as error:
         if causal is None:
             raise
         raise _no_reward_head(path, f"no such class with a head ({_first_lines(error)})", causal) from error
+    require_sizes(path, info["mismatched_keys"])
     missing = sorted(info["missing_keys"])
     left = _beside_trunk(module, info["unexpected_keys"])
     dropped = f"{type(module).__name__} has no place for its {some_of(left)}" if left else ""
     if missing:
         found = f"the checkpoint lacks {some_of(missing)}" + (f"; {dropped}" if dropped else "")
-        raise _no_reward_head(path, found, causal)
+        raise _no_reward_head(path, found, causal, other_names(module, missing, info["unexpected_keys"]))
     if left:
         raise LoadError(
             f"A part of {path} beside its trunk would be dropped",
             found=dropped,
             expected="a place for every weight of the head: what is left of it is another reward",
-            do="if these weights have no part in the reward, load the module yourself and pass "
+            do="rl.load_step_model(path, readout) reads a token classifier at the end of every step; only one of one "
+            "label is read at the last token"
+            if any(a.endswith("ForTokenClassification") for a in architectures)
+            else "if these weights have no part in the reward, load the module yourself and pass "
             "rl.RewardModel(module, tokenizer); else pass readout= for this head",
         )
     require_places(path, module, info["unexpected_keys"])
     return module, missing
+
+
+def _rows_in(path: str, revision: str | None) -> dict[str, int]:
+    """The number of labels by the rows of the head, for a config that does not say it: transformers takes it for 2."""
+    values, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
+    if values.get("id2label") or values.get("num_labels"):
+        return {}
+    held = tensors_in(path, revision, ("score.weight", "classifier.weight", "classifier.out_proj.weight"))
+    return {"num_labels": next(iter(held.values())).shape[0]} if held else {}
 
 
 def _beside_trunk(module: Any, keys) -> list[str]:
@@ -190,12 +214,13 @@ def _beside_trunk(module: Any, keys) -> list[str]:
     return sorted(key for key in keys if not key.startswith(known))
 
 
-def _no_reward_head(path: str, found: str, causal: str | None) -> LoadError:
+def _no_reward_head(path: str, found: str, causal: str | None, do: str | None = None) -> LoadError:
     return LoadError(
-        f"{path} has no trained reward head" if causal is None else f"{path} is a language model, not a reward model",
+        f"{path} has no trained reward head" if do or not causal else f"{path} is a language model, not a reward model",
         found=found + (f"; its architecture is {causal}" if causal else ""),
         expected="every weight of the reward model in the checkpoint: a head of random numbers scores noise",
-        do="load the reward model itself (its config names ...ForSequenceClassification), or pass "
+        do=do
+        or "load the reward model itself (its config names ...ForSequenceClassification), or pass "
         "readout=rl.VocabReadout(' Yes', ' No') for a reward read from a language model's vocabulary",
     )
 
@@ -247,9 +272,9 @@ def _load_adapter(path: str, options: dict, settings: dict):
     base = str(adapter.base_model_name_or_path)
     saved = _saved_shapes(path, options["revision"])
     of_heads = [shape[0] for key, shape in saved.items() if key.endswith(_HEAD_SUFFIXES)]
-    rows = {"num_labels": of_heads[0]} if of_heads else {}
+    rows = {"num_labels": of_heads[0]} if of_heads else _rows_in(base, adapter.revision)
     base_options = {"trust_remote_code": options["trust_remote_code"], "revision": adapter.revision}
-    module = heads.load_known(base, base_options | settings)
+    module = heads.load_known(base, base_options | settings, (path, options["revision"]))
     info: dict[str, Any] = {"missing_keys": [], "unexpected_keys": []}  # load_known has refused either
     if module is None:
         with heads.without_report():
@@ -265,7 +290,7 @@ def _load_adapter(path: str, options: dict, settings: dict):
             do="save the head with the adapter, or load a base that is a reward model",
         )
     require_places(base, module, info["unexpected_keys"])
-    if adapter.task_type is None or str(adapter.task_type).endswith("SEQ_CLS"):
+    if adapter.task_type is None or str(adapter.task_type).endswith("SEQ_CLS") or _with_value_head(module):
         return _merged(module, path, options["revision"]), missing, base
     raise LoadError(
         f"The adapter {path} is not one of a reward model",
@@ -281,17 +306,14 @@ _IN_PEFT = "base_model.model."  # what an adapter's file puts before the names o
 
 def _saved_shapes(path: str, revision: str | None) -> dict[str, list[int]]:
     """Shapes of an adapter's tensors by name; a part of the base that was trained whole has the base's name."""
-    from safetensors import safe_open
-
-    with safe_open(_adapter_file(path, revision), framework="pt") as opened:
-        whole = re.compile(r"\.modules_to_save\.default|\.original_module")
-        return {whole.sub("", key): opened.get_slice(key).get_shape() for key in opened.keys()}
+    whole = re.compile(r"\.modules_to_save\.default|\.original_module")
+    return {whole.sub("", key): shape for key, shape in adapter_shapes(path, revision).items()}
 
 
 def _merged(module: Any, path: str, revision: str | None) -> Any:
     """The base with the adapter in its weights. peft only warns of weights that it does not find, and drops those that
     it has no place for: either leaves another model than the one that was trained."""
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
     base = {_IN_PEFT + name for name in module.state_dict()}
     shapes = _saved_shapes(path, revision)
@@ -299,7 +321,10 @@ def _merged(module: Any, path: str, revision: str | None) -> Any:
     rows = {shapes[name][0] for name in whole}
     if rows - {module.get_input_embeddings().weight.shape[0]}:  # tokens were added before training
         module.resize_token_embeddings(max(rows), mean_resizing=False)
-    adapted = PeftModel.from_pretrained(module, path, revision=revision)
+    config = PeftConfig.from_pretrained(path, revision=revision)
+    if _with_value_head(module):
+        config.task_type = None  # peft's wrapper of a language model asks for one that can generate
+    adapted = PeftModel.from_pretrained(module, path, revision=revision, config=config)
     expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) - base
     saved = set(shapes) - base - whole
     if expected != saved:
@@ -311,6 +336,11 @@ def _merged(module: Any, path: str, revision: str | None) -> Any:
             do="load the base that the adapter was trained on, or save the adapter again",
         )
     return adapted.merge_and_unload()
+
+
+def _with_value_head(module: Any) -> bool:
+    """Whether it is a language model's trunk with TRL's value head, whose adapters are those of language models."""
+    return isinstance(module, ValueHeadScore) and module.linear
 
 
 def _whole_embedding(module: Any, saved: Iterable[str]) -> set[str]:
@@ -338,14 +368,6 @@ def _is_adapter(path: str, revision: str | None) -> bool:
     except HfHubHTTPError as error:
         raise OSError(str(error)) from error
     return True
-
-
-def _adapter_file(path: str, revision: str | None) -> str:
-    if Path(path).exists():
-        return str(Path(path) / "adapter_model.safetensors")
-    from huggingface_hub import hf_hub_download
-
-    return hf_hub_download(path, "adapter_model.safetensors", revision=revision)
 
 
 def _pool_as_trained(module: Any, tokenizer: Any, own: bool) -> None:

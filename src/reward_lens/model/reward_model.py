@@ -85,7 +85,7 @@ class RewardModel(OnTrunk):
         own = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
         self.pad_id = next((i for i in (pad_id, *own) if i is not None), 0)
 
-        run = self.vocabulary.probe if self.vocabulary else checks.run_probe
+        run = self.vocabulary.probe if self.vocabulary else functools.partial(checks.run_probe, of_text=True)
         probe = functools.partial(run, module, self.device)
         kept = checks.kept_report(self)
         with torch.no_grad():

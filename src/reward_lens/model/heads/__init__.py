@@ -7,5 +7,6 @@ names, and `.logits` as a sequence classifier gives them.
 
 from reward_lens.model.heads.own import complete as complete
 from reward_lens.model.heads.own import tokenizer_options as tokenizer_options
+from reward_lens.model.heads.table import causal_of as causal_of
 from reward_lens.model.heads.table import load_known as load_known
 from reward_lens.model.heads.table import without_report as without_report

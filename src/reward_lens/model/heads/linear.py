@@ -128,9 +128,12 @@ class StandardisedScore(LinearScore):
 
 class RegressionScore(LinearScore):
     """OpenRLHF's reward models: `value_head` or `score`, standardised by the config's `mean` and `std` where it has
-    `normalize_reward`."""
+    `normalize_reward`, of texts that end in an EOS."""
 
     head_path = "value_head"
+
+    def tokenizer_for(self, tokenizer: Any, pooled_skips: int | None, max_length: int | None) -> Tokenizer:
+        return ClosedTokenizer(tokenizer, None, max_length)
 
     def standard(self, like: Tensor) -> tuple[Tensor, Tensor]:
         mean, scale = super().standard(like)
@@ -179,3 +182,23 @@ class EndedTokenizer(Tokenizer):
                 do="pass a prompt and a response, and leave the end of the text in place",
             )
         return len(ids) - 1 - ids[::-1].index(self.ending)
+
+
+class ClosedTokenizer(Tokenizer):
+    """OpenRLHF's texts: newlines at the end of what the chat template writes are taken off, and an EOS is put there
+    behind a space (unless the text ends in one), so that the head reads an EOS."""
+
+    def closed(self, text: str) -> str:
+        text, eos = text.rstrip("\n"), self.hf.eos_token
+        return text if eos is None or text.endswith(eos) else f"{text} {eos}"
+
+    def written(self, messages: list[dict], response: Any) -> str:
+        return self.closed(super().written(messages, response))
+
+    def official_ids(self, messages: list[dict], response: Any) -> list[int]:
+        text = self._templated([*messages, {"role": "assistant", "content": response}], False, tokenize=False)
+        return list(self.hf(self.closed(text), add_special_tokens=False)["input_ids"])
+
+    def text(self, text: str, truncation: str | None = None) -> Tokens:
+        check_text(text, "text")
+        return self._encode(self.closed(text), 0, len(text), truncation, special=True)

@@ -105,10 +105,10 @@ class OneScore(TwoLayerScore):
 class ValueHead(nn.Module):
     """`summary`: linear, or hidden layers with ReLUs and a linear map, as the config says."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: Any, linear: bool):
         super().__init__()
         width, layers = config.hidden_size, []
-        if getattr(config, "vhead_layer_type", "mlp") == "linear":
+        if linear or getattr(config, "vhead_layer_type", "mlp") == "linear":
             self.summary: nn.Module = nn.Linear(width, 1)
             return
         for _ in range(getattr(config, "vhead_num_layers", 1)):
@@ -121,12 +121,15 @@ class ValueHead(nn.Module):
 
 
 class ValueHeadScore(OwnHead):
-    """GRM with its text-generation head left out: `v_head.summary`, read at the last position that is attended to."""
+    """GRM, or TRL's value head, with the text-generation head left out: `v_head.summary`, read at the last position
+    that is attended to."""
 
     head_path = "v_head"
+    linear: ClassVar[bool] = False
+    """Whether the head is a linear map whatever the config says."""
 
     def build(self, config: Any) -> None:
-        self.v_head = ValueHead(config)
+        self.v_head = ValueHead(config, self.linear)
 
     @property
     def n_columns(self) -> int:
@@ -135,8 +138,9 @@ class ValueHeadScore(OwnHead):
     def columns(self, states: Tensor, ids: Tensor) -> Tensor:
         return self.v_head(states)
 
-    def head_parts(self) -> nn.ModuleList:
-        return nn.ModuleList([self.v_head])
+    def head_parts(self) -> nn.Module:
+        summary = self.v_head.summary
+        return summary if isinstance(summary, nn.Linear) else nn.ModuleList([self.v_head])
 
     def readout(self, norm: Norm, row: int) -> LocalReadout | LinearReadout:
         if isinstance(self.v_head.summary, nn.Linear):

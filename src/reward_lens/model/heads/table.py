@@ -2,16 +2,18 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from reward_lens.errors import LoadError
-from reward_lens.model.checkpoint_files import names_in, require_places, some_of, tensors_in
+from reward_lens.model.checkpoint_files import names_in, require_places, some_of, tensors_in, value_head_in
 from reward_lens.model.heads.gated import GatedQuantiles, GatedRows
 from reward_lens.model.heads.layouts import INTERNLM2, OF_ITS_OWN_TYPE, UNDER_TRANSFORMER, Layout
 from reward_lens.model.heads.linear import LinearScore, RegressionScore, StandardisedScore
@@ -48,14 +50,25 @@ class Known:
     """Published ones, for the reader."""
     only: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     """What these keys may be, if they are there: other values are other heads."""
+    labels: int | None = None
+    """Number of labels that the config must have."""
+    beside: bool = False
+    """Whether the head stands in a file of its own beside a causal language model or an adapter of one."""
 
-    def fits(self, config: Mapping[str, Any], holds: Callable[[], frozenset[str]]) -> bool:
+    def fits(
+        self, config: Mapping[str, Any], holds: Callable[[], frozenset[str]],
+        value_head: Callable[[], Mapping[str, Tensor]] = dict,
+    ) -> bool:  # fmt: skip
         named = config.get("architectures") or []
+        if self.beside and not (causal_of(named) and value_head()):
+            return False
         if self.named and not {self.name, *self.also} & set(named):
             return False
         if self.key is not None and config.get(self.key) is None:
             return False
         if any(config.get(key) != value for key, value in self.values.items()):
+            return False
+        if self.labels not in (None, len(config.get("id2label") or ()) or config.get("num_labels")):
             return False
         return not self.holds or set(self.holds) <= holds()
 
@@ -109,40 +122,64 @@ KNOWN = (
         StandardisedScore, "LlamaForScore", also=("LlamaModelForScore",), settings={"chat_template": BEAVER},
         checkpoints=("beaver-7b-v1.0-reward", "beaver-7b-v1.0-cost"),
     ),
+    # safe-rlhf's of another trunk, by a key that it writes
+    Known(StandardisedScore, "AutoModelForScore", named=False, key="score_type", holds=("score_head.weight",)),
     Known(
         LinearScore, "GPTNeoXRewardModel", layout=OF_ITS_OWN_TYPE, only={"pooling": ("last",)},
         settings={"head_path": "out_proj", "bias": True, "chat_template": OASST},
         checkpoints=("oasst-rm-2.1-pythia-1.4b-epoch-2.5", "oasst-rm-2-pythia-6.9b-epoch-1"),
     ),
     *(_starling(named, *model) for named in (True, False) for model in _STARLINGS),
-    # OpenRLHF's, whose older and newer classes and heads have different names
+    # OpenRLHF's: its older class by name; the newer ones by a key that it writes, whatever class saved the model (it
+    # loads any folder as a reward model). Heads have either name in each.
     *(
         Known(
-            RegressionScore, name, key=key, holds=(f"{path}.weight",), settings={"head_path": path},
+            RegressionScore, name, named=key is None, key=key, holds=(f"{path}.weight",), settings={"head_path": path},
             checkpoints=("reward models of OpenRLHF",) if path == "value_head" else (),
         )
         for name, key in (("LLMForSequenceRegression", None), ("RewardModel", "normalize_reward"))
         for path in ("value_head", "score")
     ),
+    # Token classifiers of one label, read at the last token. Of two labels they are process reward models.
+    *(
+        Known(
+            LinearScore, f"{family}ForTokenClassification", labels=1, holds=("score.weight", "score.bias"),
+            settings={"head_path": "score", "bias": True},
+            checkpoints=("reward models of verl and AReaL, of other families too",) if family == "Llama" else (),
+        )
+        for family in ("Llama", "Mistral", "Mixtral", "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe", "Gemma", "Gemma2",
+                       "Phi", "Phi3", "Glm4", "DeepseekV3", "StableLm", "Starcoder2")
+    ),
+    # TRL's value head, saved in its own file beside the language model; once loaded this library saves it with the rest
+    *(
+        Known(
+            ValueHeadScore, "AutoModelForCausalLMWithValueHead", named=not beside, beside=beside,
+            settings={"linear": True},
+            checkpoints=("reward models of LLaMA-Factory, by a file `value_head.safetensors` or `.bin`",) * beside,
+        )
+        for beside in (True, False)
+    ),
 )  # fmt: skip
 """The first row that fits holds."""
 
 
-def load_known(path: str, settings: dict[str, Any]) -> Any:
+def causal_of(architectures: Sequence[str]) -> str | None:
+    """The causal language model that a config names."""
+    return next((a for a in architectures if a.endswith(("ForCausalLM", "LMHeadModel"))), None)
+
+
+def load_known(path: str, settings: dict[str, Any], adapter: tuple[str, str | None] | None = None) -> Any:
     """The model of a published head, with the checkpoint's weights; None where the config shows none of the table.
 
-    `settings` go to `from_pretrained`. Remote code is not run, whether or not the settings trust it. Raises `LoadError`
-    where the checkpoint lacks a weight of the head or trunk, or holds weights of the head that have no place.
+    `settings` go to `from_pretrained`. Remote code is not run, whether or not the settings trust it. `adapter`: path
+    and revision of an adapter of this base, beside which a value head stands. Raises `LoadError` where the checkpoint
+    lacks a weight of the head or trunk, or holds weights of the head that have no place.
     """
     revision = settings.get("revision")
     values, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
-    held: list[frozenset[str]] = []
-
-    def holds() -> frozenset[str]:  # read once, and only for a row that asks
-        held[:] = held or [names_in(path, revision)]
-        return held[0]
-
-    row = next((known for known in KNOWN if known.fits(values, holds)), None)
+    holds = functools.cache(lambda: names_in(path, revision))  # read once, and only for a row that asks
+    value_head = functools.cache(lambda: value_head_in(*(adapter or (path, revision))))
+    row = next((known for known in KNOWN if known.fits(values, holds, value_head)), None)
     if row is None:
         return None
     _require_values(path, row, values)
@@ -157,7 +194,7 @@ def load_known(path: str, settings: dict[str, Any]) -> Any:
         source = {"pretrained_model_name_or_path": None}
         settings = {name: value for name, value in settings.items() if name != "revision"}
         settings["state_dict"] = row.layout.state(tensors_in(path, revision), config)
-    with without_report() if row.files else contextlib.nullcontext():
+    with without_report() if row.files or row.beside else contextlib.nullcontext():
         module, info = model_class.from_pretrained(
             **source, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **settings
         )
@@ -170,9 +207,11 @@ def load_known(path: str, settings: dict[str, Any]) -> Any:
             do="look for a newer config.json, or pass structure= and readout= for this head",
         )
     missing = module.fill(sorted(info["missing_keys"]))
-    for part in row.files:  # a checkpoint that this library wrote holds them with the others
+    parts = {part: functools.partial(_saved_part, path, f"{part}.pt", settings.get("revision")) for part in row.files}
+    parts |= {"v_head": lambda: {k.removeprefix("v_head."): x for k, x in value_head().items()}} if row.beside else {}
+    for part, read in parts.items():  # a checkpoint that this library wrote holds them with the others
         if any(key.startswith(part + ".") for key in missing):
-            _load_part(module, part, path, settings.get("revision"))
+            _load_part(module, part, path, "value_head.safetensors or .bin" if row.beside else f"{part}.pt", read)
             missing = [key for key in missing if not key.startswith(part + ".")]
     if missing:
         raise LoadError(
@@ -205,16 +244,20 @@ def without_report():
         logging.set_verbosity(before)
 
 
-def _load_part(module: Any, part: str, path: str, revision: str | None) -> None:
+def _saved_part(path: str, name: str, revision: str | None) -> Mapping[str, Tensor]:
+    file: Any = cached_file(path, name, revision=revision)
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _load_part(module: Any, part: str, path: str, name: str, read: Callable[[], Mapping[str, Tensor]]) -> None:
     """Load one part of the head from its own file; raises `LoadError` for a file that is not there or does not fit."""
     try:
-        file: Any = cached_file(path, f"{part}.pt", revision=revision)
-        module.get_submodule(part).float().load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        module.get_submodule(part).float().load_state_dict(read())
     except (OSError, RuntimeError, TypeError) as error:
         raise LoadError(
             f"{path} has no trained reward head",
-            found=f"{part}.pt: {' '.join(str(error).split())[:300]}",
-            expected=f"a file {part}.pt with every weight of that part: a head of random numbers scores noise",
+            found=f"{name}: {' '.join(str(error).split())[:300]}",
+            expected=f"a file {name} with every weight of that part: a head of random numbers scores noise",
             do="download the checkpoint again, this file included",
         ) from error
 
