@@ -110,3 +110,9 @@ def test_what_needs_one_row_refuses():
     rm = model("causal")
     with pytest.raises(rl.StructureError, match="no row of the head.*objective='accepted'"):
         rl.edit_head(rm, torch.ones(1, rm.d_model))
+
+
+def test_a_reward_is_named_once():
+    given = model("causal").readout
+    with pytest.raises(rl.LoadError, match="said twice.*objective='accepted'"):
+        rl.RewardModel(*tiny_model("llama", num_labels=3), readout=given, objective="accepted")

@@ -211,7 +211,7 @@ def chosen_rows(names: tuple[str, ...], objective: str | int | None, model: str)
         f"The head of {model} has no row {objective!r}",
         found="rows " + ", ".join(names) + ways,
         expected=f"one of these names or its index, or the difference of two, 'A{LESS}B'",
-        do=f"correct objective=; two rows by their indices are '1{LESS}0'",
+        do=f"name rows by their indices, as in '1{LESS}0'" if found else "correct objective=",
     )
 
 
