@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import reward_lens as rl
+from encoders import tiny_encoder
 from every_method import METHODS
 from families import TEXT_PAIRS, tiny_model
 from reward_lens.model.adapters import is_adapted
@@ -63,6 +64,25 @@ def test_a_live_adapter_scores_as_the_merged_one(models, family):
     for one, other in zip(split, plain, strict=True):
         assert is_adapted(one) and not is_adapted(other)
         torch.testing.assert_close(linear_weight(one), linear_weight(other), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])  # a wrapped head behind a pooler, and both in one wrapper
+def test_a_live_adapter_of_an_encoder(name):
+    module, tokenizer = tiny_encoder(name, num_labels=2)
+    torch.manual_seed(0)
+    live = get_peft_model(
+        module, LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["query"], init_lora_weights=False)
+    )
+    with torch.no_grad():
+        for path, weight in live.named_parameters():
+            weight.mul_(1.5 if "modules_to_save" in path else 1.0)
+    rm = rl.RewardModel(live, tokenizer, objective="1 - 0", name=name)
+    with torch.no_grad():
+        logits = live(**tokenizer("What?", "Yes.", return_tensors="pt")).logits[0]
+    assert rm.score("What?", "Yes.") == pytest.approx(float(logits[1] - logits[0]), abs=1e-5)
+    merged = rl.RewardModel(copy.deepcopy(live).merge_and_unload(), tokenizer, objective="1 - 0", name=name)
+    here, there = (rl.contributions(m, PAIRS[:2]).value for m in (rm, merged))
+    np.testing.assert_allclose(here, there, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["lens", "by head", "by neuron", "effects", "gradient", "path effects", "ov"])

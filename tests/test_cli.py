@@ -44,6 +44,15 @@ def model(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
+def labels(tmp_path_factory) -> str:
+    """A classifier of two labels."""
+    folder = tmp_path_factory.mktemp("labels")
+    for part in tiny_model("llama", num_labels=2):
+        part.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     rows = [{"prompt": p, "chosen": c, "rejected": r, "subset": "plain"} for p, c, r in TEXT_PAIRS]
@@ -334,12 +343,16 @@ def test_agree_prints_the_random_weights(model, pairs):
     assert "random 1" in run("agree", model, pairs, "--limit", "3").output
 
 
-def test_pressure_reads_scored_samples(tmp_path):
+def test_pressure_reads_scored_samples(labels, tmp_path):
     path = tmp_path / "samples.csv"
     rows = [f"q{p},answer {'long ' * k},{k + 0.1 * p}" for p in range(8) for k in range(4)]
     path.write_text("prompt,response,reward\n" + "\n".join(rows))
     assert "Gold: no column" in run("pressure", str(path)).output
     assert json.loads(run("pressure", str(path), "--json").stdout)["name"] == "optimisation_pressure"
+    unscored = tmp_path / "unscored.csv"
+    unscored.write_text("\n".join(line.rpartition(",")[0] for line in path.read_text().splitlines()))
+    asked = ("pressure", str(unscored), "--model", labels, "--objective", "1 - 0", "--json")
+    assert json.loads(run(*asked).stdout)["meta"]["objective"] == "LABEL_1 - LABEL_0"
 
 
 def test_benchmark_prints_a_row_a_set(model, pairs):
@@ -356,15 +369,19 @@ def test_benchmark_counts_the_prompts_of_styled_sets(model, pairs, tmp_path):
     assert [row.split()[-1] for row in rows if ": overall" in row] == ["2"]  # five items of two prompts
 
 
-def test_compare_prints_every_two_models(model, pairs, tmp_path):
+def test_compare_prints_every_two_models(model, labels, pairs, tmp_path):
     saved = tmp_path / "compared.nc"
     printed = run("compare", model, "demo", "--pairs", pairs, "--limit", "8", "-o", str(saved)).output
     assert "agreement" in printed and "Largest disagreements" in printed
     assert rl.load_result(saved).name == "compare"
     assert "models" in run("compare", model, "--pairs", pairs, code=1).output
+    again = ("compare", labels, f"{labels}/.", "--pairs", pairs, "--limit", "8")
+    body = json.loads(run(*again, "--objective", "1 - 0", "--json").stdout)
+    assert {one["objective"] for one in body["meta"]["models"].values()} == {"LABEL_1 - LABEL_0"}
+    assert "none was chosen" in run(*again, code=1).output
 
 
-def test_concepts_prints_a_row_a_concept_and_position(model, tmp_path):
+def test_concepts_prints_a_row_a_concept_and_position(model, labels, tmp_path):
     texts = tmp_path / "concepts.jsonl"
     topics = ("bread", "trains", "chess", "rain", "paint", "cats", "tea", "maps")
     said = {
@@ -373,15 +390,18 @@ def test_concepts_prints_a_row_a_concept_and_position(model, tmp_path):
         "doubt": ("maybe", "surely"),
         "neutral": "is",
     }
-    rows = [
+    lines = [
         {"concept": c, "topic": t, "text": f"Of {t}: {word}.", "polarity": polarity}
         for c, words in said.items()
         for t in topics
         for polarity, word in zip(("positive", "negative"), words if c != "neutral" else ("fine",), strict=False)
     ]
-    texts.write_text("\n".join(json.dumps(row) for row in rows))
-    printed = run("concepts", model, str(texts), "--null", "3", "--steered", "3").output
+    texts.write_text("\n".join(json.dumps(row) for row in lines))
+    few = (str(texts), "--null", "3", "--steered", "3")
+    printed = run("concepts", model, *few).output
     assert "joy" in printed and "agree over 3 concepts" in printed
+    body = json.loads(run("concepts", labels, *few, "--objective", "1 - 0", "--json").stdout)
+    assert body["meta"]["objective"] == "LABEL_1 - LABEL_0"
 
 
 def test_conflict_prints_labels(model):

@@ -424,6 +424,8 @@ def test_several_objectives_of_an_encoder():
         logits = module(**tokenizer("a", "b", return_tensors="pt")).logits[0]
     assert rm.score("a", "b") == pytest.approx(float(logits[1]), abs=1e-6)
     assert rm.for_objective(2).score("a", "b") == pytest.approx(float(logits[2]), abs=1e-6)
+    for every, one in ((rl.objective_contributions, rl.contributions), (rl.objective_effects, rl.effects)):
+        np.testing.assert_allclose(every(rm, PAIRS[:1]).value[..., 1], one(rm, PAIRS[:1]).value, atol=1e-5)
 
 
 def test_an_encoder_is_loaded_from_a_folder(tmp_path):

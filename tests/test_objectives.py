@@ -7,7 +7,7 @@ import pytest
 import published_heads as published
 import reward_lens as rl
 from families import TEXT_PAIRS, tiny_model
-from reward_lens.model.readout import chosen_row
+from reward_lens.model.readout import chosen_rows
 
 PAIRS = rl.Pairs([rl.Pair(*texts) for texts in TEXT_PAIRS[:3]])
 OTHERS = rl.Pairs([rl.Pair(*texts) for texts in TEXT_PAIRS[3:]])
@@ -108,7 +108,7 @@ def test_one_objective_is_refused():
 
 def test_an_index_may_be_text_where_no_row_has_that_name():
     """A command line has text only; a row named "1" is meant by its name."""
-    assert chosen_row(("help", "harm"), "1", "m") == chosen_row(("help", "harm"), 1, "m") == 1
-    assert chosen_row(("1", "2"), "1", "m") == 0
+    assert chosen_rows(("help", "harm"), "1", "m") == chosen_rows(("help", "harm"), 1, "m") == (1, None, "harm")
+    assert chosen_rows(("1", "2"), "1", "m").row == 0
     with pytest.raises(rl.LoadError, match="no row '2'"):
-        chosen_row(("help", "harm"), "2", "m")
+        chosen_rows(("help", "harm"), "2", "m")

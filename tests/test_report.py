@@ -243,6 +243,14 @@ def test_results_that_differ_in_model_name_both(tmp_path):
     assert "tiny, another" in read([shapes.grid(), other], tmp_path).words
 
 
+def test_the_page_says_which_reward_it_is_of(tmp_path):
+    """Reports of two rows of one head, or of one less the other, are of one model and of other rewards."""
+    results = [shapes.grid(), shapes.grid()]
+    for result, objective in zip(results, ("good", "good - bad"), strict=True):
+        result.meta["objective"] = objective
+    assert "good, good - bad" in read(results, tmp_path, title="tiny on pairs").words
+
+
 def test_text_values_and_undefined_values(tmp_path):
     words = Result("words", xr.DataArray(["a", "b"], dims="name", coords={"name": ["x", "y"]}), unit="")
     undefined = xr.DataArray([np.nan, np.nan], dims="name", coords={"name": ["x", "y"]})

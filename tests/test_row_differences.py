@@ -9,6 +9,7 @@ import torch
 import reward_lens as rl
 from encoders import tiny_encoder
 from families import tiny_model
+from reward_lens.model.readout import chosen_rows
 
 PAIRS = [
     rl.Pair("Why is the sky blue?", "Air scatters blue light.", "It is paint, all of it."),
@@ -71,6 +72,17 @@ def test_rows_may_be_named_by_number_and_names_may_hold_the_sign():
     assert rl.RewardModel(module, tokenizer, objective="a - b").row == 0
     rm, rows = rl.RewardModel(module, tokenizer, objective="a - a - b"), module.score.weight
     assert rm.readout.objective == "a - a - b" and torch.equal(rm.readout.weight, rows[1] - rows[0])
+    # A name that is also a row's would be read back as that row.
+    apart, rows_apart = rl.RewardModel(module, tokenizer, objective="1 - 2"), rows[1] - rows[2]
+    assert apart.readout.objective == "1 - 2" and torch.equal(apart.readout.weight, rows_apart)
+    assert torch.equal(apart.for_objective(apart.readout.objective).readout.weight, rows_apart)
+
+
+def test_a_difference_that_may_be_meant_in_two_ways_is_refused():
+    names = ("a", "a - b", "b - c", "c")
+    with pytest.raises(rl.LoadError, match="'a - b - c' may be 2 differences.*'1 - 0'"):
+        chosen_rows(names, "a - b - c", "m")
+    assert chosen_rows(names, "0 - 2", "m") == (0, 2, "0 - 2") and chosen_rows(names, "0 - 3", "m").name == "a - c"
 
 
 def test_the_same_model_is_read_again_under_the_same_argument():
@@ -98,3 +110,9 @@ def test_what_needs_one_row_refuses():
     rm = model("causal")
     with pytest.raises(rl.StructureError, match="no row of the head.*objective='accepted'"):
         rl.edit_head(rm, torch.ones(1, rm.d_model))
+
+
+def test_a_reward_is_named_once():
+    given = model("causal").readout
+    with pytest.raises(rl.LoadError, match="said twice.*objective='accepted'"):
+        rl.RewardModel(*tiny_model("llama", num_labels=3), readout=given, objective="accepted")

@@ -209,6 +209,14 @@ def test_bad_input(changed, message):
         valuation(rm, given.pop("vectors"), given.pop("texts"), **given)
 
 
+def test_vectors_read_by_another_objective_are_refused():
+    """They come with the rewards of their texts: `read` and the common direction would be of the other objective."""
+    rm = rl.RewardModel(*tiny_model("llama", num_labels=2), objective=0, name="rows")
+    texts = texts_of(words={k: WORDS[k] for k in ("calm", "angry", "shy")}, topics=TOPICS[:6])
+    with pytest.raises(rl.DataError, match="of rows, objective 'LABEL_0'.*of rows, objective 'LABEL_1 - LABEL_0'"):
+        valuation(rm.for_objective("1 - 0"), concept_vectors(rm, texts), texts, **FEW)
+
+
 # --- the statistics -----------------------------------------------------------------------------------------
 
 

@@ -110,10 +110,10 @@ def edit(
 def pressure(
     samples: Annotated[Path, typer.Argument(help="Columns prompt, response, reward and, if there is one, gold.")],
     model: Annotated[str | None, typer.Option(help="Scores the samples where there is no column reward.")] = None,
-    n_max: int | None = None, as_json: AsJson = False, save: Save = None,
+    n_max: int | None = None, objective: Objective = None, as_json: AsJson = False, save: Save = None,
 ):  # fmt: skip
     """What choosing the best of n by this reward chooses besides: length, layout, hedging, and the gold score."""
-    rm = load(model) if model else None
+    rm = load(model, objective) if model else None
     result = rl.optimisation_pressure(samples, rm, n_max=n_max)
     show(result, as_json, save)
     if not as_json:

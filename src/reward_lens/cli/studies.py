@@ -32,12 +32,12 @@ from reward_lens.cli.common import (
 def compare(
     models: Annotated[list[str], typer.Argument(help="Two or more: 'demo', hub ids, folders or PEFT adapters.")],
     pairs: Annotated[str, typer.Option(help="'demo', a file, or a hub id.")] = "demo",
-    split: Split = None, limit: Limit = None, as_json: AsJson = False, save: Save = None,
+    split: Split = None, limit: Limit = None, objective: Objective = None, as_json: AsJson = False, save: Save = None,
 ):  # fmt: skip
-    """Where models agree: preferences, rewards, where in depth the margin arises, and states."""
+    """Where models agree: preferences, rewards, where in depth the margin arises, and states. All by one objective."""
     data = load_pairs(pairs, split, limit)
     with err.status(f"Running {len(models)} models on {len(data)} pairs"):
-        result = rl.compare({name: partial(load, name) for name in models}, data)
+        result = rl.compare({name: partial(load, name, objective) for name in models}, data)
     show(result, as_json, save)
     if not as_json:
         opposed = rl.disagreements(result, n=5).to_string(index=False)
@@ -52,10 +52,10 @@ def concepts(
     null: Annotated[int, typer.Option(help="Random directions to steer along.", min=0)] = 200,
     steered: Annotated[int, typer.Option(help="Texts to steer on.", min=1)] = 20,
     depth: Annotated[int | None, typer.Option(help="Residual entering this block; default: two thirds.")] = None,
-    as_json: AsJson = False, save: Save = None,
+    objective: Objective = None, as_json: AsJson = False, save: Save = None,
 ):  # fmt: skip
     """Directions of concepts, which way the reward pays for each, and whether reading and steering agree."""
-    given, rm = rl.load_concepts(texts), load(model)
+    given, rm = rl.load_concepts(texts), load(model, objective)
     with err.status(f"Reading {len(given)} texts"):
         vectors = rl.concept_vectors(rm, given, depth=depth)
     with err.status("Steering"):

@@ -5,6 +5,7 @@ measured is which token's state moves the scores; where it is the first one alon
 the head: the linear map that gives the scores, and what stands before it (a pooler).
 """
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -44,19 +45,27 @@ def first_token_tail(model: Any, blocks_path: str, run_probe) -> FirstTokenTail 
         )
     calls = _behind(model, blocks_path, last, run_probe)
     final_norm = next((path for path, module in calls if _is_final_norm(model, path, module, last, run_probe)), None)
-    behind = [(p, m) for p, m in calls if p != final_norm and any(True for _ in m.parameters())]
-    outermost = [p for p, _ in behind if not any(p.startswith(q + ".") for q, _ in behind)]
-    if len(outermost) == 1:  # one module holds pooler and head (RoBERTa's classifier)
-        inside = outermost[0] + "."
-        outermost = [p for p, _ in behind if p.startswith(inside) and "." not in p.removeprefix(inside)]
-    if len(outermost) != 2 or not isinstance(model.get_submodule(outermost[1]), nn.Linear):
+    behind = {p: m for p, m in calls if p != final_norm and any(True for _ in m.parameters())}
+    parts = _outermost(behind)
+    while len(parts) == 1 and len(behind) > 1:  # one module holds pooler and head (RoBERTa's classifier)
+        del behind[parts[0]]
+        parts = _outermost(behind)
+    # An adapter's wrapper holds the linear map that runs.
+    within = tuple(f"{part}." for part in parts[1:])
+    heads = [p for p, m in behind.items() if f"{p}.".startswith(within) and isinstance(m, nn.Linear)]
+    if len(parts) != 2 or len(heads) != 1:
         raise StructureError(
             f"What reads the first token of {type(model).__name__} was not understood",
-            found="behind the last block: " + (", ".join(outermost) or "nothing with parameters"),
+            found="behind the last block: " + (", ".join(parts) or "nothing with parameters"),
             expected="a pooler, and a linear map from it to the scores",
             do="pass structure= with final_norm=, pooler=, head= and reads_first=True",
         )
-    return FirstTokenTail(final_norm, outermost[0], outermost[1])
+    return FirstTokenTail(final_norm, parts[0], heads[0])
+
+
+def _outermost(paths: Collection[str]) -> list[str]:
+    """Those that are inside no other one, in order."""
+    return [p for p in paths if not any(p.startswith(q + ".") for q in paths)]
 
 
 def _moved(last: nn.Module, run_probe, first: bool) -> Tensor:

@@ -1,8 +1,8 @@
 """All objectives of one head, so that one pass answers for every one of them."""
 
 from reward_lens.errors import StructureError
-from reward_lens.model.heads.own import OwnHead
-from reward_lens.model.readout import PromptGated, Readout, linear_readout
+from reward_lens.model.own_readout import own_readout
+from reward_lens.model.readout import PromptGated, Readout
 from reward_lens.model.reward_model import RewardModel
 
 
@@ -20,10 +20,6 @@ def with_every_objective(rm: RewardModel) -> tuple[RewardModel, dict[str, Readou
             expected="a head with several rows or objectives",
             do="use effects and contributions, which ask for the one that the model was loaded with",
         )
-    norm, own = rm.readout.norm, rm.module if isinstance(rm.module, OwnHead) else None
-    readouts = {
-        name: linear_readout(norm, rm.head, row, name) if own is None else own.readout(norm, row)
-        for row, name in enumerate(names)
-    }
+    readouts = {name: own_readout(rm, row) for row, name in enumerate(names)}
     gated = next((name for name, readout in readouts.items() if isinstance(readout, PromptGated)), None)
     return rm if gated is None or isinstance(rm.readout, PromptGated) else rm.for_objective(gated), readouts

@@ -200,17 +200,26 @@ def chosen_rows(names: tuple[str, ...], objective: str | int | None, model: str)
     row = 0 if objective is None else _index(names, objective)
     if row is not None:
         return Rows(row, None, names[row])
-    parts = objective.split(LESS) if isinstance(objective, str) else []
-    for cut in range(1, len(parts)):
-        row, less = (_index(names, LESS.join(some)) for some in (parts[:cut], parts[cut:]))
-        if row is not None and less is not None and row != less:
-            return Rows(row, less, names[row] + LESS + names[less])
+    found = _differences(names, objective)
+    if len(found) == 1:
+        ((row, less),) = found
+        by_name, by_index = (f"{a}{LESS}{b}" for a, b in ((names[row], names[less]), (row, less)))
+        name = by_name if by_name not in names and _differences(names, by_name) == found else by_index
+        return Rows(row, less, name)
+    ways = f", of which {objective!r} may be {len(found)} differences" if found else ""
     raise LoadError(
         f"The head of {model} has no row {objective!r}",
-        found="rows " + ", ".join(names),
+        found="rows " + ", ".join(names) + ways,
         expected=f"one of these names or its index, or the difference of two, 'A{LESS}B'",
-        do="correct objective=",
+        do=f"name rows by their indices, as in '1{LESS}0'" if found else "correct objective=",
     )
+
+
+def _differences(names: tuple[str, ...], objective: Any) -> list[tuple[int, int]]:
+    """The pairs of rows that "A - B" may mean; several where names hold the sign themselves."""
+    parts = objective.split(LESS) if isinstance(objective, str) else []
+    cuts = [[_index(names, LESS.join(some)) for some in (parts[:i], parts[i:])] for i in range(1, len(parts))]
+    return [(row, less) for row, less in cuts if row is not None and less is not None and row != less]
 
 
 def _index(names: tuple[str, ...], objective: str | int) -> int | None:

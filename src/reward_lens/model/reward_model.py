@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reward_lens import data
-from reward_lens.errors import DataError, StructureError, named
+from reward_lens.errors import DataError, LoadError, StructureError, named
 from reward_lens.model import checks
 from reward_lens.model import structure as structures
 from reward_lens.model.forward import Batch, OnTrunk, batches, padding_id, rotary_threshold, trunk_of
@@ -67,6 +67,9 @@ class RewardModel(OnTrunk):
         loading: Mapping[str, Any] | None = None,
         edits: Iterable[Mapping[str, Any]] = (),
     ):
+        if readout is not None and objective is not None:
+            raise LoadError("It was said twice what the reward is", found=f"readout= and objective={objective!r}",
+                            expected="one of the two", do="leave one out; a readout= names its own rows")  # fmt: skip
         self.module = checks.require_model(module).eval()
         self.config: Any = module.config
         self.name = name or getattr(self.config, "name_or_path", "") or type(module).__name__

@@ -16,7 +16,7 @@ from reward_lens.report.texts import Strip, strip
 from reward_lens.result import Check, Result
 
 ROOM = 60_000  # tokens of all strips of a page together, about 3.5 MB
-SHARED = ("model", "revision", "dtype", "device", "seed", "n_pairs", "n_prompts", "inputs_hash")
+SHARED = ("model", "objective", "revision", "dtype", "device", "seed", "n_pairs", "n_prompts", "inputs_hash")
 NAMES = {"n_pairs": "pairs", "n_prompts": "prompts", "inputs_hash": "hash of the inputs"}
 
 

@@ -39,12 +39,12 @@ from reward_lens.methods.concepts import concept_statistics as over_topics
 from reward_lens.methods.concepts.concept_signs import sign_tests
 from reward_lens.methods.concepts.concept_states import POSITIONS, STEERED_AT, reward_direction, site_at
 from reward_lens.methods.shared.split_half import HELD_BACK, left_out_interval
-from reward_lens.model.head import trunk_name
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.tokens import Tokens
 from reward_lens.result import Check, Result
 
 FEWEST_CONCEPTS = 3
+SAME = ("method", "model", "objective", "reads")
 _UNDEFINED = "the vector lies along the common direction of reward"
 
 
@@ -66,7 +66,7 @@ def valuation(
 
     Parameters
     ----------
-    vectors: the Result of `concept_vectors` of this model, of at least 3 concepts.
+    vectors: the Result of `concept_vectors` of this model, read as it is here, of at least 3 concepts.
     texts: concept texts with negative ones, for the sign test; those the vectors were made of, or others.
     on: what to steer on: concept texts, or pairs (both responses are candidates). None: the neutral texts of `texts`,
         or the positive ones where there are none. One text a topic (prompt), drawn by `seed`, at most `n_texts`.
@@ -88,7 +88,7 @@ def valuation(
     In `meta`: `agreement` by position, of "direct", "read" and "partial", each with r, low, high, n, spearman, and for
     direct and partial its null; `sign_errors`, `sign_reasons`; `smallest_p`, and the numbers with which a p_holm under
     .05 can be had: `n_null_needed`, `sign_topics_needed` (topics of the vectors and of the tested texts).
-    Raises `DataError` for vectors of another model, under 3 concepts and where the settings are not understood.
+    Raises `DataError` for vectors of another model or objective, under 3 concepts, and for settings out of range.
     """
     texts = as_concept_texts(texts)
     _require(rm, vectors, n_null, n_texts, n_shuffle, n_boot)
@@ -147,12 +147,13 @@ def valuation(
 
 
 def _require(rm: RewardModel, vectors: Result, n_null: int, n_texts: int, n_shuffle: int, n_boot: int) -> None:
-    made = vectors.name == "concept_vectors"
-    if not made or vectors.meta["trunk"] != trunk_name(rm) or vectors.value.sizes["d_model"] != rm.d_model:
+    own = rm.describe("concept_vectors")
+    found, expected = ({key: meta.get(key) for key in SAME} for meta in (vectors.meta, own))
+    if found != expected or vectors.value.sizes["d_model"] != rm.d_model:  # they come with the rewards of their texts
         raise DataError(
             "The vectors are not concept vectors of this model",
-            found=f"a Result of {vectors.name}" + (f" of {vectors.meta['trunk']}" if made else ""),
-            expected=f"the Result of concept_vectors of {trunk_name(rm)}",
+            found="a Result of {method} of {model}, objective {objective!r}".format_map(found),
+            expected="the Result of {method} of {model}, objective {objective!r}".format_map(expected),
             do="pass concept_vectors(rm, texts)",
         )
     if vectors.value.sizes["concept"] < FEWEST_CONCEPTS:

@@ -78,7 +78,9 @@ def token_attribution(
         from where it differs from the whole text, with the whole text's keys and values before.
     by: leave_one_out removes a unit whole; for the other methods a unit's value is the sum over its tokens.
         Byte tokens of one character are separate tokens and never separate words.
-    steps: Gauss-Legendre nodes of the integrated gradient; more are put where the reward turns fast.
+    steps: Gauss-Legendre nodes of the integrated gradient; more are put where the reward turns fast, until the sum
+        closes. Errors of single tokens may cancel in that sum (in a random network one was .6 of the largest value at
+        a gap of .006, in a trained one .006): compare with a run of more steps.
     baseline: of gradient and integrated, put at the response's positions of the residual entering block 0:
         "mean" of the vocabulary, "zero", or the "pad" token's.
     removal: "delete" closes the gap; "mask" blocks attention to the unit and keeps every position id (a model
