@@ -409,9 +409,15 @@ def test_colour_limit_is_not_set_by_one_outlier():
     assert colour_limit(blocks(Result("one", value, unit="reward"))) == (pytest.approx(0.1), 9.0)
 
 
-@pytest.mark.parametrize(("piece", "shown"), [("", "\u00b7"), ("a\n", "a\u21b5\n"), (" b", " b")])
+@pytest.mark.parametrize(
+    ("piece", "shown"),
+    [("", "\u00b7"), ("a\n", "a\u21b5\n"), (" b", " b"), ("\r\n", "\u240d\u21b5\n"), ("\u200b", "\\u200b"),
+     ("\u202ea", "\\u202ea"), ("\u009b1m", "\\u009b1m"), ("\u200d", "\u200d")],
+)  # fmt: skip
 def test_no_token_is_invisible(piece, shown):
-    assert readable(piece) == shown
+    value = xr.DataArray([1.0], dims="position", coords={"piece": ("position", [piece])})
+    (block,) = blocks(Result("one", value, unit="reward"))
+    assert readable(block.pieces[0]) == shown
 
 
 # --- colours

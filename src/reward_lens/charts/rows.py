@@ -11,8 +11,12 @@ import xarray as xr
 
 from reward_lens.result import Result
 
-# What XML lacks (control characters, lone surrogates) and the two separators that end a line in an expression.
-_UNSAFE = re.compile("[^\t\n\r\x20-\u2027\u202a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+# What XML lacks (control characters, lone surrogates), what ends a line in an expression, and what is read but not
+# seen: the further controls, the soft hyphen, spaces and marks of no width, and the marks that turn the text behind
+# them round. Joiners stay, which shape emoji and scripts.
+_UNSAFE = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u200b\u2028-\u202e\u2060-\u2064\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff]"
+)
 Drawing = alt.LayerChart | alt.FacetChart  # what `alt.layer` returns
 
 
@@ -30,7 +34,7 @@ def columns(data: xr.Dataset, names: Iterable[str]) -> dict[str, np.ndarray]:
 
 
 def text_of(labels: Iterable) -> np.ndarray:
-    """Labels as text, in which a character that no chart can hold is written as its escape.
+    """Labels as text, in which a character that no chart can hold or no reader can see is written as its escape.
 
     A renderer of SVG that is given one ends the whole process; the parser of expressions refuses the label.
     """

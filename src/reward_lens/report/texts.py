@@ -113,6 +113,6 @@ def _label(result: Result, pair: str, name: str) -> str:
     if name not in coords or "pair" not in coords:
         return ""
     if coords[name].dims == ():
-        return str(coords[name].item())
+        return text_of([coords[name].item()])[0]
     names = list(text_of(coords["pair"].values.ravel()))
-    return str(coords[name].values[names.index(pair)]) if coords[name].dims == ("pair",) else ""
+    return text_of([coords[name].values[names.index(pair)]])[0] if coords[name].dims == ("pair",) else ""
