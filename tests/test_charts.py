@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+import vl_convert
 import xarray as xr
 
 import shapes
@@ -202,6 +203,13 @@ def test_heat_map_is_symmetric_around_zero_and_shows_the_margin():
     assert "margin, reward" in find(spec(panel), "title")
 
 
+def test_the_legend_of_a_colour_scale_names_its_ends():
+    """Vega wrote 1 under a shade of 1.44."""
+    value = xr.DataArray([[1.4372, -0.5], [0.5, 0.7]], dims=("a", "b"), coords={"a": ["x", "y"], "b": ["u", "v"]})
+    drawn = vl_convert.vegalite_to_svg(chart(Result("one", value, unit="reward")).properties(width=300).to_dict())
+    assert all(f">{sign}1.44<" in drawn for sign in ("", "\u2212")) and ">1<" not in drawn
+
+
 def test_values_without_sign_get_a_scale_from_zero():
     value = xr.DataArray([[0.4, 0.9], [0.5, 0.7]], dims=("a", "b"), coords={"a": ["x", "y"], "b": ["u", "v"]})
     (panel,) = panels(Result("style", value, unit="accuracy"))
@@ -328,6 +336,13 @@ def test_pairs_without_a_value_and_intervals_without_ends_are_said():
     index = xr.DataArray([1.0, 2.0], dims="dimension", coords={"dimension": ["a", "b"]})
     (panel,) = panels(Result("index", index, unit="ratio", low=index - [1, np.inf], high=index + [1, np.inf]))
     assert panel.note == "An interval without an end is not drawn."
+
+
+def test_a_dot_without_its_interval_is_explained():
+    value = xr.DataArray([1.0, 2.0], dims="probe", coords={"probe": ["a", "b"]})
+    for width, note in (([1, np.nan], "A dot without a line has no interval."), ([1, 1], ""), ([np.nan, np.nan], "")):
+        (panel,) = panels(Result("probes", value, unit="reward", low=value - width, high=value + width))
+        assert panel.note == note
 
 
 def test_labels_without_a_value_are_counted():

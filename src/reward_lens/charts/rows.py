@@ -62,6 +62,12 @@ def left_out(drawn: int, of: int) -> str:
     return f"{of - drawn} of {of} values are undefined and not drawn." if drawn < of else ""
 
 
+def bare(table: pd.DataFrame) -> str:
+    """The note on dots that lack the interval which others have; empty where there are none."""
+    lacks = table["low"].isna() if "low" in table else pd.Series([False])
+    return "A dot without a line has no interval." if lacks.any() and not lacks.all() else ""
+
+
 def tooltip(table: pd.DataFrame, titles: dict[str, str | None]) -> list[alt.Tooltip]:
     """One line a field of `table` that has a title, and the interval where there is one."""
     named = {field: title for field, title in titles.items() if title is not None and field in table}
@@ -104,6 +110,16 @@ def in_order(labels: Iterable) -> alt.Scale:
     As a domain and not as `sort`, which is compiled into an expression whose parser a label may break.
     """
     return alt.Scale(domain=[_plain(label) for label in dict.fromkeys(labels)])
+
+
+def shade(size: float, signed: bool, title: str) -> alt.Color:
+    """The colour of a value between zero and `size` either way. The legend names these ends, which Vega would round to
+    the digits of its steps (1 for 1.44), and is no longer than a narrow chart."""
+    ends, colours = ([-size, size], "diverging") if signed else ([0, size], "heatmap")
+    scale = alt.Scale(domain=ends, range=colours, clamp=True, interpolate="rgb")
+    length = "isFinite(containerSize()[0]) ? clamp(containerSize()[0] - 200, 90, 180) : 180"
+    legend = alt.Legend(values=sorted({*ends, 0}), format=".3~g", gradientLength=alt.ExprRef(length))
+    return alt.Color("value:Q", scale=scale, title=title, legend=legend)
 
 
 def zero(channel: str) -> alt.Chart:

@@ -6,7 +6,7 @@ import math
 import altair as alt
 import numpy as np
 
-from reward_lens.charts.rows import Drawing, dims_of, rows, text_of
+from reward_lens.charts.rows import Drawing, dims_of, rows, shade, text_of
 from reward_lens.result import Result
 
 COLUMNS, BLOCKS = 92, 6  # of the chart form: characters a row, texts shown
@@ -88,7 +88,6 @@ def strip_chart(texts: list[Block], unit: str) -> tuple[Drawing, str]:
         "x": alt.X("x:Q", **across),
         "y": alt.Y("row:O", axis=None, scale=alt.Scale(domain=list(range(height)), paddingInner=0.08)),
     }
-    scale = alt.Scale(domain=[-limit or -1, limit or 1], range="diverging", clamp=True, interpolate="rgb")
     tip = [
         alt.Tooltip("text:N", title="token"),
         alt.Tooltip("value:Q", format="+.3~g"),
@@ -97,7 +96,7 @@ def strip_chart(texts: list[Block], unit: str) -> tuple[Drawing, str]:
     base = alt.Chart(rows(cells)).encode(**where, tooltip=tip)
     titles = alt.Chart(rows(headings)).mark_text(style="heading")
     layers = [
-        base.mark_rect().encode(x2="end:Q", color=alt.Color("value:Q", scale=scale, title=unit)),
+        base.mark_rect().encode(x2="end:Q", color=shade(limit or 1, True, unit)),
         base.mark_text(style="token").encode(x=alt.X("letters:Q", **across), text="text:N"),
         titles.encode(y=where["y"], x=alt.datum(0), text="text:N"),
     ]
