@@ -480,3 +480,15 @@ def test_a_token_that_begins_with_a_space_is_drawn_behind_it():
     value = xr.DataArray(np.ones((1, 1, 2)), dims=dims, coords=coords)
     cells = values(panels(Result("tokens", value, unit="reward"))[0])
     assert [(c["x"], c["letters"], c["end"]) for c in cells if "letters" in c] == [(0, 0, 2), (2, 3, 5)]
+
+
+def test_wide_characters_have_two_columns_and_marks_none():
+    """Drawn one column wide, Chinese tokens lay over each other."""
+    pieces = ["\u6771\u4eac", " ok", "e\u0301", "\u5b57" * 60]
+    value = xr.DataArray(np.ones(4), dims="position", coords={"piece": ("position", pieces)})
+    (panel,) = panels(Result("tokens", value, unit="reward"))
+    cells = [(c["row"], c["x"], c["end"]) for c in values(panel) if "letters" in c]
+    assert cells == [(1, 0, 4), (1, 4, 7), (1, 7, 8), (2, 0, 92), (3, 0, 28)] and not panel.note
+    arabic = value.assign_coords(piece=("position", ["\u0644\u0627", "a", "b", "c"]))
+    (panel,) = panels(Result("tokens", arabic, unit="reward"))
+    assert "from right to left" in panel.note

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import unicodedata
 
 import altair as alt
 import numpy as np
@@ -101,6 +102,8 @@ def strip_chart(texts: list[Block], unit: str) -> tuple[Drawing, str]:
         titles.encode(y=where["y"], x=alt.datum(0), text="text:N"),
     ]
     note = f"The first {BLOCKS} of {len(texts)} texts." if len(texts) > BLOCKS else ""
+    if any(unicodedata.bidirectional(c) in ("R", "AL") for block in texts[:BLOCKS] for c in "".join(block.pieces)):
+        note = f"{note} Tokens follow each other from the left, those written from right to left too.".strip()
     return alt.layer(*layers).properties(width=int(COLUMNS * CHARACTER), height=ROW * height), note
 
 
@@ -112,11 +115,12 @@ def _typeset(texts: list[Block]) -> tuple[list[dict], list[dict], int]:
         row, column = row + 1, 0
         for piece, role, value in zip(block.pieces, block.roles, block.values, strict=True):
             shown = readable(piece).replace("\n", "").replace("\t", " ").replace(" ", "\u00a0")
-            for start in range(0, len(shown), COLUMNS):
-                part = shown[start : start + COLUMNS]
-                if column + len(part) > COLUMNS:
+            step = COLUMNS if _width(shown) <= len(shown) else COLUMNS // 2
+            for start in range(0, len(shown), step):
+                part = shown[start : start + step]
+                if column + _width(part) > COLUMNS:
                     row, column = row + 1, 0
-                end = column + len(part)
+                end = column + _width(part)
                 letters = column + len(part) - len(part.lstrip())  # Vega trims a text before it draws it
                 cells.append({"row": row, "x": column, "letters": letters, "end": end, "text": part, "value": value,
                               "role": role})  # fmt: skip
@@ -125,3 +129,9 @@ def _typeset(texts: list[Block]) -> tuple[list[dict], list[dict], int]:
                 row, column = row + 1, 0
         row += 2
     return cells, headings, row
+
+
+def _width(text: str) -> int:
+    """Columns of a monospaced font: none for marks, two for the wide characters of Chinese, Japanese, Korean, emoji."""
+    marks = sum(unicodedata.category(c) in ("Mn", "Me", "Cf") for c in text)
+    return len(text) - marks + sum(unicodedata.east_asian_width(c) in "WF" for c in text)
