@@ -147,6 +147,14 @@ def test_print_is_light_and_whole(visit):
     assert tab.locator("#theme").is_hidden()
 
 
+def test_charts_of_a_dark_page_are_printed(visit, tmp_path):
+    """Drawn anew for the paper they were not there when it was printed; turned light, each is a picture of the file."""
+    tab = visit(scheme="dark")
+    assert tab.pdf(path=tmp_path / "page.pdf").count(b"/Subtype /Image") >= tab.locator(".chart").count()
+    tab.emulate_media(media="print", color_scheme="dark")
+    assert "invert" in tab.locator(".chart svg").first.evaluate("s => getComputedStyle(s).filter")
+
+
 def test_tooltip_names_the_cell(visit):
     tab = visit()
     tab.locator("#components-1 svg .mark-rect path").first.hover(force=True)
