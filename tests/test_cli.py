@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from rich.cells import cell_len
 from typer.testing import CliRunner
 
 import reward_lens as rl
@@ -534,6 +535,8 @@ def test_a_terminal_gets_no_control_characters_of_the_data(model, tmp_path):
     printed = run("words", "Hello", "a\x1b[31mred\x9b0m b\a\rc", "--model", model).output
     table = printed.split("by absolute value")[1]
     assert "\\u001b[31mred" in table and "\\u009b0m" in printed and "\\u0007\\rc" in printed
+    wide = run("words", "Hello", "\u6771\u4eac \u3067\u3059 ok", "--model", model).output.split("by absolute value")[1]
+    assert len({cell_len(line) for line in wide.splitlines()[1:4]}) == 1  # numbers stand below each other
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text(
         json.dumps({"prompt": "p", "chosen": "a", "rejected": "a", "id": "i\x1b]0;t\a", "subset": "s\x1b[2J"})

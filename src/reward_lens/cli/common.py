@@ -77,7 +77,8 @@ def refusals(command: Callable) -> Callable:
     @wraps(command)
     def run(*args, **kwargs):
         try:
-            return command(*args, **kwargs)
+            with pd.option_context("display.unicode.east_asian_width", True):  # columns of Chinese stand in line
+                return command(*args, **kwargs)
         except (rl.RewardLensError, OSError) as error:
             said = str(error) if isinstance(error, rl.RewardLensError) else _of_file(error)
             err.print(f"{type(error).__name__}: {said}", style="red", markup=False, highlight=False, soft_wrap=True)
