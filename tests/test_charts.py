@@ -369,6 +369,12 @@ def test_subsets_get_a_row_each():
     assert {row["y"] for row in values(by_subset) if "pair" in row} == {"one", "two"}
 
 
+def test_subsets_that_are_not_drawn_are_counted():
+    coords = {"pair": [str(i) for i in range(60)], "subset": ("pair", [f"s{i}" for i in range(60)])}
+    (panel,) = panels(Result("scores", xr.DataArray(shapes.numbers(60), dims="pair", coords=coords), unit="reward"))
+    assert panel.note == "The 60 subsets are too many to draw each."
+
+
 def test_equal_scores_are_drawn():
     value = xr.DataArray([1.0, 1.0], dims="pair", coords={"pair": ["a", "b"]})
     (panel,) = panels(Result("margins", value, unit="reward"))

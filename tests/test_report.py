@@ -283,7 +283,14 @@ def test_a_full_page_is_under_six_megabytes(path):
 
 
 GAPS = {3.1e-7: "3.1e\u22127", 1e-5: "1e\u22125", 0.0: "0", 2.0: "2", 0.25: "0.25", float("inf"): "none"}
-NUMBERS = {-0.25: "\u22120.25", -0.0: "0", 1234567.0: "1.235e6", -1e-9: "\u22121e\u22129", float("nan"): "\u2013"}
+NUMBERS = {
+    -0.25: "\u22120.25",
+    -0.0: "0",
+    float("-inf"): "\u2212\u221e",
+    1234567.0: "1.235e6",
+    -1e-9: "\u22121e\u22129",
+    float("nan"): "\u2013",
+}
 
 
 @pytest.mark.parametrize(("value", "text"), GAPS.items())

@@ -226,10 +226,11 @@ def scores(result: Result) -> list[Panel]:
         )
     )
     note = f"{left} of {value.size} pairs have no value." if left else ""
+    subsets = len(set(value["subset"].values)) if "subset" in value.coords else 0
+    if subsets > MAX_ROWS:
+        note = f"{note} The {subsets} subsets are too many to draw each.".strip()
     out = [Panel("All pairs", layered([bars, *line], 200), note)]
-    if "subset" in value.coords and 1 < len(set(value["subset"].values)) <= MAX_ROWS:
-        out.append(_by_subset(value, x, line))
-    return out
+    return [*out, _by_subset(value, x, line)] if 1 < subsets <= MAX_ROWS else out
 
 
 def calibration(result: Result) -> list[Panel]:
