@@ -432,7 +432,7 @@ def test_colour_limit_is_not_set_by_one_outlier():
 
 @pytest.mark.parametrize(
     ("piece", "shown"),
-    [("", "\u00b7"), ("a\n", "a\u21b5\n"), (" b", " b"), ("\r\n", "\u240d\u21b5\n"), ("\u200b", "\\u200b"),
+    [("", "\u00b7"), ("a\n", "a\u21b5\n"), (" b", " b"), ("\r\n", "\\r\u21b5\n"), ("\u200b", "\\u200b"),
      ("\u202ea", "\\u202ea"), ("\u009b1m", "\\u009b1m"), ("\u200d", "\u200d")],
 )  # fmt: skip
 def test_no_token_is_invisible(piece, shown):

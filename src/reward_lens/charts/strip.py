@@ -72,7 +72,7 @@ def readable(piece: str) -> str:
     """A piece as it is shown: what has no glyph of its own gets one, so that no token is invisible."""
     if not piece:
         return "\u00b7"
-    return piece.replace("\r", "\u240d").replace("\n", "\u21b5\n")  # HTML would make a line break of the first
+    return piece.replace("\r", "\\r").replace("\n", "\u21b5\n")  # HTML would make a line break of the first
 
 
 def quoted(piece: str) -> str:
