@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+import vl_convert
 import xarray as xr
 
 import shapes
@@ -202,6 +203,13 @@ def test_heat_map_is_symmetric_around_zero_and_shows_the_margin():
     assert "margin, reward" in find(spec(panel), "title")
 
 
+def test_the_legend_of_a_colour_scale_names_its_ends():
+    """Vega wrote 1 under a shade of 1.44."""
+    value = xr.DataArray([[1.4372, -0.5], [0.5, 0.7]], dims=("a", "b"), coords={"a": ["x", "y"], "b": ["u", "v"]})
+    drawn = vl_convert.vegalite_to_svg(chart(Result("one", value, unit="reward")).properties(width=300).to_dict())
+    assert all(f">{sign}1.44<" in drawn for sign in ("", "\u2212")) and ">1<" not in drawn
+
+
 def test_values_without_sign_get_a_scale_from_zero():
     value = xr.DataArray([[0.4, 0.9], [0.5, 0.7]], dims=("a", "b"), coords={"a": ["x", "y"], "b": ["u", "v"]})
     (panel,) = panels(Result("style", value, unit="accuracy"))
@@ -330,6 +338,13 @@ def test_pairs_without_a_value_and_intervals_without_ends_are_said():
     assert panel.note == "An interval without an end is not drawn."
 
 
+def test_a_dot_without_its_interval_is_explained():
+    value = xr.DataArray([1.0, 2.0], dims="probe", coords={"probe": ["a", "b"]})
+    for width, note in (([1, np.nan], "A dot without a line has no interval."), ([1, 1], ""), ([np.nan, np.nan], "")):
+        (panel,) = panels(Result("probes", value, unit="reward", low=value - width, high=value + width))
+        assert panel.note == note
+
+
 def test_labels_without_a_value_are_counted():
     names = {"label": np.array(["a", "b", "c"], dtype=object)}
     dose = {"family": ("label", np.array(["f"] * 3, dtype=object)), "dose": ("label", [1.0, 2.0, 3.0])}
@@ -352,6 +367,12 @@ def test_steps_past_a_million_stay_apart():
 def test_subsets_get_a_row_each():
     _, by_subset = panels(shapes.scores())
     assert {row["y"] for row in values(by_subset) if "pair" in row} == {"one", "two"}
+
+
+def test_subsets_that_are_not_drawn_are_counted():
+    coords = {"pair": [str(i) for i in range(60)], "subset": ("pair", [f"s{i}" for i in range(60)])}
+    (panel,) = panels(Result("scores", xr.DataArray(shapes.numbers(60), dims="pair", coords=coords), unit="reward"))
+    assert panel.note == "The 60 subsets are too many to draw each."
 
 
 def test_equal_scores_are_drawn():
@@ -409,9 +430,15 @@ def test_colour_limit_is_not_set_by_one_outlier():
     assert colour_limit(blocks(Result("one", value, unit="reward"))) == (pytest.approx(0.1), 9.0)
 
 
-@pytest.mark.parametrize(("piece", "shown"), [("", "\u00b7"), ("a\n", "a\u21b5\n"), (" b", " b")])
+@pytest.mark.parametrize(
+    ("piece", "shown"),
+    [("", "\u00b7"), ("a\n", "a\u21b5\n"), (" b", " b"), ("\r\n", "\\r\u21b5\n"), ("\u200b", "\\u200b"),
+     ("\u202ea", "\\u202ea"), ("\u009b1m", "\\u009b1m"), ("\u200d", "\u200d")],
+)  # fmt: skip
 def test_no_token_is_invisible(piece, shown):
-    assert readable(piece) == shown
+    value = xr.DataArray([1.0], dims="position", coords={"piece": ("position", [piece])})
+    (block,) = blocks(Result("one", value, unit="reward"))
+    assert readable(block.pieces[0]) == shown
 
 
 # --- colours
@@ -459,3 +486,15 @@ def test_a_token_that_begins_with_a_space_is_drawn_behind_it():
     value = xr.DataArray(np.ones((1, 1, 2)), dims=dims, coords=coords)
     cells = values(panels(Result("tokens", value, unit="reward"))[0])
     assert [(c["x"], c["letters"], c["end"]) for c in cells if "letters" in c] == [(0, 0, 2), (2, 3, 5)]
+
+
+def test_wide_characters_have_two_columns_and_marks_none():
+    """Drawn one column wide, Chinese tokens lay over each other."""
+    pieces = ["\u6771\u4eac", " ok", "e\u0301", "\u5b57" * 60]
+    value = xr.DataArray(np.ones(4), dims="position", coords={"piece": ("position", pieces)})
+    (panel,) = panels(Result("tokens", value, unit="reward"))
+    cells = [(c["row"], c["x"], c["end"]) for c in values(panel) if "letters" in c]
+    assert cells == [(1, 0, 4), (1, 4, 7), (1, 7, 8), (2, 0, 92), (3, 0, 28)] and not panel.note
+    arabic = value.assign_coords(piece=("position", ["\u0644\u0627", "a", "b", "c"]))
+    (panel,) = panels(Result("tokens", arabic, unit="reward"))
+    assert "from right to left" in panel.note

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from rich.cells import cell_len
 from typer.testing import CliRunner
 
 import reward_lens as rl
@@ -536,3 +537,29 @@ def test_explore_writes_a_page_and_its_results(model, varied, dictionary, tmp_pa
     run("sae", "explore", model, dictionary, "--latents", "0", code=2)
     few = run("sae", "explore", model, dictionary, "--limit", "1", *options, code=1).stderr
     assert "cannot be screened and tested" in " ".join(few.split())
+
+
+def test_only_json_is_printed_where_json_is_asked_for(model, tmp_path):
+    """A page beside it, or a number in its provenance that is none, is not in its way."""
+    page = tmp_path / "words.html"
+    asked = run("words", "Hello", "Hello to you.", "--model", model, "--json", "--html", str(page))
+    assert json.loads(asked.stdout)["name"] == "token_attribution" and page.exists()
+    rows = [{"prompt": f"Question {i}?", "chosen": "The same.", "rejected": "The same."} for i in range(2)]
+    pairs = tmp_path / "same.jsonl"
+    pairs.write_text("\n".join(json.dumps(row) for row in rows))
+    asked = run("probe", model, str(pairs), "--probes", "hedge", "--json")
+    assert json.loads(asked.stdout, parse_constant=pytest.fail)["meta"]["within_prompt_sd"] is None
+
+
+def test_a_terminal_gets_no_control_characters_of_the_data(model, tmp_path):
+    printed = run("words", "Hello", "a\x1b[31mred\x9b0m b\a\rc", "--model", model).output
+    table = printed.split("by absolute value")[1]
+    assert "\\u001b[31mred" in table and "\\u009b0m" in printed and "\\u0007\\rc" in printed
+    wide = run("words", "Hello", "\u6771\u4eac \u3067\u3059 ok", "--model", model).output.split("by absolute value")[1]
+    assert len({cell_len(line) for line in wide.splitlines()[1:4]}) == 1  # numbers stand below each other
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(
+        json.dumps({"prompt": "p", "chosen": "a", "rejected": "a", "id": "i\x1b]0;t\a", "subset": "s\x1b[2J"})
+    )
+    asked = run("accuracy", model, str(pairs))
+    assert "s\\u001b[2J" in asked.stdout and "i\\u001b]0;t\\u0007" in asked.stderr

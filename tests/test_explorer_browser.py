@@ -1,5 +1,6 @@
 """The explorer in headless Chromium: searched, sorted and looked through by pointing and by keys, wide and narrow."""
 
+import itertools
 import re
 
 import pytest
@@ -56,6 +57,11 @@ def test_the_page_fits(visit, width, scheme):
     assert contrasts and min(contrasts) >= 4.5
     beside = tab.evaluate("document.querySelector('#detail').getBoundingClientRect().left") > 200
     assert beside == (width == 1280)
+
+
+def test_no_heading_is_skipped(visit):
+    levels = visit().evaluate("[...document.querySelectorAll('h1, h2, h3, h4')].map(h => Number(h.tagName[1]))")
+    assert levels[0] == 1 and all(b <= a + 1 for a, b in itertools.pairwise(levels))
 
 
 def test_search_by_index_and_by_words(visit):

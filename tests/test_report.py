@@ -62,7 +62,7 @@ def test_policy_allows_the_scripts_and_styles_by_hash_and_nothing_else(page):
 
 def test_user_text_is_text(path, page):
     assert len(page.all("script")) == 3
-    assert shapes.HOSTILE.replace("\u2028", " ") in page.words.replace("\u2028", " ")
+    assert shapes.HOSTILE.replace("\u2028", "\\u2028") in page.text  # of the prompt, whole
     assert "<script>alert" not in path.read_text()
     (data,) = [text for _, attrs, text in page.raw if attrs.get("id") == "charts"]
     assert data.isascii() and not set("<>&") & set(data)
@@ -121,6 +121,13 @@ def test_strips_show_prompt_rewards_and_both_sides(page):
     tokens = [attrs for name, attrs in page.elements if name == "span" and "title" in attrs]
     assert len(tokens) == sum(map(len, shapes.texts().values()))
     assert {attrs.get("class") for attrs in tokens} >= {"p1", "n1", "n10", None}
+
+
+def test_what_is_no_text_of_the_response_is_said_and_stands_apart(page):
+    """Byte tokens without a glyph, and the template's tokens, which would be mixed with words from right to left."""
+    assert "A dot (\u00b7) with a value of its own is a further token of the character before it." in page.words
+    tails = [attrs for attrs in page.all("span") if attrs.get("dir") == "ltr"]
+    assert len(tails) == sum(role == "tail" for row in shapes.texts().values() for _, role in row)
 
 
 def test_long_texts_are_whole_and_folded(page):
@@ -227,6 +234,17 @@ def test_a_margin_of_shared_tokens_is_named_and_left_out_where_there_is_none(tmp
     assert words.count("Margin at tokens that both begin with") == 1
 
 
+def test_the_table_of_many_subsets_says_the_number_of_all(tmp_path):
+    """The twelve largest of many fractions were ones, whichever they were of."""
+    subsets = ["all", *(f"s{i}" for i in range(60))]
+    value = xr.DataArray([[0.625, 0.5]] + [[1.0, 1.0]] * 60, dims=("subset", "rule"),
+                         coords={"subset": subsets, "rule": ["reward model", "longer wins"]})  # fmt: skip
+    words = read([Result("accuracy", value, unit="fraction", low=value - 0.1, high=value)], tmp_path).words
+    assert (
+        "all reward model 0.625 0.525 0.625 all longer wins 0.5 0.4 0.5 s0 " in words and " s59 longer wins " in words
+    )
+
+
 def test_without_checks_there_is_no_table_of_them(tmp_path):
     page = read([shapes.grid()], tmp_path)
     assert "All checks" not in page.words and "completeness gap" not in page.words
@@ -273,7 +291,14 @@ def test_a_full_page_is_under_six_megabytes(path):
 
 
 GAPS = {3.1e-7: "3.1e\u22127", 1e-5: "1e\u22125", 0.0: "0", 2.0: "2", 0.25: "0.25", float("inf"): "none"}
-NUMBERS = {-0.25: "\u22120.25", 1234567.0: "1.235e6", -1e-9: "\u22121e\u22129", float("nan"): "\u2013"}
+NUMBERS = {
+    -0.25: "\u22120.25",
+    -0.0: "0",
+    float("-inf"): "\u2212\u221e",
+    1234567.0: "1.235e6",
+    -1e-9: "\u22121e\u22129",
+    float("nan"): "\u2013",
+}
 
 
 @pytest.mark.parametrize(("value", "text"), GAPS.items())

@@ -147,6 +147,14 @@ def test_print_is_light_and_whole(visit):
     assert tab.locator("#theme").is_hidden()
 
 
+def test_charts_of_a_dark_page_are_printed(visit, tmp_path):
+    """Drawn anew for the paper they were not there when it was printed; turned light, each is a picture of the file."""
+    tab = visit(scheme="dark")
+    assert tab.pdf(path=tmp_path / "page.pdf").count(b"/Subtype /Image") >= tab.locator(".chart").count()
+    tab.emulate_media(media="print", color_scheme="dark")
+    assert "invert" in tab.locator(".chart svg").first.evaluate("s => getComputedStyle(s).filter")
+
+
 def test_tooltip_names_the_cell(visit):
     tab = visit()
     tab.locator("#components-1 svg .mark-rect path").first.hover(force=True)
@@ -168,3 +176,29 @@ def test_a_legend_of_short_names_is_whole_beside_long_labels(browser, tmp_path):
         tab.set_viewport_size({"width": 390, "height": 900})
         tab.wait_for_timeout(500)
         assert tab.evaluate(CUT) == []
+
+
+def test_a_heat_map_of_many_long_names_is_whole_on_a_phone(browser, tmp_path):
+    """Its columns' names and the end of its colour scale stood outside the page, and every second row had no name."""
+    coords = {"subset": [f"a subset with a long name {i}" for i in range(50)], "rule": ["reward model", "longer wins"]}
+    value = xr.DataArray(shapes.numbers(50, 2), dims=("subset", "rule"), coords=coords)
+    page = write_report([Result("accuracy", value, unit="fraction")], tmp_path / "page.html")
+    with visits(browser, page, lambda scheme: f"html[data-drawn={scheme}]") as go:
+        tab = go(390)
+        assert tab.evaluate(CUT) == []
+        shown = "s => [...document.querySelectorAll(s)].filter(t => getComputedStyle(t).opacity > 0).length"
+        assert tab.evaluate(shown, ".chart svg .role-axis-label text") == 52
+        ramp = tab.locator(".chart svg .role-legend-gradient").bounding_box()
+        assert ramp["x"] + ramp["width"] <= 390
+
+
+def test_the_template_stays_whole_behind_a_text_from_right_to_left(browser, tmp_path):
+    """Its last characters were drawn on the other side of the words before it."""
+    pieces = ["\u0644\u0627", " (Paris)", " 12.", "<|end|>"]
+    roles = ["response"] * 3 + ["tail"]
+    coords = {"piece": ("position", pieces), "role": ("position", roles)}
+    value = xr.DataArray(shapes.numbers(4), dims="position", coords=coords)
+    page = write_report([Result("tokens", value, unit="reward")], tmp_path / "page.html")
+    with visits(browser, page, lambda scheme: f"html[data-drawn={scheme}]") as go:
+        parts = go().locator(".strip span").evaluate_all("all => all.map(s => [...s.getClientRects()].length)")
+        assert parts[3] == 1

@@ -8,6 +8,7 @@ import xarray as xr
 from reward_lens.charts.forms import Panel
 from reward_lens.charts.rows import (
     Drawing,
+    bare,
     dims_of,
     frame,
     in_order,
@@ -112,5 +113,5 @@ def _pairs_of_points(result: Result, data: xr.Dataset, label: str, title: str, l
         base.mark_point(style="dot", filled=True).encode(x=alt.X("value:Q", **x)),
     ]
     layers = [zero("x"), *layers] if least <= 0 <= most else layers
-    note = f"Sorted by the change, the most negative first. {left}".strip()
+    note = " ".join(p for p in ("Sorted by the change, the most negative first.", bare(table), left) if p)
     return [Panel(title, layered(layers, max(60, 34 * len(set(table["y"])))), note)]

@@ -13,6 +13,7 @@ import xarray as xr
 
 from reward_lens.charts.rows import (
     Drawing,
+    bare,
     columns,
     frame,
     in_order,
@@ -21,6 +22,7 @@ from reward_lens.charts.rows import (
     layered,
     left_out,
     rows,
+    shade,
     span,
     text_of,
     tooltip,
@@ -195,7 +197,7 @@ def listing(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Dataset
         x = {"title": title, "scale": alt.Scale(domain=[min(least, 0), max(most, 0)])}
         layers = [base.mark_bar(style="bar").encode(x=alt.X("value:Q", **x)), zero("x")]
     note = f"The {MAX_ROWS} largest of {count:,} by absolute value." if len(table) < count else ""
-    note = f"{note} {left_out(count, data['value'].size)}".strip()
+    note = " ".join(part for part in (note, bare(table), left_out(count, data["value"].size)) if part)
     return [Panel("", layered(layers, max(60, round(height))), note)]
 
 
@@ -224,10 +226,11 @@ def scores(result: Result) -> list[Panel]:
         )
     )
     note = f"{left} of {value.size} pairs have no value." if left else ""
+    subsets = len(set(value["subset"].values)) if "subset" in value.coords else 0
+    if subsets > MAX_ROWS:
+        note = f"{note} The {subsets} subsets are too many to draw each.".strip()
     out = [Panel("All pairs", layered([bars, *line], 200), note)]
-    if "subset" in value.coords and 1 < len(set(value["subset"].values)) <= MAX_ROWS:
-        out.append(_by_subset(value, x, line))
-    return out
+    return [*out, _by_subset(value, x, line)] if 1 < subsets <= MAX_ROWS else out
 
 
 def calibration(result: Result) -> list[Panel]:
@@ -299,15 +302,15 @@ def _heat(
     step = 1 if len(xs) <= 12 else 5 if len(xs) <= 60 else 10
     flat = counted or (len(xs) <= 4 and max(len(str(x)) for x in xs) <= 14)
     axis = alt.Axis(labelAngle=0 if flat else -35, values=xs[::step] if counted else alt.Undefined)
+    if flat and not counted:  # on a phone a name is cut to its column, neither left out nor half outside
+        axis.labelLimit, axis.labelSeparation = alt.ExprRef("bandwidth('x') - 2"), 0
     base = alt.Chart(rows(table)).encode(
         x=alt.X("x:O", title=words(across), scale=in_order(xs), axis=axis),
-        y=alt.Y("y:O", title=down and words(down), scale=in_order(ys)),
+        y=alt.Y("y:O", title=down and words(down), scale=in_order(ys), axis=alt.Axis(labelSeparation=0)),
         tooltip=tooltip(table, {"label": fields.get("label"), "y": down or "kind", "x": across, "value": unit}),
     )
-    size, signed = max(map(abs, limits)) or 1.0, limits[0] < 0
-    ends, colours = ([-size, size], "diverging") if signed else ([0, size], "heatmap")
-    scale = alt.Scale(domain=ends, range=colours, interpolate="rgb")
-    layers = [base.mark_rect(style="cell").encode(color=alt.Color("value:Q", scale=scale, title=unit))]
+    color = shade(max(map(abs, limits)) or 1.0, limits[0] < 0, unit)
+    layers = [base.mark_rect(style="cell").encode(color=color)]
     if len(table) <= WRITTEN and len(xs) <= 6:
         layers.append(base.mark_text(style="celltext").encode(text=alt.Text("value:Q", format=".2~g")))
     return layered(layers, max(52, (15 if len(ys) > 20 else 26 if len(ys) > 3 else 34) * len(ys)))

@@ -11,8 +11,12 @@ import xarray as xr
 
 from reward_lens.result import Result
 
-# What XML lacks (control characters, lone surrogates) and the two separators that end a line in an expression.
-_UNSAFE = re.compile("[^\t\n\r\x20-\u2027\u202a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+# What XML lacks (control characters, lone surrogates), what ends a line in an expression, and what is read but not
+# seen: the further controls, the soft hyphen, spaces and marks of no width, and the marks that turn the text behind
+# them round. Joiners stay, which shape emoji and scripts.
+_UNSAFE = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u200b\u2028-\u202e\u2060-\u2064\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff]"
+)
 Drawing = alt.LayerChart | alt.FacetChart  # what `alt.layer` returns
 
 
@@ -30,7 +34,7 @@ def columns(data: xr.Dataset, names: Iterable[str]) -> dict[str, np.ndarray]:
 
 
 def text_of(labels: Iterable) -> np.ndarray:
-    """Labels as text, in which a character that no chart can hold is written as its escape.
+    """Labels as text, in which a character that no chart can hold or no reader can see is written as its escape.
 
     A renderer of SVG that is given one ends the whole process; the parser of expressions refuses the label.
     """
@@ -56,6 +60,12 @@ def frame(data: xr.Dataset, **fields: str | None) -> pd.DataFrame:
 def left_out(drawn: int, of: int) -> str:
     """The note on labels whose value is undefined; empty where there are none."""
     return f"{of - drawn} of {of} values are undefined and not drawn." if drawn < of else ""
+
+
+def bare(table: pd.DataFrame) -> str:
+    """The note on dots that lack the interval which others have; empty where there are none."""
+    lacks = table["low"].isna() if "low" in table else pd.Series([False])
+    return "A dot without a line has no interval." if lacks.any() and not lacks.all() else ""
 
 
 def tooltip(table: pd.DataFrame, titles: dict[str, str | None]) -> list[alt.Tooltip]:
@@ -100,6 +110,16 @@ def in_order(labels: Iterable) -> alt.Scale:
     As a domain and not as `sort`, which is compiled into an expression whose parser a label may break.
     """
     return alt.Scale(domain=[_plain(label) for label in dict.fromkeys(labels)])
+
+
+def shade(size: float, signed: bool, title: str) -> alt.Color:
+    """The colour of a value between zero and `size` either way. The legend names these ends, which Vega would round to
+    the digits of its steps (1 for 1.44), and is no longer than a narrow chart."""
+    ends, colours = ([-size, size], "diverging") if signed else ([0, size], "heatmap")
+    scale = alt.Scale(domain=ends, range=colours, clamp=True, interpolate="rgb")
+    length = "isFinite(containerSize()[0]) ? clamp(containerSize()[0] - 200, 90, 180) : 180"
+    legend = alt.Legend(values=sorted({*ends, 0}), format=".3~g", gradientLength=alt.ExprRef(length))
+    return alt.Color("value:Q", scale=scale, title=title, legend=legend)
 
 
 def zero(channel: str) -> alt.Chart:

@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
+import unicodedata
 
 import altair as alt
 import numpy as np
 
-from reward_lens.charts.rows import Drawing, dims_of, rows, text_of
+from reward_lens.charts.rows import Drawing, dims_of, rows, shade, text_of
 from reward_lens.result import Result
 
 COLUMNS, BLOCKS = 92, 6  # of the chart form: characters a row, texts shown
@@ -71,7 +72,7 @@ def readable(piece: str) -> str:
     """A piece as it is shown: what has no glyph of its own gets one, so that no token is invisible."""
     if not piece:
         return "\u00b7"
-    return piece.replace("\n", "\u21b5\n")
+    return piece.replace("\r", "\\r").replace("\n", "\u21b5\n")  # HTML would make a line break of the first
 
 
 def quoted(piece: str) -> str:
@@ -88,7 +89,6 @@ def strip_chart(texts: list[Block], unit: str) -> tuple[Drawing, str]:
         "x": alt.X("x:Q", **across),
         "y": alt.Y("row:O", axis=None, scale=alt.Scale(domain=list(range(height)), paddingInner=0.08)),
     }
-    scale = alt.Scale(domain=[-limit or -1, limit or 1], range="diverging", clamp=True, interpolate="rgb")
     tip = [
         alt.Tooltip("text:N", title="token"),
         alt.Tooltip("value:Q", format="+.3~g"),
@@ -97,11 +97,13 @@ def strip_chart(texts: list[Block], unit: str) -> tuple[Drawing, str]:
     base = alt.Chart(rows(cells)).encode(**where, tooltip=tip)
     titles = alt.Chart(rows(headings)).mark_text(style="heading")
     layers = [
-        base.mark_rect().encode(x2="end:Q", color=alt.Color("value:Q", scale=scale, title=unit)),
+        base.mark_rect().encode(x2="end:Q", color=shade(limit or 1, True, unit)),
         base.mark_text(style="token").encode(x=alt.X("letters:Q", **across), text="text:N"),
         titles.encode(y=where["y"], x=alt.datum(0), text="text:N"),
     ]
     note = f"The first {BLOCKS} of {len(texts)} texts." if len(texts) > BLOCKS else ""
+    if any(unicodedata.bidirectional(c) in ("R", "AL") for block in texts[:BLOCKS] for c in "".join(block.pieces)):
+        note = f"{note} Tokens follow each other from the left, those written from right to left too.".strip()
     return alt.layer(*layers).properties(width=int(COLUMNS * CHARACTER), height=ROW * height), note
 
 
@@ -113,11 +115,12 @@ def _typeset(texts: list[Block]) -> tuple[list[dict], list[dict], int]:
         row, column = row + 1, 0
         for piece, role, value in zip(block.pieces, block.roles, block.values, strict=True):
             shown = readable(piece).replace("\n", "").replace("\t", " ").replace(" ", "\u00a0")
-            for start in range(0, len(shown), COLUMNS):
-                part = shown[start : start + COLUMNS]
-                if column + len(part) > COLUMNS:
+            step = COLUMNS if _width(shown) <= len(shown) else COLUMNS // 2
+            for start in range(0, len(shown), step):
+                part = shown[start : start + step]
+                if column + _width(part) > COLUMNS:
                     row, column = row + 1, 0
-                end = column + len(part)
+                end = column + _width(part)
                 letters = column + len(part) - len(part.lstrip())  # Vega trims a text before it draws it
                 cells.append({"row": row, "x": column, "letters": letters, "end": end, "text": part, "value": value,
                               "role": role})  # fmt: skip
@@ -126,3 +129,9 @@ def _typeset(texts: list[Block]) -> tuple[list[dict], list[dict], int]:
                 row, column = row + 1, 0
         row += 2
     return cells, headings, row
+
+
+def _width(text: str) -> int:
+    """Columns of a monospaced font: none for marks, two for the wide characters of Chinese, Japanese, Korean, emoji."""
+    marks = sum(unicodedata.category(c) in ("Mn", "Me", "Cf") for c in text)
+    return len(text) - marks + sum(unicodedata.east_asian_width(c) in "WF" for c in text)

@@ -62,7 +62,7 @@ def theme(dark: bool = False) -> dict:
             "domainColor": c.line,
             "gridColor": c.line,
             "tickColor": c.line,
-            "labelLimit": 190,
+            "labelLimit": {"expr": "isFinite(containerSize()[0]) ? min(190, containerSize()[0] * 0.35) : 190"},
             "labelOverlap": "greedy",
             "labelSeparation": 8,
             "labelPadding": 5,
@@ -70,7 +70,7 @@ def theme(dark: bool = False) -> dict:
             "tickCount": 6,
         },
         "axisY": {"domain": False, "ticks": False, "titleFontWeight": "normal"},
-        "axisBand": {"grid": False, "domain": False, "ticks": False},
+        "axisBand": {"grid": False, "domain": False, "ticks": False, "labelPadding": 9},  # a dot at the edge is 11 wide
         "legend": {
             **text,
             "orient": "top",

@@ -25,6 +25,7 @@ from reward_lens.cli.common import (
     load_pairs,
     refusals,
     result_file,
+    say,
     show,
 )
 from reward_lens.model.saving import require_empty
@@ -148,4 +149,4 @@ def benchmark(
             rows.append([f"{source}: {name}", *(float(cell[k]) for k in ("mean", "low", "high")), float("nan"),
                          len(set(summary["prompt_id"].values))])  # fmt: skip
     table = pd.DataFrame(rows, columns=["set", "accuracy", "low", "high", "longer wins", "prompts"])
-    typer.echo(table.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
+    say(table.to_string(index=False, float_format=lambda x: f"{x:.3f}"))

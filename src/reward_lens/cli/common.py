@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 import reward_lens as rl
+from reward_lens.charts.rows import text_of
 from reward_lens.cli.loading import given, quietly, readout_of, with_loading
 from reward_lens.report.sections import interval_words
 
@@ -76,7 +77,8 @@ def refusals(command: Callable) -> Callable:
     @wraps(command)
     def run(*args, **kwargs):
         try:
-            return command(*args, **kwargs)
+            with pd.option_context("display.unicode.east_asian_width", True):  # columns of Chinese stand in line
+                return command(*args, **kwargs)
         except (rl.RewardLensError, OSError) as error:
             said = str(error) if isinstance(error, rl.RewardLensError) else _of_file(error)
             err.print(f"{type(error).__name__}: {said}", style="red", markup=False, highlight=False, soft_wrap=True)
@@ -112,8 +114,13 @@ def load_pairs(pairs: str, split: str | None, limit: int | None) -> "rl.Pairs":
     """The pairs; what is odd about them is said."""
     data = rl.load_pairs(pairs, split=split, limit=limit)
     for note in data.notes:
-        err.print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
+        err.print(f"Note: {text_of([note])[0]}", markup=False, highlight=False, soft_wrap=True)
     return data
+
+
+def say(text: str) -> None:
+    """Print what holds texts of the data: a control character as its escape, which a terminal would obey or drop."""
+    typer.echo(text_of([text])[0].replace("\r", "\\r"))
 
 
 def show(result: "rl.Result", as_json: bool, save: Path | None = None, top: int | None = None) -> None:
@@ -122,13 +129,14 @@ def show(result: "rl.Result", as_json: bool, save: Path | None = None, top: int 
         frame = result.top(top) if top else result.to_frame()
         checks = pd.DataFrame([dataclasses.asdict(c) for c in result.checks])  # pandas writes NaN and inf as null
         values, checks = (json.loads(str(table.to_json(orient="records"))) for table in (frame, checks))
-        body = {"name": result.name, "unit": result.unit, "values": values, "checks": checks, "meta": result.meta}
+        meta = json.loads(json.dumps(result.meta), parse_constant=lambda _: None)
+        body = {"name": result.name, "unit": result.unit, "values": values, "checks": checks, "meta": meta}
         typer.echo(json.dumps(body, allow_nan=False))
     else:
-        typer.echo(str(result))
+        say(str(result))
         if top:
             largest = result.top(top)
             over = f", {interval_words(result)}" if "low" in largest else ""
-            typer.echo(f"\nLargest {len(largest)} by absolute value{over}:\n{largest.to_string(index=False)}")
+            say(f"\nLargest {len(largest)} by absolute value{over}:\n{largest.to_string(index=False)}")
     if save is not None:
         result.save(save)

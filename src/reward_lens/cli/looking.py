@@ -25,6 +25,7 @@ from reward_lens.cli.common import (
     load_both,
     load_pairs,
     refusals,
+    say,
     show,
 )
 from reward_lens.report.sections import interval_words
@@ -105,7 +106,7 @@ def accuracy(
     for name in ("n_pairs", "n_prompts"):
         table[name] = own[name].values
     typer.echo(f"accuracy [fraction], {interval_words(result)}")
-    typer.echo(table.to_string(float_format=lambda x: f"{x:.3f}", na_rep=""))
+    say(table.to_string(float_format=lambda x: f"{x:.3f}", na_rep=""))
     for row in result.value.sel(subset="all")[1:]:
         by, low, high = (float(row[name]) for name in ("ahead", "ahead_low", "ahead_high"))
         typer.echo(f"all pairs, ahead of '{row.rule.item()}' by {by:+.3f} ({low:+.3f} to {high:+.3f}), paired")

@@ -19,6 +19,7 @@ from reward_lens.cli.common import (
     load_pairs,
     quietly,
     refusals,
+    say,
     show,
 )
 from reward_lens.cli.loading import given
@@ -53,9 +54,9 @@ def steps(
     show(result, as_json, save)
     if what == "rewards" and not as_json:
         for i, solution in enumerate(data):
-            typer.echo(f"\n{solution.id}")
+            say(f"\n{solution.id}")
             for step, reward, chance in zip(solution.steps, result.value[i], result.value.probability[i], strict=False):
-                typer.echo(f"  {float(reward):8.3f}  p {float(chance):.3f}  {step}")
+                say(f"  {float(reward):8.3f}  p {float(chance):.3f}  {step}")
 
 
 @app.command(epilog="Example: reward-lens judge my-judge pairs.jsonl --readout judge.json")

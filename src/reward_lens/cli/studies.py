@@ -23,6 +23,7 @@ from reward_lens.cli.common import (
     load_both,
     load_pairs,
     refusals,
+    say,
     show,
 )
 
@@ -41,7 +42,7 @@ def compare(
     show(result, as_json, save)
     if not as_json:
         opposed = rl.disagreements(result, n=5).to_string(index=False)
-        typer.echo(f"\nLargest disagreements, margins in SDs of each model's rewards within prompts:\n{opposed}")
+        say(f"\nLargest disagreements, margins in SDs of each model's rewards within prompts:\n{opposed}")
 
 
 @app.command(epilog="Example: reward-lens concepts demo concepts --null 20 --steered 5")
@@ -64,7 +65,7 @@ def concepts(
         return show(result, True, save)
     table = result.dataset[["mean", "low", "high"]].to_dataframe().rename(columns={"mean": "causal"})
     columns = ["causal", "low", "high", "direct", "read", "sign", "sign_share", "auc"]
-    typer.echo(table[columns].to_string(float_format=lambda x: f"{x:.3g}"))
+    say(table[columns].to_string(float_format=lambda x: f"{x:.3g}"))
     typer.echo(f"\n{result.meta['shows']}")
     if save is not None:
         result.save(save)

@@ -9,7 +9,7 @@ from rich.text import Text
 import reward_lens as rl
 from reward_lens.charts.strip import Block, blocks, colour_limit
 from reward_lens.charts.theme import LIGHT
-from reward_lens.cli.common import AsJson, Objective, Save, app, err, load, out, refusals, show, writable
+from reward_lens.cli.common import AsJson, Objective, Save, app, err, load, out, refusals, say, show, writable
 from reward_lens.report.numbers import number
 
 Method = Literal["prefix", "truncate", "gradient", "integrated", "leave_one_out"]
@@ -43,13 +43,14 @@ def words(
         (text,) = blocks(result)
         out.print(coloured(text))
         largest = result.top(10)[["position", "piece", "value"]]
-        typer.echo(f"\nLargest {len(largest)} by absolute value:\n{largest.to_string(index=False)}")
+        say(f"\nLargest {len(largest)} by absolute value:\n{largest.to_string(index=False)}")
         for check in result.checks:
             typer.echo(str(check))
         if save is not None:
             result.save(save)
     if html is not None:
-        typer.echo(f"Page: {rl.write_report([result], html, f'Reward {number(reward)} by {rm.name}')}")
+        page = rl.write_report([result], html, f"Reward {number(reward)} by {rm.name}")
+        typer.echo(f"Page: {page}", err=as_json)  # beside JSON, nothing else
 
 
 def coloured(text: Block) -> Text:
@@ -59,5 +60,5 @@ def coloured(text: Block) -> Text:
     for piece, value in zip(text.pieces, text.values, strict=True):
         part = min(1.0, abs(value) / limit) if limit else 0.0
         ground = ",".join(str(round(255 + part * (end - 255))) for end in (MORE if value > 0 else LESS))
-        drawn.append(piece, f"black on rgb({ground})" if part >= 0.1 else "")
+        drawn.append(piece.replace("\r", "\\r"), f"black on rgb({ground})" if part >= 0.1 else "")
     return drawn

@@ -58,4 +58,4 @@ def cell(value) -> str:
 
 def _typeset(text: str) -> str:
     text = re.sub(r"e([+-])0*(\d)", lambda m: f"e{m[1].replace('+', '')}{m[2]}", text).replace(".0e", "e")
-    return text.replace("-", "\u2212")
+    return "0" if text == "-0" else text.replace("-", "\u2212").replace("inf", "\u221e")

@@ -19,13 +19,12 @@
   // One drawing at a time: the last wish wins however fast they come.
   let drawing = Promise.resolve();
 
-  function show(dark = appearance.isDark()) {
+  function show() {
+    const dark = appearance.isDark();
     drawing = drawing.then(() => draw(dark)).then(() => { root.dataset.drawn = dark ? "dark" : "light"; });
   }
 
-  window.addEventListener("beforeprint", () => { if (appearance.isDark()) show(false); });
-  window.addEventListener("afterprint", () => { if (appearance.isDark()) show(true); });
-  appearance.follow(() => show());
+  appearance.follow(show);
 
   // --- charts as files
 

@@ -31,7 +31,8 @@ class Table:
 
 
 def values_table(result: Result) -> Table:
-    """All cells of a small result in order; of a large one the largest, as the caption says."""
+    """All cells of a small result, or of one that begins with "all", in order; of a large one the largest, as the
+    caption says."""
     form = kind(result)
     if form == "tokens":
         return _tokens(result)
@@ -47,7 +48,8 @@ def values_table(result: Result) -> Table:
         return _measures(data["value"])
     if side_by_side(result):
         return _parts(data)
-    if data["value"].size > WHOLE:
+    whole = any(data[d].dtype.kind in "UO" and data[d].values[0] == "all" for d in dims)  # said first, then its parts
+    if data["value"].size > WHOLE and not whole:
         side = "side" in dims and "margin" in data["side"].values
         data = data.sel(side="margin") if side else data
         flat = columns(data, [*dims_of(data["value"]), *names])

@@ -20,6 +20,8 @@ class Token:
     text: str
     shade: str
     value: str
+    tail: bool = False
+    """Whether it is the template's, which must not be turned round among the words of a text from right to left."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,8 @@ def strip(result: Result, rewards: Mapping[tuple[str, str], float], room: int) -
     if largest > limit:
         ends, size = numbers.number(limit), numbers.number(largest)
         notes.append(f"The colour ends at \u00b1{ends}; the largest absolute value is {size}.")
+    if any("" in block.pieces for block in texts):
+        notes.append("A dot (\u00b7) with a value of its own is a further token of the character before it.")
     if len(shown) < len(grouped):
         notes.append(f"The first {len(shown)} of {len(grouped):,} pairs; the saved result holds all.")
     shades = [f"n{i}" for i in range(LEVELS, 0, -1)] + [""] + [f"p{i}" for i in range(1, LEVELS + 1)]
@@ -88,7 +92,8 @@ def _pair(result: Result, pair: str, group: list[Block], limit: float, rewards: 
 
 
 def _text(block: Block, limit: float, reward: float | None) -> Text:
-    tokens = [token(*entry, limit) for entry in zip(block.pieces, block.values, strict=True)]
+    entries = zip(block.pieces, block.values, block.roles, strict=True)
+    tokens = [dataclasses.replace(token(piece, value, limit), tail=role == "tail") for piece, value, role in entries]
     lead = len(list(itertools.takewhile(lambda role: role == "prompt", block.roles)))
     if lead == len(tokens):  # nothing but prompt: it is the text
         lead = 0
@@ -113,6 +118,6 @@ def _label(result: Result, pair: str, name: str) -> str:
     if name not in coords or "pair" not in coords:
         return ""
     if coords[name].dims == ():
-        return str(coords[name].item())
+        return text_of([coords[name].item()])[0]
     names = list(text_of(coords["pair"].values.ravel()))
-    return str(coords[name].values[names.index(pair)]) if coords[name].dims == ("pair",) else ""
+    return text_of([coords[name].values[names.index(pair)]])[0] if coords[name].dims == ("pair",) else ""
