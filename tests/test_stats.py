@@ -4,6 +4,7 @@ A simulated rate of N runs is held to a band of about four of its standard error
 """
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -144,6 +145,24 @@ def test_many_units_are_sampled_with_the_observed_one_counted_in():
     test = sign_flip_test(np.ones(40), n_resamples=999)
     assert not test.exact and test.p == test.smallest_p == 1 / 1000
     assert sign_flip_test(np.ones(12), n_resamples=9).smallest_p == 2**-11
+
+
+@pytest.mark.parametrize("n", [15, 40, 101])
+def test_flips_at_random_are_those_of_scipy(n, rng):
+    values = rng.normal(0.1, size=n) * (rng.random(n) < 0.4)  # zeros: many flips with equal sums
+    found = scipy.stats.permutation_test(
+        (values,), lambda sample, axis: np.abs(np.mean(sample, axis=axis)), permutation_type="samples",
+        alternative="greater", n_resamples=999, vectorized=True, rng=np.random.default_rng(3),
+    )  # fmt: skip
+    assert sign_flip_test(values, n_resamples=999, seed=3).p == found.pvalue
+
+
+def test_ten_thousand_prompts_take_no_minutes(rng):
+    values = rng.normal(0.02, size=10_000)
+    started = time.process_time()
+    test = sign_flip_test(values)
+    assert time.process_time() - started < 2.5 and test.n == 10_000  # 0.3 s; 7 where units are turned one by one
+    assert test.p == pytest.approx(2 * scipy.stats.norm.sf(abs(values.mean()) / values.std() * 100), abs=0.02)
 
 
 def test_the_units_are_prompt_means(rng):
