@@ -1,10 +1,26 @@
-"""Random sign flips of units, for `stats`: what is drawn is decided by the seed, not by how much is held at once."""
+"""Resamples of clusters and sign flips of units, for `stats`: the seed alone decides what is drawn."""
 
+import functools
 from collections.abc import Iterator
 
 import numpy as np
 
 AT_ONCE = 64_000  # units of a block of flips: what a core's cache holds
+
+
+@functools.lru_cache(maxsize=1)
+def resamples(n_clusters: int, n_boot: int, seed: int) -> np.ndarray:
+    """How often each cluster is in each resample, [n_boot, cluster]; 255 times never happens.
+
+    Kept: a method asks for the same ones measure after measure, and drawing them takes longer than all that is done
+    with them.
+    """
+    rng, chance = np.random.default_rng(seed), np.full(n_clusters, 1 / n_clusters)
+    out = np.empty((n_boot, n_clusters), dtype=np.uint8)
+    for row in out:
+        row[:] = rng.multinomial(n_clusters, chance)
+    out.flags.writeable = False
+    return out
 
 
 def kept_signs(n: int, count: int, exact: bool, seed: int) -> Iterator[np.ndarray]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from reward_lens.errors import DataError
-from reward_lens.resampling import kept_signs
+from reward_lens.resampling import kept_signs, resamples
 
 FEWEST = 6  # clusters for an interval or a test; a sign-flip test of 5 cannot reach p < .05
 FEWEST_RESAMPLES = 100
@@ -87,10 +87,8 @@ def mean_interval(
         raise DataError("Too few resamples for an interval", found=f"n_boot={n_boot}",
                         expected=f"at least {FEWEST_RESAMPLES}", do="leave n_boot at its default")  # fmt: skip
     cells = values.reshape(len(values), -1)
-    chance = np.full(n_clusters, 1 / n_clusters)
-    weights = np.random.default_rng(seed).multinomial(n_clusters, chance, n_boot).astype(float)
     block = max(1, _AT_ONCE // max(len(values), n_boot))
-    blocks = [_block(cells[:, i : i + block], codes, n_clusters, weights, level)
+    blocks = [_block(cells[:, i : i + block], codes, n_clusters, n_boot, seed, level)
               for i in range(0, cells.shape[1], block)]  # fmt: skip
     mean, low, high, n, groups = (np.concatenate(part).reshape(values.shape[1:]) for part in zip(*blocks, strict=True))
     low, high = _within(mean, low, high, groups, level, *limits)
@@ -350,7 +348,7 @@ def _t_quantile(level: float, groups):
     return t.ppf((1 + level) / 2, np.asarray(groups) - 1)
 
 
-def _block(values, codes, n_clusters, weights, level) -> tuple[np.ndarray, ...]:
+def _block(values, codes, n_clusters, n_boot, seed, level) -> tuple[np.ndarray, ...]:
     """Mean, low, high, number of values and of clusters for some of the cells of `mean_interval`."""
     sums, counts = _cluster_sums(values.astype(float), codes, n_clusters)
     n, groups = counts.sum(0), (counts > 0).sum(0)
@@ -361,7 +359,10 @@ def _block(values, codes, n_clusters, weights, level) -> tuple[np.ndarray, ...]:
         half = _t_quantile(level, groups[middle]) * _jackknife_se(sums[:, middle], counts[:, middle])
         low[middle], high[middle] = mean[middle] - half, mean[middle] + half
     if many.any():
-        means = (weights @ sums[:, many]) / (weights @ counts[:, many])
+        sums, counts, drawn = sums[:, many], counts[:, many], resamples(n_clusters, n_boot, seed)
+        counts = counts[:, :1] if (counts == counts[:, :1]).all() else counts  # no gaps: one column speaks for all
+        pieces = np.array_split(drawn, -(-drawn.size // _AT_ONCE))
+        means = np.concatenate([(w @ sums) / (w @ counts) for w in (piece.astype(float) for piece in pieces)])
         low[many], high[many] = _percentiles(means, groups[many], level)
     return mean, low, high, n.astype(int), groups
 
