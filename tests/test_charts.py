@@ -369,10 +369,24 @@ def test_subsets_get_a_row_each():
     assert {row["y"] for row in values(by_subset) if "pair" in row} == {"one", "two"}
 
 
-def test_subsets_that_are_not_drawn_are_counted():
-    coords = {"pair": [str(i) for i in range(60)], "subset": ("pair", [f"s{i}" for i in range(60)])}
-    (panel,) = panels(Result("scores", xr.DataArray(shapes.numbers(60), dims="pair", coords=coords), unit="reward"))
-    assert panel.note == "The 60 subsets are too many to draw each."
+def test_of_many_pairs_each_subset_has_its_spread_and_of_many_subsets_none_is_lost_in_silence():
+    cells = np.random.default_rng(0).normal(size=3_000)
+    subset = np.repeat([f"subset {i}" for i in range(60)], 50).astype(object)
+    subset[:40] = "few"
+    coords = {"pair": np.arange(3_000).astype(str), "subset": ("pair", subset)}
+    _, panel = panels(Result("scores", xr.DataArray(cells, dims=("pair",), coords=coords), unit="reward"))
+    table = [row for row in values(panel) if "mean" in row]
+    assert len(table) == 40 and "40 subsets with the most pairs, of 61" in panel.note
+    assert not any("pair" in row for row in values(panel)) and len(json.dumps(spec(panel))) < 20_000
+    row = next(row for row in table if row["y"] == "subset 7")
+    own = cells[subset == "subset 7"]
+    assert [row["mean"], row["q5"], row["q95"]] == pytest.approx(
+        [own.mean(), *np.quantile(own, [0.05, 0.95])], rel=1e-4
+    )
+    coords = {"pair": np.arange(300).astype(str), "subset": ("pair", [f"s{i % 50}" for i in range(300)])}
+    few = Result("scores", xr.DataArray(cells[:300], dims=("pair",), coords=coords), unit="reward")
+    _, ticks = panels(few)
+    assert sum("pair" in row for row in values(ticks)) == 240 and "of 50" in ticks.note
 
 
 def test_equal_scores_are_drawn():

@@ -1,6 +1,7 @@
 """The probe suite on constructed rewards whose answers are known, and on noise."""
 
 import gc
+import time
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 import reward_lens as rl
 from reward_lens.edits import EDITS, TextEdit
 from reward_lens.methods.behaviour.edited_texts import within_prompt_sd
-from reward_lens.methods.behaviour.probes import _needed
+from reward_lens.methods.behaviour.probes import _needed, _per_prompt
 from ruled import Ruled, noise, text_of
 
 
@@ -135,3 +136,19 @@ def test_within_prompt_sd_is_the_pooled_one():
     found = within_prompt_sd(rewards, ["p", "q", "p"], texts)
     assert found == pytest.approx(np.std([1.0, 3.0, 7.0], ddof=1))
     assert np.isnan(within_prompt_sd(rewards[1:2], ["q"], texts[1:2]))
+
+
+def test_means_by_prompt_are_those_of_a_loop_and_do_not_grow_with_the_square():
+    rng = np.random.default_rng(0)
+    prompts = [f"{key:012x}" for key in rng.integers(0, 8_000, 10_000)]
+    values = rng.normal(size=(10_000, 2, 3))
+    values[rng.random(values.shape) < 0.4] = np.nan
+    started = time.process_time()
+    means = _per_prompt(values, prompts)
+    assert time.process_time() - started < 0.5  # 0.02 s; 2 where every prompt is looked for in all rows
+    keys = list(dict.fromkeys(prompts))
+    assert means.shape == (len(keys), 3)
+    for i in (0, 1, 17, len(keys) - 1):
+        rows = values[[key == keys[i] for key in prompts]].reshape(-1, 3)
+        mean = [np.mean(column[~np.isnan(column)]) if (~np.isnan(column)).any() else np.nan for column in rows.T]
+        np.testing.assert_allclose(means[i], mean, rtol=1e-12)

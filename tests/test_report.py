@@ -12,6 +12,7 @@ import shapes
 from pages import Page
 from reward_lens.errors import DataError
 from reward_lens.report import numbers, sections, write_report
+from reward_lens.report.tables import values_table
 from reward_lens.result import Check, Result, load_result
 
 
@@ -240,9 +241,10 @@ def test_the_table_of_many_subsets_says_the_number_of_all(tmp_path):
     value = xr.DataArray([[0.625, 0.5]] + [[1.0, 1.0]] * 60, dims=("subset", "rule"),
                          coords={"subset": subsets, "rule": ["reward model", "longer wins"]})  # fmt: skip
     words = read([Result("accuracy", value, unit="fraction", low=value - 0.1, high=value)], tmp_path).words
-    assert (
-        "all reward model 0.625 0.525 0.625 all longer wins 0.5 0.4 0.5 s0 " in words and " s59 longer wins " in words
-    )
+    assert "all 0.625 0.525 0.625 0.5 s0 1 " in words and " s59 1 " in words
+    one = value.sel(rule="reward model", drop=True)
+    words = read([Result("accuracy", one, unit="fraction", low=one - 0.1, high=one)], tmp_path).words
+    assert "all 0.625 0.525 0.625 s0 1 " in words and " s59 1 " in words
 
 
 def test_without_checks_there_is_no_table_of_them(tmp_path):
@@ -317,3 +319,16 @@ def test_counts_of_pairs_are_whole_and_pairs_without_a_subset_are_called_so(tmp_
     page = read([Result("scores", value, unit="reward")], tmp_path)
     drawn = str(page.charts["specs"])
     assert "'tickCount': 2" in drawn and "no subset" in drawn
+
+
+def test_a_table_of_many_subsets_keeps_the_row_of_all_pairs_and_the_intervals():
+    subsets = ["all", *(f"subset {i}" for i in range(30)), "balanced"]
+    cells = np.column_stack([np.linspace(0.5, 0.6, 32), np.full(32, 0.9), np.full(32, 0.1)])
+    rules = ["reward model", "longer wins", "shorter wins"]
+    coords = {"subset": subsets, "rule": rules, "n_pairs": ("subset", np.arange(32))}
+    value = xr.DataArray(cells, dims=("subset", "rule"), coords=coords)
+    table = values_table(Result("accuracy", value, unit="fraction", low=value - 0.1, high=value + 0.1))
+    assert [row[0] for row in table.rows] == subsets
+    assert table.columns == ["subset", "reward model", "reward model, low", "reward model, high", "longer wins",
+                             "shorter wins", "n pairs"]  # fmt: skip
+    assert table.rows[0] == ["all", "0.5", "0.4", "0.6", "0.9", "0.1", "0"]

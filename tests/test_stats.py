@@ -4,6 +4,7 @@ A simulated rate of N runs is held to a band of about four of its standard error
 """
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import scipy.stats
 import statsmodels.api as sm
 
 from reward_lens.errors import DataError
+from reward_lens.resampling import resamples
 from reward_lens.stats import (
     adjust,
     mean_interval,
@@ -144,6 +146,37 @@ def test_many_units_are_sampled_with_the_observed_one_counted_in():
     test = sign_flip_test(np.ones(40), n_resamples=999)
     assert not test.exact and test.p == test.smallest_p == 1 / 1000
     assert sign_flip_test(np.ones(12), n_resamples=9).smallest_p == 2**-11
+
+
+def test_measures_of_the_same_prompts_share_their_resamples(rng):
+    values = rng.normal(size=(3_000, 4))
+    values[::7, 1] = np.nan
+    resamples.cache_clear()
+    together = mean_interval(values, np.arange(3_000))
+    each = [mean_interval(column, np.arange(3_000)) for column in values.T]
+    assert resamples.cache_info().misses == 1
+    drawn = np.random.default_rng(0).multinomial(3_000, np.full(3_000, 1 / 3_000), 2_000)
+    assert (resamples(3_000, 2_000, 0) == drawn).all()  # as one draw of all would give them
+    for key in ("mean", "low", "high"):
+        assert getattr(together, key) == pytest.approx([getattr(one, key) for one in each], rel=1e-12)
+
+
+@pytest.mark.parametrize("n", [15, 40, 101])
+def test_flips_at_random_are_those_of_scipy(n, rng):
+    values = rng.normal(0.1, size=n) * (rng.random(n) < 0.4)  # zeros: many flips with equal sums
+    found = scipy.stats.permutation_test(
+        (values,), lambda sample, axis: np.abs(np.mean(sample, axis=axis)), permutation_type="samples",
+        alternative="greater", n_resamples=999, vectorized=True, rng=np.random.default_rng(3),
+    )  # fmt: skip
+    assert sign_flip_test(values, n_resamples=999, seed=3).p == found.pvalue
+
+
+def test_ten_thousand_prompts_take_no_minutes(rng):
+    values = rng.normal(0.02, size=10_000)
+    started = time.process_time()
+    test = sign_flip_test(values)
+    assert time.process_time() - started < 2.5 and test.n == 10_000  # 0.3 s; 7 where units are turned one by one
+    assert test.p == pytest.approx(2 * scipy.stats.norm.sf(abs(values.mean()) / values.std() * 100), abs=0.02)
 
 
 def test_the_units_are_prompt_means(rng):

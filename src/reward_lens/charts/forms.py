@@ -35,6 +35,7 @@ from reward_lens.result import Result
 
 MAX_ROWS = 40  # rows of one list; the largest are kept and the note says so
 SIDES = ("chosen", "rejected", "margin")  # always in these colours
+MAX_TICKS = 2_000  # pairs that are drawn one by one; of more, each subset's spread is
 WRITTEN = 60  # up to this many cells a heat map writes its numbers
 
 
@@ -202,7 +203,7 @@ def listing(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Dataset
 
 
 def scores(result: Result) -> list[Panel]:
-    """One number a pair: a histogram, and a row of ticks for each subset."""
+    """One number a pair: a histogram, and for each subset a row of ticks, or of many pairs the quantiles."""
     value, name = result.value, unit_of(result)
     if "side" in value.dims:
         side = "margin" if "margin" in value["side"].values else str(value["side"].values[0])
@@ -226,11 +227,10 @@ def scores(result: Result) -> list[Panel]:
         )
     )
     note = f"{left} of {value.size} pairs have no value." if left else ""
-    subsets = len(set(value["subset"].values)) if "subset" in value.coords else 0
-    if subsets > MAX_ROWS:
-        note = f"{note} The {subsets} subsets are too many to draw each.".strip()
     out = [Panel("All pairs", layered([bars, *line], 200), note)]
-    return [*out, _by_subset(value, x, line)] if 1 < subsets <= MAX_ROWS else out
+    if "subset" in value.coords and len(set(value["subset"].values)) > 1:
+        out.append(_by_subset(value, x, line))
+    return out
 
 
 def calibration(result: Result) -> list[Panel]:
@@ -319,21 +319,32 @@ def _heat(
 def _by_subset(value: xr.DataArray, x: dict, line: list) -> Panel:
     table = frame(value.to_dataset(name="value"), y="subset", pair="pair")
     table["y"] = table["y"].replace("", "no subset")
-    means = table.groupby("y", sort=False).agg(mean=("value", "mean"), pairs=("value", "size")).reset_index()
-    means = means.sort_values("mean", ascending=False)
+    by = table.groupby("y", sort=False)["value"]
+    means = pd.DataFrame(
+        {"mean": by.mean(), "pairs": by.size()} | {f"q{q}": by.quantile(q / 100) for q in (5, 25, 75, 95)}
+    )
+    left = f"The {MAX_ROWS} subsets with the most pairs, of {len(means)}." if len(means) > MAX_ROWS else ""
+    means = means.sort_values("pairs", ascending=False, kind="stable").head(MAX_ROWS)
+    means = means.reset_index().sort_values("mean", ascending=False)
     y = alt.Y("y:N", title=None, scale=in_order(means["y"]))
-    ticks = alt.Chart(rows(table)).mark_tick(style="mark", thickness=1.5)
-    ticks = ticks.encode(
-        x=alt.X("value:Q", **x),
+    whole = alt.Chart(rows(means)).encode(
         y=y,
-        tooltip=tooltip(table, {"pair": "pair", "y": "subset", "value": "value"}),
+        tooltip=tooltip(means, {"y": "subset", "mean": "mean", "pairs": "pairs"}),
     )
-    dots = alt.Chart(rows(means)).mark_point(style="dot", filled=True)
-    dots = dots.encode(
-        x=alt.X("mean:Q", **x), y=y, tooltip=tooltip(means, {"y": "subset", "mean": "mean", "pairs": "pairs"})
-    )
-    drawn = layered([*line, ticks, dots], 26 * len(means))
-    return Panel("By subset", drawn, "A tick is one pair, a dot the mean of the subset.")
+    if len(table) > MAX_TICKS:
+        layers = [
+            whole.mark_rule(style="interval").encode(x=alt.X("q5:Q", **x), x2="q95:Q"),
+            whole.mark_bar(style="bar", size=9, opacity=0.5).encode(x=alt.X("q25:Q", **x), x2="q75:Q"),
+        ]
+        note = "A bar is the middle half of a subset's pairs, its line the middle nine tenths, a dot the mean."
+    else:
+        drawn = table[table["y"].isin(means["y"])]
+        tip = tooltip(table, {"pair": "pair", "y": "subset", "value": "value"})
+        ticks = alt.Chart(rows(drawn)).mark_tick(style="mark", thickness=1.5)
+        layers = [ticks.encode(x=alt.X("value:Q", **x), y=y, tooltip=tip)]
+        note = "A tick is one pair, a dot the mean of the subset."
+    dots = whole.mark_point(style="dot", filled=True).encode(x=alt.X("mean:Q", **x))
+    return Panel("By subset", layered([*line, *layers, dots], 26 * len(means)), f"{note} {left}".strip())
 
 
 def _edges(numbers: np.ndarray) -> np.ndarray:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import math
 import numbers
@@ -237,13 +236,12 @@ def as_messages(prompt: Any) -> list[Message]:
 
 def with_unique_ids(items: Iterable) -> tuple[tuple, list[str]]:
     """The items with ids filled in and made unique, and the ids that were repeated."""
-    out, seen, repeated = [], set(), []
+    out, seen, repeated, counts = [], set(), [], {}
     for number, item in enumerate(items, start=1):
         wanted = unique = str(number) if item.id is None else item.id
-        for count in itertools.count(2):
-            if unique not in seen:
-                break
-            unique = f"{wanted}#{count}"
+        while unique in seen:
+            counts[wanted] = counts.get(wanted, 1) + 1  # the lower ones are taken
+            unique = f"{wanted}#{counts[wanted]}"
         if unique != wanted:
             repeated.append(wanted)
         seen.add(unique)

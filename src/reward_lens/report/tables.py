@@ -7,12 +7,14 @@ import numpy as np
 import xarray as xr
 
 from reward_lens.charts import kind
-from reward_lens.charts.rows import columns, dims_of, largest, text_of, words
+from reward_lens.charts.choice import MAX_SERIES
+from reward_lens.charts.rows import columns, dims_of, is_numeric, largest, text_of, words
 from reward_lens.charts.strip import blocks, quoted
 from reward_lens.report import numbers
 from reward_lens.result import Check, Result
 
 WHOLE = 60  # rows up to which a table is complete
+ROWS = 100  # rows of a table with a column a label
 TOP = 12  # rows of a table that is not
 EVERY = slice(None)
 PICKED = " An interval is each for itself, and what is picked for its size out of many looks larger than it is."
@@ -48,6 +50,8 @@ def values_table(result: Result) -> Table:
         return _measures(data["value"])
     if side_by_side(result):
         return _parts(data)
+    if data["value"].size > WHOLE and form in ("list", "grid") and (two := _rows_and_columns(data["value"])):
+        return _beside_each_other(data, *two)
     whole = any(data[d].dtype.kind in "UO" and data[d].values[0] == "all" for d in dims)  # said first, then its parts
     if data["value"].size > WHOLE and not whole:
         side = "side" in dims and "margin" in data["side"].values
@@ -100,6 +104,24 @@ def _measures(value: xr.DataArray) -> Table:
     flat = {of: text_of(value[of].values)}
     flat |= {str(name): value.sel(measure=name).values for name in value["measure"].values}
     return _table(flat, "")
+
+
+def _rows_and_columns(value: xr.DataArray) -> tuple[str, str] | None:
+    """Of two sets of labels the long one and the one of a few, such as subsets and rules; None for anything else."""
+    dims = sorted(dims_of(value), key=lambda d: -value.sizes[d])
+    fits = len(dims) == 2 and value.sizes[dims[1]] <= MAX_SERIES and not any(is_numeric(value, d) for d in dims)
+    return (dims[0], dims[1]) if fits and "side" not in dims else None
+
+
+def _beside_each_other(data: xr.Dataset, down: str, across: str) -> Table:
+    """A row a label in order, a column for each of the few, and the interval of the first: the largest cells of all
+    would be those of one of them, and the row of all pairs would be among them by accident."""
+    first = data[across].values[0]
+    flat = {down: text_of(data[down].values), str(first): data["value"].sel({across: first}).values}
+    flat |= {f"{first}, {end}": data[end].sel({across: first}).values for end in ("low", "high") if end in data}
+    flat |= {str(label): data["value"].sel({across: label}).values for label in data[across].values[1:]}
+    flat |= {str(name): coord.values for name, coord in data.coords.items() if coord.dims == (down,) and name != down}
+    return _table(flat, "Rows" if data.sizes[down] > ROWS else "", slice(ROWS))
 
 
 def side_by_side(result: Result) -> bool:

@@ -116,12 +116,14 @@ def probe_hacking(
 
 def _per_prompt(values: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
     """[prompt, probe] means over a prompt's pairs and responses, in order of first appearance."""
-    keys = np.array(prompts)
-    out = []
-    for key in dict.fromkeys(prompts):
-        some = values[keys == key].reshape(-1, values.shape[-1])
-        out.append(_mean(some))
-    return np.array(out)
+    place = {key: i for i, key in enumerate(dict.fromkeys(prompts))}
+    flat = values.reshape(-1, values.shape[-1])
+    rows = np.repeat([place[key] for key in prompts], len(flat) // len(prompts))
+    there = np.isfinite(flat)
+    sums, counts = np.zeros((2, len(place), flat.shape[1]))
+    np.add.at(sums, rows, np.where(there, flat, 0.0))
+    np.add.at(counts, rows, there)
+    return np.where(counts, sums / np.maximum(counts, 1), np.nan)
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
