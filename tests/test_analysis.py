@@ -1,7 +1,8 @@
 """Which pairs the standard analysis asks its questions of."""
 
 import reward_lens as rl
-from reward_lens.analysis import halves, spread_over_subsets
+from families import tiny_model
+from reward_lens.analysis import SHOWN, halves, questions, spread_over_subsets
 from reward_lens.data import by_prompt
 
 
@@ -25,3 +26,14 @@ def test_pairs_are_spread_over_subsets_and_then_over_prompts():
     same = spread_over_subsets(pairs_of("a1", "a1", "a1", "a2", "a3", "b1"), 4)
     assert [p.prompt for p in same] == ["a1", "a2", "a3", "b1"]
     assert len(spread_over_subsets(pairs_of("a1", "a1"), 6)) == 2
+
+
+def test_tokens_are_read_of_as_many_pairs_as_a_page_shows(monkeypatch):
+    """A table of tokens is as wide as the longest text: of 10,000 pairs it has gigabytes, of which a page shows few."""
+    asked = []
+    monkeypatch.setattr(rl, "token_attribution", lambda rm, pairs, **_: asked.append(len(pairs)), raising=False)
+    rm = rl.RewardModel(*tiny_model("llama"))
+    scores = rm.score_pairs(pairs_of("a"))
+    for n in (48, 1_000):
+        questions(rm, pairs_of(*(f"a{i}" for i in range(n))), scores)["tokens_prefix"]()
+    assert asked == [48, SHOWN]

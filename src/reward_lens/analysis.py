@@ -12,6 +12,7 @@ from reward_lens.data import by_prompt
 
 Question = Callable[[], "rl.Result"]
 FEW = 6  # pairs whose tokens are attributed one by one
+SHOWN = 200  # pairs whose tokens are read in one pass: more than a page has room for, and 100 kB a pair
 PROBES = ("pad", "hedge", "assert", "prepend_praise", "bulletise", "add_bold", "append_disclaimer")
 SHARED_BYTES = 4 * 2**30  # of writes that several questions share; past it, each runs the pairs itself
 ENOUGH = 40  # prompts from which half of them can say what natural states are
@@ -57,7 +58,7 @@ def questions(rm: "rl.RewardModel", pairs: "rl.Pairs", scores: "rl.Result", few:
         "knockout": lambda: rl.attention_knockout(rm, some, "sentence"),
         "probes": lambda: rl.probe_hacking(rm, spread_over_subsets(pairs, few + 4), PROBES),
         "vocabulary": lambda: rl.vocab_alignment(rm, top=15),
-        "tokens_prefix": lambda: rl.token_attribution(rm, pairs, method="prefix"),
+        "tokens_prefix": lambda: rl.token_attribution(rm, spread_over_subsets(pairs, SHOWN), method="prefix"),
         "tokens_truncate": lambda: rl.token_attribution(rm, some, method="truncate"),
     }
 

@@ -86,24 +86,31 @@ def capture(
     tokens, pairs = runs_of(rm, texts_or_pairs)
     wanted = component_sites(rm) if sites == "components" else [Site.parse(s) for s in sites]
     kept: dict[Site, list] = {site: [None] * len(tokens) for site in wanted}
+    placed: dict[Site, Tensor] = {}
     for batch, tensors in passes(rm, tokens, wanted, everywhere=at != "final", batch_size=batch_size):
         for site, tensor in tensors.items():
+            if at == "final" and site.kind != "pattern":
+                # At once into its place: pieces kept between a pass's large temporaries break the memory up.
+                if site not in placed:
+                    placed[site] = tensor.new_empty(len(tokens), *tensor.shape[1:])
+                placed[site][list(batch.rows)] = tensor
+                continue
             for row, (run, start) in enumerate(zip(batch.rows, batch.offset.tolist(), strict=True)):
                 span = positions_of(tokens[run], at)
                 one = tensor[row]
                 if site.kind == "pattern":  # its keys are padded like its queries
                     one = one[..., start : start + len(tokens[run])]
                 kept[site][run] = one if at == "final" else one[start + span.start : start + span.stop].clone()
-    stacked = {s: _stacked(s, v) if at == "final" else tuple(v) for s, v in kept.items()}
-    return Activations(tuple(tokens), stacked, at, pairs)
+    joined = {
+        s: placed[s] if s in placed else _patterns(rows) if at == "final" else tuple(rows) for s, rows in kept.items()
+    }
+    return Activations(tuple(tokens), joined, at, pairs)
 
 
-def _stacked(site: Site, values: list[Tensor]) -> Tensor:
-    """One tensor of all runs; patterns are as wide as their text and get zeros behind its last key."""
-    if site.kind == "pattern":
-        widest = max(v.shape[-1] for v in values)
-        values = [pad(v, (0, widest - v.shape[-1])) for v in values]
-    return torch.stack(values)
+def _patterns(values: list[Tensor]) -> Tensor:
+    """Patterns of all runs, as wide as the longest text, with zeros behind each one's last key."""
+    widest = max(v.shape[-1] for v in values)
+    return torch.stack([pad(v, (0, widest - v.shape[-1])) for v in values])
 
 
 def positions_of(tokens: Tokens, at: str | range) -> range:
