@@ -22,7 +22,7 @@ from reward_lens.model import rounding
 from reward_lens.model.forward import at_rows, make_batch, padding_id, record, replay, suffix_batch
 from reward_lens.model.heads.own import OwnHead
 from reward_lens.model.linear_maps import is_linear
-from reward_lens.model.placement import own_output, scores_of
+from reward_lens.model.own_output import own_output, scores_of
 from reward_lens.model.prefix import pooled_with_prefix
 from reward_lens.model.readout import RunsANetwork
 from reward_lens.model.tokens import Tokens

@@ -21,11 +21,11 @@ from reward_lens.model import structure as structures
 from reward_lens.model.forward import Batch, OnTrunk, batches, padding_id, rotary_threshold, trunk_of
 from reward_lens.model.heads.own import OwnHead, head_of, published_path
 from reward_lens.model.linear_maps import linear_weight
+from reward_lens.model.own_output import own_output
 from reward_lens.model.own_readout import own_readout
 from reward_lens.model.pair_tokens import FirstTokenTokenizer, set_inputs
-from reward_lens.model.placement import own_output
 from reward_lens.model.prefix import keys_and_values
-from reward_lens.model.readout import LOCAL, PromptGated, chosen_rows, objective_names
+from reward_lens.model.readout import LOCAL, PromptGated, Rows, chosen_rows, objective_names
 from reward_lens.model.structure import Structure
 from reward_lens.model.tokens import Tokenizer, Tokens
 from reward_lens.model.vocab_readout import refuse_change, vocabulary_of
@@ -180,14 +180,18 @@ class RewardModel(OnTrunk):
         if self.vocabulary:
             return self.vocabulary.own_terms(self.module, ids)
         logits = own_output(self.module, input_ids=ids, **self.trunk.segments(ids)).logits[0]
-        rows = chosen_rows(self.objectives, self.readout.objective, self.name)
+        rows = self._rows
         return [float(logits[rows.row]), *([] if rows.less is None else [-float(logits[rows.less])])]
+
+    @property
+    def _rows(self) -> Rows:
+        return chosen_rows(self.objectives, self.readout.objective, self.name)
 
     @property
     def row(self) -> int:
         """Index of the head's row that is read; `StructureError` where no one row is."""
         refuse_change(self, "A row of a reward head")
-        rows = chosen_rows(self.objectives, self.readout.objective, self.name)
+        rows = self._rows
         if rows.less is None:
             return rows.row
         raise StructureError("The reward is no row of the head", found=f"the difference {rows.name}",

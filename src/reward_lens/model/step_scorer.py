@@ -23,7 +23,8 @@ from reward_lens.engine import hooks
 from reward_lens.errors import LoadError, StructureError
 from reward_lens.model.checks import PROBES
 from reward_lens.model.linear_maps import is_linear, linear_bias, linear_weight
-from reward_lens.model.placement import input_device, own_output
+from reward_lens.model.own_output import own_output
+from reward_lens.model.placement import input_device
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.step_hidden import hidden_structure, is_hidden
 from reward_lens.model.step_readout import StepReadout

@@ -27,7 +27,8 @@ from reward_lens.model import checks
 from reward_lens.model.judge import JudgeTokenizer, check_template, digest
 from reward_lens.model.linear_maps import is_linear, linear_bias, linear_weight
 from reward_lens.model.norm import measure_norm
-from reward_lens.model.placement import input_device, own_output
+from reward_lens.model.own_output import own_output
+from reward_lens.model.placement import input_device
 from reward_lens.model.readout import LinearReadout
 from reward_lens.model.tokens import Tokenizer
 
