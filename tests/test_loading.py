@@ -641,6 +641,15 @@ class TestTexts:
         assert cuts.score_pairs(pairs[1:]).checks == ()
         assert "truncation" not in rm.score_pairs(pairs[1:]).meta
 
+    def test_scoring_says_how_far_it_is(self, rm):
+        pairs = [rl.Pair("Hi", "a " * n, "b") for n in range(1, 6)]  # six texts that differ
+        told: list[tuple[int, int]] = []
+        scores = rm.score_pairs(pairs, batch_size=4, progress=lambda *done: told.append(done))
+        assert told == [(4, 6), (6, 6)]
+        rm.score_many([rl.Group("Hi", ["a", "b"])], progress=lambda *done: told.append(done))
+        assert told[2:] == [(2, 2)]
+        np.testing.assert_array_equal(scores.value, rm.score_pairs(pairs, batch_size=4).value)
+
     def test_empty_responses_are_scored(self, rm):
         tokens = rm.tokenize("Hello", "")
         assert len(tokens.response) == 0 and len(tokens.prompt) + len(tokens.tail) == len(tokens)

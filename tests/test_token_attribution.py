@@ -194,13 +194,38 @@ def test_integrated_gradients_converge(family):
     assert ends[1] == pytest.approx(rm.score(SHORT[0].prompt, SHORT[0].chosen), abs=1e-12)
     gaps = []
     for steps in (4, 16, 64):
-        (values,), _ = _walk(rm, [text], base, *_quadrature([(0.0, 1.0)], steps))
+        ((values, _),), _ = _walk(rm, [text], base, *_quadrature([(0.0, 1.0)], steps))
         gaps.append(abs(values.sum() - (ends[1] - ends[0])) / np.abs(values).sum())
     assert gaps[2] < 1e-5 and gaps[2] < gaps[0]  # llama's norms are float32 inside
 
     fine = integrated_path(rm, [text], "pad", ends[1:], 4, 1e-5)
     assert fine.steps[0] > 4
     np.testing.assert_allclose(fine.values[0], values, atol=1e-4 * np.abs(values).max())
+
+
+@pytest.mark.parametrize(
+    ("family", "cancelled"), [("llama", 0.4), ("gemma2", 0.05), ("gpt_neox", 0.4), ("qwen3", 0.04)]
+)
+def test_integrated_gradients_of_single_tokens(monkeypatch, family, cancelled):
+    """Errors of tokens that cancel in a closed sum are found, by an estimate that is no smaller than they are."""
+    rm = model(family)
+    tokens = [t for both in rm.tokenize_pairs([Pair(*some) for some in TEXT_PAIRS]) for t in both]
+    rewards, n = rm.rewards(tokens).double().numpy(), len(tokens)
+    edges = np.linspace(0, 1, 9)
+    fine = _quadrature(list(zip(edges[:-1], edges[1:], strict=True)), 32)
+    nodes, weights = (np.stack([some.reshape(-1, *some.shape[2:])] * n) for some in fine)
+    truth, _ = _walk(rm, tokens, embedding_paths._baseline_of(rm, tokens, "mean"), nodes, weights)
+
+    def errors(path):
+        pairs = zip(path.values, truth, strict=True)
+        return np.array([np.abs(own - true).max() / np.abs(true).max() for own, (true, _) in pairs])
+
+    path = integrated_path(rm, tokens, "mean", rewards, 4, 1e-2)
+    assert errors(path).max() < 0.03 and (path.token_gaps <= 0.1).all()
+    assert (errors(path) <= path.token_gaps + 1e-4).all()
+    monkeypatch.setattr(embedding_paths, "TOKEN_TOLERANCE", np.inf)
+    by_sum = integrated_path(rm, tokens, "mean", rewards, 4, 1e-2)
+    assert by_sum.gaps.max() <= 1e-2 and errors(by_sum).max() > cancelled
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "bloom"])

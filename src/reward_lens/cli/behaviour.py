@@ -28,6 +28,7 @@ from reward_lens.cli.common import (
     say,
     show,
 )
+from reward_lens.model.head import editable_readout
 from reward_lens.model.saving import require_empty
 from reward_lens.report.sections import interval_words
 
@@ -85,6 +86,7 @@ def edit(
         raise typer.BadParameter(f"{remove!r} is a family of edits: name one of {names}")
     require_empty(output)  # before the work, not after it
     rm, data = load_both(model, pairs, split, limit, objective, truncation)
+    editable_readout(rm)
     fit, test = halves(data)
     with err.status("Finding the direction"):
         direction = rl.bias_direction(rm, rl.edited_pairs(fit, chosen))

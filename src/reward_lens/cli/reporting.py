@@ -45,8 +45,9 @@ def report(
     """
     output.mkdir(parents=True, exist_ok=True)  # a folder that cannot be is no reason to wait for the model
     rm, data = load_both(model, pairs, split, limit, objective, truncation)
-    with err.status(f"Scoring {len(data)} pairs"):
-        scores = rm.score_pairs(data)
+    with Progress(*COLUMNS, MofNCompleteColumn(), console=err) as progress:
+        task = progress.add_task(f"Scoring {len(data)} pairs", total=None)
+        scores = rm.score_pairs(data, progress=lambda done, n: progress.update(task, completed=done, total=n))
     folder = AnswerFolder(output, scores, rm.noise_floor, resume)
     asked = questions(rm, data, scores)
     answers: dict[str, rl.Result | rl.RewardLensError] = {}

@@ -14,7 +14,8 @@ from reward_lens.engine.gate_states import pooled_and_gate
 from reward_lens.engine.places import reaches_gate, require_site
 from reward_lens.errors import AlignmentError, DataError
 from reward_lens.model.forward import Batch
-from reward_lens.model.reward_model import SIDES, RewardModel, pair_coords
+from reward_lens.model.reward_model import RewardModel
+from reward_lens.model.scored import SIDES, pair_coords
 from reward_lens.model.sites import Site
 from reward_lens.model.tokens import Tokens
 from reward_lens.result import Result

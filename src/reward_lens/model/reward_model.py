@@ -8,15 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
 from reward_lens import data
-from reward_lens.errors import DataError, LoadError, StructureError, named
-from reward_lens.model import checks
+from reward_lens.errors import LoadError, StructureError, named
+from reward_lens.model import checks, scored
 from reward_lens.model import structure as structures
 from reward_lens.model.forward import Batch, OnTrunk, batches, padding_id, rotary_threshold, trunk_of
 from reward_lens.model.heads.own import OwnHead, head_of, published_path
@@ -26,12 +24,11 @@ from reward_lens.model.own_readout import own_readout
 from reward_lens.model.pair_tokens import FirstTokenTokenizer, set_inputs
 from reward_lens.model.prefix import keys_and_values
 from reward_lens.model.readout import LOCAL, PromptGated, Rows, chosen_rows, objective_names
+from reward_lens.model.scored import Progress
 from reward_lens.model.structure import Structure
 from reward_lens.model.tokens import Tokenizer, Tokens
 from reward_lens.model.vocab_readout import refuse_change, vocabulary_of
-from reward_lens.result import Check, Result
-
-SIDES = ("chosen", "rejected", "margin")
+from reward_lens.result import Result
 
 
 class RewardModel(OnTrunk):
@@ -203,16 +200,22 @@ class RewardModel(OnTrunk):
         return {"objective": self.readout.objective} if self._given is None else {"readout": self._given}
 
     @torch.no_grad()
-    def rewards(self, tokens: Sequence[Tokens], batch_size: int | None = None) -> Float[Tensor, " n"]:
-        """Rewards of tokenised texts, batched by length, on the CPU in the order given; equal texts are run once."""
+    def rewards(
+        self, tokens: Sequence[Tokens], batch_size: int | None = None, progress: Progress | None = None
+    ) -> Float[Tensor, " n"]:
+        """Rewards of tokenised texts, batched by length, on the CPU in the order given; equal texts are run once.
+        `progress` is told (texts done, texts that differ) after every batch."""
         different = {t.ids: t for t in tokens}
         place = {ids: i for i, ids in enumerate(different)}
         out = torch.empty(len(place), dtype=self.like.dtype)
-        inputs = self.readout_inputs(list(different.values()))
+        inputs, done = self.readout_inputs(list(different.values())), 0
         for batch in self.batches(list(different.values()), batch_size):
             rows = list(batch.rows)
             gate = None if inputs is None else inputs[rows]
             out[rows] = self.readout.reward(self.trunk.pooled(batch), gate).cpu()
+            if progress is not None:
+                done += len(rows)
+                progress(done, len(place))
         return out[[place[t.ids] for t in tokens]]
 
     @torch.no_grad()
@@ -254,69 +257,27 @@ class RewardModel(OnTrunk):
         both, cut = self.tokenizer.both, self.truncation
         return [named(f"Pair {p.id}", both, p.messages, p.chosen, p.rejected, cut) for p in pairs]
 
-    def score_pairs(self, pairs: Iterable["data.Pair"], batch_size: int | None = None) -> Result:
+    def score_pairs(
+        self, pairs: Iterable["data.Pair"], batch_size: int | None = None, progress: Progress | None = None
+    ) -> Result:
         """Rewards of both responses and their margin.
+
+        `batch_size`: texts run at once; None: as many as a fixed number of tokens holds. `progress`: called with
+        (texts done, texts), equal ones counted once.
 
         Returns value (pair, side) in reward units; side = chosen, rejected, margin = r(chosen) - r(rejected).
         """
-        pairs = data.as_pairs(pairs)
-        flat = [t for both in self.tokenize_pairs(pairs) for t in both]
-        rewards = self.rewards(flat, batch_size).double().numpy().reshape(-1, 2)
-        values = np.column_stack([rewards, rewards[:, 0] - rewards[:, 1]])
-        lengths = np.array([len(t.response) for t in flat]).reshape(-1, 2)
-        coords = {
-            **pair_coords(pairs),
-            "side": np.array(SIDES, dtype=object),
-            "chosen_tokens": ("pair", lengths[:, 0]),
-            "rejected_tokens": ("pair", lengths[:, 1]),
-        }
-        value = xr.DataArray(values, dims=("pair", "side"), coords=coords)
-        meta = self.describe(
-            "score_pairs", pairs, title="Rewards and margins",
-            shows="The reward of each response and the margin between chosen and rejected.",
-            cannot_show="Rewards of different prompts are not on a common scale: only margins within a prompt compare.",
-        )  # fmt: skip
-        return Result("score_pairs", value, unit="reward", checks=_cut(flat), meta=meta)
+        return scored.pairs(self, pairs, batch_size, progress)
 
-    def score_many(self, groups: Iterable["data.Group"], batch_size: int | None = None) -> Result:
-        """Rewards of k responses a prompt.
+    def score_many(
+        self, groups: Iterable["data.Group"], batch_size: int | None = None, progress: Progress | None = None
+    ) -> Result:
+        """Rewards of k responses a prompt; `batch_size` and `progress` as in `score_pairs`.
 
         Returns value (group, response) in reward units, padded with NaN past `n_responses`; the coordinate `label`
         carries the labels (the higher the better; the first response is the best where a group has none).
         """
-        groups = list(groups)
-        if not groups:
-            raise DataError("There are no groups to work on", found="an empty sequence",
-                            expected="at least one rl.Group", do="pass groups, as load_groups gives them")  # fmt: skip
-        tokens = [named(f"Group {g.id or i}", self.tokenize, g.messages, r)
-                  for i, g in enumerate(groups, 1) for r in g.responses]  # fmt: skip
-        rewards = iter(self.rewards(tokens, batch_size).tolist())
-        width = max(len(g.responses) for g in groups)
-        value = np.full((len(groups), width), np.nan)
-        labels = np.full((len(groups), width), np.nan)
-        for i, group in enumerate(groups):
-            n = len(group.responses)
-            value[i, :n] = [next(rewards) for _ in range(n)]
-            labels[i, :n] = group.labels if group.labels is not None else [1.0] + [0.0] * (n - 1)
-        array = xr.DataArray(
-            value, dims=("group", "response"),
-            coords={
-                "group": np.array([g.id or str(i + 1) for i, g in enumerate(groups)], dtype=object),
-                "response": np.arange(width),
-                "label": (("group", "response"), labels),
-                "prompt_id": ("group", np.array([g.prompt_key for g in groups], dtype=object)),
-                "subset": ("group", np.array([g.subset or "" for g in groups], dtype=object)),
-                "n_responses": ("group", np.array([len(g.responses) for g in groups])),
-            },
-        )  # fmt: skip
-        meta = self.describe("score_many", groups, title="Rewards of lists of responses",
-                             shows="The reward of every response of a prompt.",
-                             cannot_show="Rewards of different prompts are not on a common scale.")  # fmt: skip
-        padding = sum(width - len(g.responses) for g in groups)
-        # A reward that is no number has no reason, and the padding must not lend it one.
-        padded = padding and int((~np.isfinite(value)).sum()) == padding
-        reason = "groups have different numbers of responses" if padded else None
-        return Result("score_many", array, unit="reward", checks=_cut(tokens), meta=meta, undefined=reason)
+        return scored.groups(self, groups, batch_size, progress)
 
     def for_objective(self, objective: str | int) -> "RewardModel":
         """The same model read by another row of its head; weights are shared."""
@@ -366,23 +327,6 @@ class RewardModel(OnTrunk):
             f"RewardModel({self.name!r}, {type(self.module).__name__}, {self.n_layers} layers x {self.n_heads} heads, "
             f"d_model {self.d_model}, {str(self.dtype).removeprefix('torch.')} on {self.device.type})"
         )
-
-
-def _cut(tokens: Sequence[Tokens]) -> list[Check]:
-    """How many texts were cut, where any was."""
-    cut = [t.truncated for t in tokens if t.truncated]
-    return [Check("texts cut", float(len(cut)), math.inf, f"by up to {max(cut)} tokens")] if cut else []
-
-
-def pair_coords(pairs: "data.Pairs") -> dict[str, Any]:
-    """Coordinates of the `pair` dim: id, prompt (the unit of statistics), subset, and a readable prompt."""
-    texts = {
-        "pair": [p.id for p in pairs],
-        "prompt_id": [p.prompt_key for p in pairs],
-        "subset": [p.subset or "" for p in pairs],
-        "prompt": [p.prompt_text for p in pairs],
-    }
-    return {name: ("pair", np.array(values + [None], dtype=object)[:-1]) for name, values in texts.items()}
 
 
 @functools.cache

@@ -19,7 +19,8 @@ from reward_lens import data, stats
 from reward_lens.errors import DataError
 from reward_lens.features import text_features
 from reward_lens.methods.shared.paired import given_scores
-from reward_lens.model.reward_model import RewardModel, pair_coords
+from reward_lens.model.reward_model import RewardModel
+from reward_lens.model.scored import pair_coords
 from reward_lens.result import Result
 
 LENGTH = "tokens"

@@ -27,7 +27,8 @@ from reward_lens import data, stats
 from reward_lens.edits import TextEdit, edits_of
 from reward_lens.methods.behaviour.edited_texts import SIDES, EditedRewards, scored_edits, within_prompt_sd
 from reward_lens.methods.shared.paired_shares import won
-from reward_lens.model.reward_model import RewardModel, pair_coords
+from reward_lens.model.reward_model import RewardModel
+from reward_lens.model.scored import pair_coords
 from reward_lens.result import Result
 
 LENGTH_FAMILY = "pad"

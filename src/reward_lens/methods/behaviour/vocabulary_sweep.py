@@ -14,7 +14,7 @@ Reference: Christian et al. 2025, arXiv 2506.07326.
 """
 
 import collections
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,10 +25,10 @@ from reward_lens.engine.continuations import beginning, rewards_after
 from reward_lens.errors import DataError
 from reward_lens.model.checks import reward_tolerance
 from reward_lens.model.reward_model import RewardModel
+from reward_lens.model.scored import Progress
 from reward_lens.model.vocabulary import ResponseSlot, Vocabulary
 from reward_lens.result import Check, Result
 
-Progress = Callable[[int, int], None]
 TABLE = 20
 CHECKED = 16
 BATCHED = 1e-4

@@ -25,12 +25,12 @@ from reward_lens.methods.causation.effect_cells import (
 from reward_lens.methods.causation.effect_readings import Reading
 from reward_lens.methods.shared.paired import paired_result
 from reward_lens.model.reward_model import RewardModel
+from reward_lens.model.scored import Progress
 from reward_lens.model.sites import Site
 from reward_lens.model.tokens import Tokens
 from reward_lens.result import Check, Result
 
 EXCHANGES, ABLATIONS = ("noise", "denoise"), ("zero", "mean", "resample")
-Progress = Callable[[int, int], None]
 
 
 class Found:

@@ -30,7 +30,8 @@ from reward_lens.engine.intervention import add
 from reward_lens.engine.patching import patch_rows
 from reward_lens.errors import DataError
 from reward_lens.methods.shared.paired import margin_of, paired_result
-from reward_lens.model.reward_model import SIDES, RewardModel
+from reward_lens.model.reward_model import RewardModel
+from reward_lens.model.scored import SIDES
 from reward_lens.model.sites import Site
 from reward_lens.model.tokens import Tokens
 from reward_lens.result import Check, Result

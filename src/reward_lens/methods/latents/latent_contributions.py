@@ -31,7 +31,8 @@ from reward_lens.methods.latents.latent_states import At, described, is_last, re
 from reward_lens.methods.shared.paired import paired_result
 from reward_lens.methods.shared.paired_shares import ends_of_change
 from reward_lens.methods.shared.prompt_ratios import plain
-from reward_lens.model.reward_model import SIDES, RewardModel
+from reward_lens.model.reward_model import RewardModel
+from reward_lens.model.scored import SIDES
 from reward_lens.model.sites import Site
 from reward_lens.result import Check, Result
 from reward_lens.sae.dictionary import SAE

@@ -32,7 +32,6 @@ from reward_lens.methods.causation.effect_readings import Routes
 from reward_lens.methods.causation.effect_sweeps import (
     ABLATIONS,
     EXCHANGES,
-    Progress,
     ablated,
     asked_sites,
     effects_result,
@@ -41,6 +40,7 @@ from reward_lens.methods.causation.effect_sweeps import (
 )
 from reward_lens.model.heads.gated import require_gated
 from reward_lens.model.reward_model import RewardModel
+from reward_lens.model.scored import Progress
 from reward_lens.model.sites import Site
 from reward_lens.model.tokens import Tokens
 from reward_lens.result import Check, Result

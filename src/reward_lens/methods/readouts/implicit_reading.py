@@ -19,7 +19,7 @@ from reward_lens.errors import DataError, named
 from reward_lens.methods.shared.paired import labelled, over_prompts
 from reward_lens.model.forward import Batch
 from reward_lens.model.language_model import End, Given, LanguageModel, Reply, opened, require_end
-from reward_lens.model.reward_model import SIDES
+from reward_lens.model.scored import SIDES
 from reward_lens.result import Check, Result
 
 ROLES = ("policy", "reference")

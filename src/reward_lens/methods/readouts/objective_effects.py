@@ -17,7 +17,6 @@ from reward_lens.methods.causation.effect_readings import Objectives
 from reward_lens.methods.causation.effect_sweeps import (
     ABLATIONS,
     EXCHANGES,
-    Progress,
     asked_sites,
     effects_result,
     sweep_settings,
@@ -25,6 +24,7 @@ from reward_lens.methods.causation.effect_sweeps import (
 )
 from reward_lens.model.objectives import with_every_objective
 from reward_lens.model.reward_model import RewardModel
+from reward_lens.model.scored import Progress
 from reward_lens.model.sites import Site
 from reward_lens.result import Result
 

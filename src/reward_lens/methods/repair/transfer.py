@@ -33,7 +33,8 @@ from reward_lens import data, stats
 from reward_lens.errors import DataError
 from reward_lens.methods.repair.head_editing import edited_row, margins_read, unit_directions
 from reward_lens.model.head import editable_readout, stored
-from reward_lens.model.reward_model import RewardModel, pair_coords
+from reward_lens.model.reward_model import RewardModel
+from reward_lens.model.scored import pair_coords
 from reward_lens.result import Check, Result
 
 OPS = ("null", "steer")

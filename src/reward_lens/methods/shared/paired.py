@@ -8,7 +8,8 @@ import xarray as xr
 
 from reward_lens import data, stats
 from reward_lens.errors import DataError
-from reward_lens.model.reward_model import SIDES, RewardModel, pair_coords
+from reward_lens.model.reward_model import RewardModel
+from reward_lens.model.scored import SIDES, pair_coords
 from reward_lens.result import Check, Result
 
 SAME_SCORES = ("method", "model", "revision", "dtype", "objective", "reads", "truncation", "inputs_hash")
