@@ -93,7 +93,9 @@ def test_the_same_model_is_read_again_under_the_same_argument():
     assert back.score("Why?", "So.") == rm.score("Why?", "So.")
 
 
-@pytest.mark.parametrize("objective", ["accepted - accepted", "accepted - kind", "accepted-refused", " - refused", True])
+@pytest.mark.parametrize(
+    "objective", ["accepted - accepted", "accepted - kind", "accepted-refused", " - refused", True]
+)
 def test_a_difference_of_rows_that_are_not_there_is_refused(objective):
     with pytest.raises(rl.LoadError, match="has no row"):
         model("causal", objective)
