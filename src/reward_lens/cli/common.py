@@ -11,7 +11,7 @@ from typing import Annotated
 import pandas as pd
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import reward_lens as rl
 from reward_lens.charts.rows import text_of
@@ -28,6 +28,7 @@ app = typer.Typer(
 out, err = Console(), Console(stderr=True)
 OTHER_FORMATS = (".csv", ".html", ".json", ".jsonl", ".parquet", ".tsv", ".txt", ".xlsx")
 COLUMNS = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+LEFT = (*COLUMNS, TimeRemainingColumn(), TextColumn("left"))  # where every step costs about the same
 
 
 Model = Annotated[str, typer.Argument(help="'demo', a hub id, a folder or a PEFT adapter.")]

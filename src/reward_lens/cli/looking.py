@@ -9,7 +9,7 @@ from rich.progress import Progress
 
 import reward_lens as rl
 from reward_lens.cli.common import (
-    COLUMNS,
+    LEFT,
     AsJson,
     Limit,
     Model,
@@ -168,14 +168,10 @@ def patch(
     options: Any = {"mode": mode, "at": at, "path": path, "estimator": estimator, "align": align}
     options |= {"spans": "position" if by_position else None} | ({} if calibrate is None else {"calibrate": calibrate})
     options |= {} if reference is None else {"reference": load_pairs(reference, None, None)}
-    with Progress(*COLUMNS, console=err) as bar:
+    with Progress(*LEFT, console=err) as bar:
         task = bar.add_task("Patching", total=len(data))
-        show(
-            rl.effects(rm, data, named, **options, progress=lambda n, _: bar.update(task, completed=n)),
-            as_json,
-            save,
-            top,
-        )
+        result = rl.effects(rm, data, named, **options, progress=lambda n, _: bar.update(task, completed=n))
+    show(result, as_json, save, top)
 
 
 @app.command(epilog="Example: reward-lens agree demo demo --limit 12 --estimators gradient")

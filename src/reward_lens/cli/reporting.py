@@ -13,6 +13,7 @@ import reward_lens as rl
 from reward_lens.analysis import Question, questions
 from reward_lens.cli.common import (
     COLUMNS,
+    LEFT,
     Limit,
     Model,
     Objective,
@@ -45,7 +46,7 @@ def report(
     """
     output.mkdir(parents=True, exist_ok=True)  # a folder that cannot be is no reason to wait for the model
     rm, data = load_both(model, pairs, split, limit, objective, truncation)
-    with Progress(*COLUMNS, MofNCompleteColumn(), console=err) as progress:
+    with Progress(*LEFT, console=err) as progress:
         task = progress.add_task(f"Scoring {len(data)} pairs", total=None)
         scores = rm.score_pairs(data, progress=lambda done, n: progress.update(task, completed=done, total=n))
     folder = AnswerFolder(output, scores, rm.noise_floor, resume)
