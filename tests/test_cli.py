@@ -31,6 +31,7 @@ COMMANDS = (
     "conflict",
     "cascade",
     "distortion",
+    "join",
     "report",
 )
 
@@ -329,6 +330,22 @@ def test_edit_writes_a_checkpoint(model, tmp_path):
     assert "not empty" in " ".join(
         run("edit", model, str(data), "--remove", "exclaim", "-o", str(folder), code=1).output.split()
     )
+
+
+def test_a_sweep_in_parts(model, pairs, tmp_path):
+    files = [str(tmp_path / f"{k}.nc") for k in (1, 2, 3)]
+    for k, file in enumerate(files, 1):
+        run("patch", model, pairs, "--part", f"{k}/3", "--save", file)
+    whole = str(tmp_path / "whole.nc")
+    run("patch", model, pairs, "--save", whole)
+    printed = run("join", *files, "--save", str(tmp_path / "joined.nc")).output
+    assert "Largest 7" in printed
+    joined, once = rl.load_result(tmp_path / "joined.nc"), rl.load_result(whole)
+    assert list(joined.value["pair"].values) == list(once.value["pair"].values)
+    assert abs(joined.value - once.value).max() < 1e-5 and abs(joined.low - once.low).max() < 1e-5
+    assert "is in two parts" in run("join", files[0], files[0], code=1).stderr
+    for part in ("0/3", "4/3", "1/99", "half", "1/2/3"):
+        assert "expected K/N" in " ".join(run("patch", "no-model", pairs, "--part", part, code=2).stderr.split())
 
 
 def test_edit_refuses_before_the_work(tmp_path):

@@ -91,6 +91,7 @@ PUBLIC = [
     "implicit_tokens",
     "integrated_contributions",
     "intervene",
+    "join_results",
     "judged_edits",
     "latent_contexts",
     "latent_contributions",

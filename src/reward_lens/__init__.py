@@ -54,6 +54,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
     from reward_lens.explorer import explorer_results as explorer_results
     from reward_lens.explorer import latent_explorer as latent_explorer
     from reward_lens.features import text_features as text_features
+    from reward_lens.joining import join_results as join_results
     from reward_lens.methods.behaviour.accuracy import accuracy as accuracy
     from reward_lens.methods.behaviour.accuracy import calibration as calibration
     from reward_lens.methods.behaviour.accuracy import length_partial as length_partial
@@ -165,6 +166,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; a test holds it against
 _HOME = {
     "errors": ("RewardLensError", "LoadError", "StructureError", "AlignmentError", "DataError", "CheckFailed"),
     "result": ("Check", "Result", "load_result"),
+    "joining": ("join_results",),
     "charts": ("save_chart",),
     "data": ("Group", "Pair", "Pairs", "StyleItem", "load_groups", "load_pairs", "load_solutions", "load_style_items"),
     "model.base": ("base_under_head",),

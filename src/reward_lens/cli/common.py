@@ -38,6 +38,9 @@ Objective = Annotated[str | None, typer.Option(help="Row of a head with several,
 Limit = Annotated[int | None, typer.Option(help="Use only the first N pairs.", min=1)]
 Split = Annotated[str | None, typer.Option(help="Split of a data set that has several.")]
 Truncation = Annotated[str | None, typer.Option(help="'left' or 'right' cuts over-long texts; default: refuse them.")]
+Part = Annotated[
+    str | None, typer.Option(help="'2/8': ask the second eighth of the pairs alone; see `reward-lens join`.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -104,10 +107,10 @@ def load(model: str, objective: str | None = None, truncation: str | None = None
 
 def load_both(
     model: str, pairs: str, split: str | None = None, limit: int | None = None, objective: str | None = None,
-    truncation: str | None = None,
+    truncation: str | None = None, part: str | None = None,
 ) -> tuple["rl.RewardModel", "rl.Pairs"]:  # fmt: skip
     """Model and pairs. The pairs are read first, so that a mistake in them costs no loading."""
-    data = load_pairs(pairs, split, limit)
+    data = _part_of(load_pairs(pairs, split, limit), part)
     return load(model, objective, truncation), data
 
 
@@ -117,6 +120,17 @@ def load_pairs(pairs: str, split: str | None, limit: int | None) -> "rl.Pairs":
     for note in data.notes:
         err.print(f"Note: {text_of([note])[0]}", markup=False, highlight=False, soft_wrap=True)
     return data
+
+
+def _part_of(pairs: "rl.Pairs", part: str | None) -> "rl.Pairs":
+    """The pairs of "K/N": the Kth of N stretches as long as each other, or all."""
+    if part is None:
+        return pairs
+    number, _, of = part.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of) <= len(pairs)):
+        raise typer.BadParameter(f"{part!r}: expected K/N with K from 1 to N and N at most {len(pairs)}, the pairs")
+    ends = [len(pairs) * i // int(of) for i in (int(number) - 1, int(number))]
+    return pairs[slice(*ends)]
 
 
 def say(text: str) -> None:

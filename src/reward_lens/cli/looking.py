@@ -15,6 +15,7 @@ from reward_lens.cli.common import (
     Model,
     Objective,
     PairsFile,
+    Part,
     Save,
     Split,
     Top,
@@ -159,11 +160,11 @@ def patch(
     calibrate: Annotated[int | None, typer.Option(help="Cells on which an estimate is held against exact.")] = None,
     reference: Annotated[str | None, typer.Option(help="Pairs of other prompts, for 'mean' and 'resample'.")] = None,
     by_position: Annotated[bool, typer.Option("--by-position", help="Each position by itself.")] = False,
-    top: Top = 10, split: Split = None, limit: Limit = None, objective: Objective = None,
+    top: Top = 10, split: Split = None, limit: Limit = None, part: Part = None, objective: Objective = None,
     truncation: Truncation = None, as_json: AsJson = False, save: Save = None,
 ):  # fmt: skip
     """The causal effect of sites on the reward."""
-    rm, data = load_both(model, pairs, split, limit, objective, truncation)
+    rm, data = load_both(model, pairs, split, limit, objective, truncation, part)
     named: Any = sites if sites in ("components", "heads", "residual", "experts") else sites.split(",")
     options: Any = {"mode": mode, "at": at, "path": path, "estimator": estimator, "align": align}
     options |= {"spans": "position" if by_position else None} | ({} if calibrate is None else {"calibrate": calibrate})

@@ -16,6 +16,7 @@ from reward_lens.cli.common import (
     PairsFile,
     Save,
     Split,
+    Top,
     Truncation,
     app,
     err,
@@ -43,6 +44,16 @@ def compare(
     if not as_json:
         opposed = rl.disagreements(result, n=5).to_string(index=False)
         say(f"\nLargest disagreements, margins in SDs of each model's rewards within prompts:\n{opposed}")
+
+
+@app.command(epilog="Example: reward-lens join effects-0.nc effects-1.nc --save effects.nc")
+@refusals
+def join(
+    parts: Annotated[list[Path], typer.Argument(help="Saved Results of one question about different pairs.")],
+    top: Top = 10, as_json: AsJson = False, save: Save = None,
+):  # fmt: skip
+    """Results of parts of the data as one: of a sweep that ran in shards, or before and after an interruption."""
+    show(rl.join_results(parts), as_json, save, top)
 
 
 @app.command(epilog="Example: reward-lens concepts demo concepts --null 20 --steered 5")

@@ -93,7 +93,8 @@ def prepare_ablation(
         )
     tokens = tuple(t for both in rm.tokenize_pairs(held) for t in both)
     prompts = tuple(p.prompt_key for p in held for _ in range(2))
-    name = f"{len(tokens)} responses to {len(set(prompts))} prompts, the pair's own excluded"
+    of = f"{len(tokens)} responses to {len(set(prompts))} prompts (inputs {data.inputs_hash(held)})"
+    name = f"{of}, the pair's own excluded"
     means = _means(rm, tokens, prompts, sites, at) if mode == "mean" else {}
     return Ablation(mode, name, tokens, prompts, means, n_draws, seed, at)
 

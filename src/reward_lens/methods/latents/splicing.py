@@ -52,7 +52,8 @@ def spliced_rewards(
     return paired_result(
         rm, "spliced_rewards", pairs, margin_of(rewards[::2], rewards[1::2]), ("pair", "side", "run"),
         {"run": np.array(RUNS, dtype=object)}, seed=seed, sae=described(sae, where), noise_floor=rm.noise_floor,
-        checks=[Check("clean row", gap, 2e-2 if rm.sixteen_bit else 1e-4)], settings={"site": str(where)},
+        checks=[Check("clean row", gap, 2e-2 if rm.sixteen_bit else 1e-4)],
+        settings={"site": str(where), "mean_of": data.inputs_hash(pairs)},
         title=f"Rewards with the reconstruction at {where}",
         shows="What the reward is when the network goes on from the dictionary's reconstruction.",
         cannot_show="Which latents matter, or whether errors of opposite sign cancel at later positions.",

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reward_lens import data
 from reward_lens.engine.activations import captured, pairs_of
 from reward_lens.errors import DataError
 from reward_lens.methods.observation.splits import ComponentSplit, component_coords
@@ -80,13 +81,14 @@ def integrated_contributions(rm: RewardModel, pairs, baseline: Baseline = "mean"
         whole = torch.cat([rows, direction.constant[:, None]], 1).double()
         gaps.append(float(((whole.sum(1) - reward.double()).abs() / whole.abs().sum(1)).max()))
         values.append(margin_of(whole[::2].cpu().numpy(), whole[1::2].cpu().numpy()))
+    of = {"baseline_of": data.inputs_hash(pairs_of(pairs))} if baseline == "mean" else {}
     labels, layers, kinds, _ = split.labels("own")
     coords = component_coords([*labels[:-1], "baseline"], layers, [*kinds[:-1], "baseline"])
     return paired_result(
         rm, "integrated_contributions", pairs_of(pairs), np.concatenate(values), ("pair", "side", "component"), coords,
         checks=[Check("completeness", max(gaps), 1e-2, f"{steps} steps; take more of them")],
         title=f"Integrated contributions from the {baseline} state",
-        settings={"baseline": baseline, "steps": steps, "quadrature": "Gauss-Legendre"},
+        settings={"baseline": baseline, **of, "steps": steps, "quadrature": "Gauss-Legendre"},
         shows="How each part's write moved the reward on the straight way from the baseline to the run's own state.",
         cannot_show="Whether removing a part would change the reward by that much; and another baseline or way splits "
         "the same reward differently.",

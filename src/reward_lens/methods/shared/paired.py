@@ -71,7 +71,8 @@ def over_prompts(
     of_pairs = [name for name, coord in value.coords.items() if "pair" in coord.dims]
     rest = value.drop_vars(of_pairs).isel(pair=0)
     summary = {key: rest.copy(data=np.asarray(getattr(over, key))) for key in ("mean", "low", "high")}
-    return summary, {"level": 0.95, "unit": "prompt", "method": over.method}
+    said: dict[str, Any] = {"level": 0.95, "unit": "prompt", "method": over.method}
+    return summary, said | ({"limits": list(limits)} if np.isfinite(limits).all() else {})
 
 
 def margin_of(chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:

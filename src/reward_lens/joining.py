@@ -1,0 +1,210 @@
+"""Results of one question about parts of the data, as one Result: a sweep that ran in shards, on several devices, or
+before and after an interruption.
+
+Values, their coordinates and what was checked are laid one after the other. A summary is computed anew from all values,
+by the rule that gave the parts' own: each part's mean and interval must first come out again from its values, to the
+bit, and a result for which they do not (a rank correlation, a test over all pairs) is refused instead of averaged.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import xarray as xr
+
+from reward_lens import data, stats
+from reward_lens.errors import DataError
+from reward_lens.result import Check, Result, load_result
+
+SUMMARY = ("mean", "low", "high")
+COUNTED = ("n_pairs", "n_groups", "forward_rows", "backward_rows")
+"""Facts of `meta` that add up."""
+OF_THE_PART = (*COUNTED, "n_prompts", "inputs_hash", "interval", "joined", "run")
+"""Facts of `meta` that may differ between parts."""
+RAN_APART = "What a part draws from the rest of its pairs (a reference set, random draws) it drew from its own."
+
+
+def join_results(parts: Iterable[Result | str | Path], inputs: Iterable | None = None) -> Result:
+    """One Result from those of one method, asked in the same way of different pairs (or groups) of one model.
+
+    Parameters
+    ----------
+    parts: Results, or files of saved ones, in the order in which their pairs shall stand. Two or more.
+    inputs: all pairs (or groups) in that order, if at hand: each part is held against its share of them, and the result
+        then says which inputs it is of, so that `accuracy(scores=)` and the like take it.
+
+    Returns the Result that one run over all pairs gives, where nothing that a method does to a pair depends on the
+    others: values and coordinates in order, positions padded to the longest, mean and interval over all prompts (pairs
+    of one prompt in several parts are resampled together). Identities keep their largest gap; recorded facts are listed
+    part by part. `meta`: "joined" has pairs and inputs of every part; settings, seed, versions and device are the same.
+
+    Raises `DataError` for parts of another model, method or setting, for a pair twice, and for results that are of all
+    of their pairs at once (a test, a rank correlation, a fit), which no joining gives.
+    What a method draws from the rest of its pairs (reference sets, draws by place) it drew within each part.
+    """
+    results = [part if isinstance(part, Result) else load_result(part) for part in parts]
+    if len(results) < 2:
+        _refuse("There is nothing to join", f"{len(results)} results", "two or more, of parts of the data",
+                "pass the Results of all parts, or their files")  # fmt: skip
+    along = _along(results)
+    meta = _meta(results, along, inputs)
+    variables = [{**r.value.coords, "value": r.value} for r in results]
+    names = list(variables[0])
+    for i, other in enumerate(variables[1:], 2):
+        if odd := set(other) ^ set(names):
+            _differ(i, f"coordinates {', '.join(sorted(map(str, odd)))} in one of them alone")
+    widths = _widths(results, along)
+    laid = {name: _laid_out(str(name), [some[name] for some in variables], along, widths) for name in names}
+    value = laid.pop("value")
+    value = xr.DataArray(value[1], dims=value[0], coords=laid)
+    labels = value[along].values
+    if len(set(labels)) < len(labels):
+        twice = next(label for i, label in enumerate(labels) if label in labels[:i])
+        _refuse(f"A {along} is in two parts", str(twice), "every one once", "leave it out of one of them, or give it "
+                "another id if it is another one")  # fmt: skip
+    meta["n_prompts"] = len(set(value["prompt_id"].values))
+    meta["joined"] = [{k: r.meta[k] for k in (*COUNTED[:2], "inputs_hash") if k in r.meta} for r in results]
+    if "cannot_show" in meta:
+        meta["cannot_show"] = f"{meta['cannot_show'].removesuffix(RAN_APART).strip()} {RAN_APART}"
+    summary: dict[str, xr.DataArray] = {}
+    if results[0].mean is not None:
+        for i, result in enumerate(results, 1):
+            _require_own_summary(result, i)
+        over = _over_prompts(value, results[0].meta)
+        meta["interval"] = {**results[0].meta["interval"], "method": over.method}
+        rest = value.isel({along: 0}).drop_vars([n for n, c in value.coords.items() if along in c.dims])
+        summary = {key: rest.copy(data=np.asarray(getattr(over, key))) for key in SUMMARY}
+    checks, reason = _checks(results)
+    if reason is None and any(width > 1 for width in map(len, map(set, widths.values()))):
+        reason = "padding: the parts are of different lengths"
+    return Result(results[0].name, value, unit=results[0].unit, checks=checks, meta=meta, undefined=reason, **summary)
+
+
+def _along(results: Sequence[Result]) -> str:
+    """The dim of the data, which all parts have first."""
+    first = results[0]
+    along = str(first.value.dims[0]) if first.value.dims else ""
+    own = {"value", *SUMMARY, *first.value.coords}
+    if along not in ("pair", "group") or "prompt_id" not in first.value.coords or set(first.dataset.variables) - own:
+        _refuse("This result is no column of values by pair, so parts of it cannot be joined",
+                f"{first.name} ({', '.join(map(str, first.value.dims))})", "values with a dim `pair` or `group`, first",
+                "ask it of all the data in one run")  # fmt: skip
+    for i, other in enumerate(results[1:], 2):
+        ours, theirs = ((r.name, r.unit, r.value.dims, r.mean is None) for r in (first, other))
+        if ours != theirs:
+            _differ(i, f"{other.name} [{other.unit}] ({', '.join(map(str, other.value.dims))})")
+    return along
+
+
+def _meta(results: Sequence[Result], along: str, inputs: Iterable | None) -> dict[str, Any]:
+    metas = [r.meta for r in results]
+    told = [{**m, **{f"settings, {key}": setting for key, setting in m.get("settings", {}).items()}} for m in metas]
+    for i, other in enumerate(told[1:], 2):
+        for key in sorted({*told[0], *other} - {*OF_THE_PART, "settings", "settings, most_steps"}):
+            ours, theirs = told[0].get(key), other.get(key)
+            if ours != theirs:
+                _differ(i, f"{key} {json.dumps(theirs)[:200]} for {json.dumps(ours)[:200]}")
+    meta = {key: value for key, value in metas[0].items() if key not in OF_THE_PART}
+    meta |= {key: sum(m[key] for m in metas) for key in COUNTED if all(key in m for m in metas)}
+    if most := [m["settings"]["most_steps"] for m in metas if "most_steps" in m.get("settings", {})]:
+        meta["settings"] = {**meta["settings"], "most_steps": max(most)}
+    if inputs is not None:
+        items = list(inputs)
+        sizes = [r.value.sizes[along] for r in results]
+        ends = np.cumsum([0, *sizes])
+        own = [data.inputs_hash(items[a:b]) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        wrong = [str(i) for i, (a, m) in enumerate(zip(own, metas, strict=True), 1) if a != m.get("inputs_hash")]
+        if wrong or len(items) != ends[-1]:
+            _refuse("The inputs are not those of the parts", f"{len(items)} for {ends[-1]} in the parts; other texts "
+                    f"in part {', '.join(wrong) or 'none'}", "the inputs of all parts, in the parts' order",
+                    "pass them so, or leave inputs= out")  # fmt: skip
+        meta["inputs_hash"] = data.inputs_hash(items)
+    return meta
+
+
+def _widths(results: Sequence[Result], along: str) -> dict[str, list[int]]:
+    """The sizes in every part of the dims that may differ: those that count (positions, responses)."""
+    out = {}
+    for dim in map(str, results[0].value.dims):
+        sizes = [r.value.sizes[dim] for r in results]
+        own = [r.value[dim].values if dim in r.value.coords else None for r in results]
+        counted = (v is not None and np.array_equal(v, np.arange(n)) for v, n in zip(own, sizes, strict=True))
+        if dim != along and all(counted):
+            out[dim] = sizes
+    return out
+
+
+def _laid_out(name: str, arrays: Sequence[xr.DataArray], along: str, widths: dict[str, list[int]]):
+    """(dims, values) of one variable of all parts: one after the other, or the same in all."""
+    dims = tuple(map(str, arrays[0].dims))
+    padded = []
+    for i, array in enumerate(arrays):
+        if tuple(map(str, array.dims)) != dims:
+            _differ(i + 1, f"{name} along {', '.join(map(str, array.dims))}")
+        values = array.values
+        pad = [(0, max(widths[d]) - size if d in widths else 0) for d, size in zip(dims, values.shape, strict=True)]
+        whole: Any = 0 if name.startswith("n_") else -1  # as the methods pad
+        fill: Any = math.nan if values.dtype.kind == "f" else "" if values.dtype.kind in "OUT" else whole
+        padded.append(np.pad(values, pad, constant_values=fill))
+    if along in dims:
+        sizes = [tuple(n for d, n in zip(dims, p.shape, strict=True) if d != along) for p in padded]
+        if len(set(sizes)) > 1:
+            _differ(1 + next(i for i, s in enumerate(sizes) if s != sizes[0]), f"{name} of another size")
+        return dims, np.concatenate(padded, axis=dims.index(along))
+    if name in widths:
+        return dims, np.arange(max(widths[name]))
+    for i, values in enumerate(padded[1:], 2):
+        if not _equal(padded[0], values):
+            _differ(i, f"another {name}, which is of all of its pairs or another choice of what to show")
+    return dims, padded[0]
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and bool(np.array_equal(a, b, equal_nan=a.dtype.kind == b.dtype.kind == "f"))
+
+
+def _over_prompts(value: xr.DataArray, meta: dict[str, Any]) -> stats.Interval:
+    limits = tuple(meta.get("interval", {}).get("limits", (-math.inf, math.inf)))
+    return stats.mean_interval(value.values, value["prompt_id"].values, seed=meta.get("seed", 0), limits=limits)
+
+
+def _require_own_summary(result: Result, part: int) -> None:
+    over = _over_prompts(result.value, result.meta)
+    for key in SUMMARY:
+        if not _equal(np.asarray(getattr(over, key)), np.asarray(result.dataset[key].values)):
+            _refuse(
+                f"The summary of {result.name} cannot be joined",
+                f"in part {part} another {key} than the mean over pairs has",
+                "a mean over pairs with its interval over prompts", "ask it of all the data in one run",
+            )  # fmt: skip
+
+
+def _checks(results: Sequence[Result]) -> tuple[list[Check], str | None]:
+    """Identities by their largest gap, facts part by part; and the reasons for undefined cells, which are counted
+    anew."""
+    worst: dict[str, Check] = {}
+    facts, reasons = [], []
+    for i, result in enumerate(results, 1):
+        for check in result.checks:
+            if check.name == "undefined cells":
+                reasons.append(check.note)
+            elif math.isinf(check.tolerance):
+                note = f"part {i}" + (f": {check.note}" if check.note else "")
+                facts.append(Check(check.name, check.gap, check.tolerance, note))
+            elif check.name not in worst or check.gap > worst[check.name].gap:
+                worst[check.name] = check
+    return [*worst.values(), *facts], "; ".join(dict.fromkeys(reasons)) or None
+
+
+def _differ(part: int, found: str) -> NoReturn:
+    _refuse(
+        "The results are not parts of one", f"in part {part}, other than in the first: {found}",
+        "one method, model and settings in all parts, of different data", "ask all parts in the same way",
+    )  # fmt: skip
+
+
+def _refuse(what: str, found: str, expected: str, do: str) -> NoReturn:
+    raise DataError(what, found=found, expected=expected, do=do)
