@@ -10,6 +10,8 @@ import hypothesis
 import pytest
 import torch
 
+import checked_annotations  # noqa: F401  before anything imports the package
+
 # On a busy machine with few cores a tiny forward is a hundred times faster on one thread.
 torch.set_num_threads(1)
 # Read once, when huggingface_hub is imported, which nothing above does. Child processes inherit it.

@@ -28,9 +28,9 @@ class Ruled(rl.RewardModel):
     def reuses_prefix(self, *texts):
         return self.rule is None and super().reuses_prefix(*texts)  # a rule reads whole texts
 
-    def rewards(self, tokens, batch_size=None):
+    def rewards(self, tokens, batch_size=None, progress=None):
         if self.rule is None:
-            return super().rewards(tokens, batch_size)
+            return super().rewards(tokens, batch_size, progress)
         return torch.tensor([self.rule(t) for t in tokens], dtype=torch.float64).float()
 
 

@@ -20,9 +20,10 @@ from reward_lens.errors import DataError
 from reward_lens.result import Check, Result, load_result
 
 SUMMARY = ("mean", "low", "high")
-COUNTED = ("n_pairs", "n_groups", "forward_rows", "backward_rows")
+SIZES = {"pair": "n_pairs", "group": "n_groups"}
+COUNTED = ("forward_rows", "backward_rows")
 """Facts of `meta` that add up."""
-OF_THE_PART = (*COUNTED, "n_prompts", "inputs_hash", "interval", "joined", "run")
+OF_THE_PART = (*SIZES.values(), *COUNTED, "n_prompts", "noise_floor", "inputs_hash", "interval", "joined", "run")
 """Facts of `meta` that may differ between parts."""
 RAN_APART = "What a part draws from the rest of its pairs (a reference set, random draws) it drew from its own."
 
@@ -65,8 +66,8 @@ def join_results(parts: Iterable[Result | str | Path], inputs: Iterable | None =
         twice = next(label for i, label in enumerate(labels) if label in labels[:i])
         _refuse(f"A {along} is in two parts", str(twice), "every one once", "leave it out of one of them, or give it "
                 "another id if it is another one")  # fmt: skip
-    meta["n_prompts"] = len(set(value["prompt_id"].values))
-    meta["joined"] = [{k: r.meta[k] for k in (*COUNTED[:2], "inputs_hash") if k in r.meta} for r in results]
+    meta |= {SIZES[along]: len(labels), "n_prompts": len(set(value["prompt_id"].values))}
+    meta["joined"] = [{SIZES[along]: r.value.sizes[along], "inputs_hash": r.meta.get("inputs_hash")} for r in results]
     if "cannot_show" in meta:
         meta["cannot_show"] = f"{meta['cannot_show'].removesuffix(RAN_APART).strip()} {RAN_APART}"
     summary: dict[str, xr.DataArray] = {}
@@ -88,7 +89,7 @@ def _along(results: Sequence[Result]) -> str:
     first = results[0]
     along = str(first.value.dims[0]) if first.value.dims else ""
     own = {"value", *SUMMARY, *first.value.coords}
-    if along not in ("pair", "group") or "prompt_id" not in first.value.coords or set(first.dataset.variables) - own:
+    if along not in SIZES or "prompt_id" not in first.value.coords or set(first.dataset.variables) - own:
         _refuse("This result is no column of values by pair, so parts of it cannot be joined",
                 f"{first.name} ({', '.join(map(str, first.value.dims))})", "values with a dim `pair` or `group`, first",
                 "ask it of all the data in one run")  # fmt: skip
@@ -109,6 +110,8 @@ def _meta(results: Sequence[Result], along: str, inputs: Iterable | None) -> dic
                 _differ(i, f"{key} {json.dumps(theirs)[:200]} for {json.dumps(ours)[:200]}")
     meta = {key: value for key, value in metas[0].items() if key not in OF_THE_PART}
     meta |= {key: sum(m[key] for m in metas) for key in COUNTED if all(key in m for m in metas)}
+    if floors := [m["noise_floor"] for m in metas if "noise_floor" in m]:  # measured at every loading
+        meta["noise_floor"] = max(floors)
     if most := [m["settings"]["most_steps"] for m in metas if "most_steps" in m.get("settings", {})]:
         meta["settings"] = {**meta["settings"], "most_steps": max(most)}
     if inputs is not None:
