@@ -34,10 +34,10 @@ report: .venv/.setup
 	$(BIN)/reward-lens report -o out/
 
 test: .venv/.setup
-	$(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-full: .venv/.setup
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m 'full or not full' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m 'full or not full' $(PYTEST_ARGS)
 
 conformance: .venv/.setup
 	$(BIN)/python benchmarks/conformance.py --workers $(WORKERS)
