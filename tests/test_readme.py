@@ -1,8 +1,11 @@
-"""The README is run: its sessions against the demo model, output compared; its `make` lines name targets."""
+"""The README is run: its sessions against the demo model, output compared; its `make` lines name targets. The cells
+of the quickstart are run against a tiny model."""
 
 import doctest
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,6 +53,19 @@ def test_python_blocks_do_what_they_show(demo, tmp_path, monkeypatch):
         runner.run(test, out=report.append, clear_globs=False)
         names = test.globs
     assert runner.summarize(verbose=False).failed == 0, "".join(report)
+
+
+def test_the_quickstart_runs_to_its_last_cell(monkeypatch):
+    cells = re.findall(
+        r"^```\{code-cell\} python\n(.*?)^```", (ROOT / "docs" / "quickstart.md").read_text("utf-8"), re.M | re.S
+    )
+    rm = rl.RewardModel(*tiny_model("llama"))
+    monkeypatch.setattr(rl, "load", lambda name: rm)
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(SVG=Path))  # shows the file in a notebook
+    names: dict[str, object] = {}
+    for cell in cells:
+        exec(cell, names)
+    assert len(cells) > 5
 
 
 def test_make_targets_exist():
