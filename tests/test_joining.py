@@ -118,3 +118,12 @@ def test_parts_of_different_runs_are_refused():
     changed = other._with(other.dataset.assign(mean=other.dataset["mean"] + 1e-3))
     with pytest.raises(rl.DataError, match="The summary of contributions.*in part 2 another mean"):
         rl.join_results([one, changed])
+
+
+def test_screened_sites_that_differ_are_refused():
+    """The exact effect of a site that one part alone verified has a mean over that part's pairs."""
+    parts = [
+        rl.screen_then_verify(rm(), some, "components", top=3, calibration_pairs=1) for some in (PAIRS[:1], MANY[17:18])
+    ]
+    with pytest.raises(rl.DataError, match="screened"):
+        rl.join_results(parts)

@@ -52,8 +52,8 @@ def screen_then_verify(
 
     Returns value (pair, component, kind) in reward units, kind = estimate, exact (NaN where a site was not verified).
     The recorded check "recall" and meta["recall"] give the share of the truly largest sites that were screened, on the
-    calibration pairs. Raises `DataError` for top or calibration_pairs under 1, for more of them than there are sites or
-    pairs, and what `effects` does.
+    calibration pairs; meta["screened"] names them. Raises `DataError` for top or calibration_pairs under 1, for more of
+    them than there are sites or pairs, and what `effects` does.
     """
     pairs = data.as_pairs(pairs)
     wanted = sites_of(rm, sites)
@@ -87,6 +87,7 @@ def screen_then_verify(
         _coords(wanted),
         checks=[*verified.checks, Check("recall", recall, math.inf, note)], undefined=UNVERIFIED, seed=seed,
         title=f"Screened by {estimator}, verified exactly ({mode}, {at})", recall=recall, noise_floor=rm.noise_floor,
+        screened=[str(wanted[i]) for i in screened],
         settings={"estimator": estimator, "top": top, "mode": mode, "at": at, "align": align,
                   "calibration_pairs": calibration_pairs, **options},
         shows="Exact effects of the sites that an estimate finds largest, beside the estimates of all.",
