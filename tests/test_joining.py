@@ -79,6 +79,24 @@ def test_an_interval_of_bounded_values_keeps_its_bounds():
     assert float(joined.low) == pytest.approx(12 / (12 + 1.959964**2), abs=1e-6) and float(joined.high) == 1.0
 
 
+def test_what_was_joined_is_joined_on():
+    parts = [rl.contributions(rm(), some) for some in (PAIRS[:2], PAIRS[2:3], PAIRS[3:])]
+    once = rl.join_results(parts, PAIRS)
+    for first in (rl.join_results(parts[:2]), rl.join_results(parts[:2], PAIRS[:3])):
+        joined = rl.join_results([first, parts[2]], PAIRS)
+        assert joined.value.equals(once.value) and joined.low.equals(once.low) and joined.meta == once.meta
+
+
+def test_what_is_no_result_is_refused(tmp_path):
+    one, other = (rm().score_pairs(some) for some in (PAIRS[:3], PAIRS[3:]))
+    one.save(tmp_path / "one.nc")
+    with pytest.raises(rl.DataError, match="nothing to join.*1 results"):
+        rl.join_results(str(tmp_path / "one.nc"))
+    for inputs in ("pairs.jsonl", [{"prompt": "x"}] * 6):
+        with pytest.raises(rl.DataError, match="expected an rl.Pair|Expected: an rl.Pair"):
+            rl.join_results([one, other], inputs)
+
+
 def test_joined_files_serve_as_the_scores_of_all_pairs(tmp_path):
     files = [rm().score_pairs(part).save(tmp_path / f"{i}.nc") for i, part in enumerate((PAIRS[:3], PAIRS[3:]))]
     joined = rl.join_results(files, PAIRS)
@@ -127,3 +145,28 @@ def test_screened_sites_that_differ_are_refused():
     ]
     with pytest.raises(rl.DataError, match="screened"):
         rl.join_results(parts)
+
+
+def test_an_interval_in_the_facts_is_refused_even_if_all_parts_have_it():
+    """Six of six pairs preferred twice is the same share twice, with another interval than twelve of twelve."""
+    parts = []
+    for some in (PAIRS[:3], PAIRS[3:]):
+        scores = rm().score_pairs(some)
+        scores.meta["accuracy"] = {"sum": {"value": 1.0, "low": 0.6, "high": 1.0}}
+        parts.append(scores)
+    with pytest.raises(rl.DataError, match="A figure of score_pairs cannot be joined.*accuracy"):
+        rl.join_results(parts)
+
+
+def test_selections():
+    whole, *parts = (rl.contributions(rm(), some) for some in (PAIRS, PAIRS[:3], PAIRS[3:]))
+    joined = rl.join_results([part.sel(side="margin") for part in parts])
+    np.testing.assert_allclose(joined.value, whole.value.sel(side="margin"), atol=1e-5)
+    assert joined.value["side"] == "margin"
+    with pytest.raises(rl.DataError, match="part 2.*another side"):
+        rl.join_results([part.sel(side=side) for part, side in zip(parts, ("margin", "chosen"), strict=True)])
+    lens = [rl.reward_lens(rm(), some, at="all") for some in (PAIRS[:3], PAIRS[3:])]
+    with pytest.raises(rl.DataError, match="part 2.*another depth"):
+        rl.join_results([lens[0].sel(depth=[0, 1]), lens[1]])
+    with pytest.raises(rl.DataError, match="part 1.*the first 2 of dim position alone"):
+        rl.join_results([lens[0].sel(position=[0, 1]), lens[1]])

@@ -8,7 +8,8 @@ bit, and a result for which they do not (a rank correlation, a test over all pai
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +26,8 @@ COUNTED = ("forward_rows", "backward_rows")
 """Facts of `meta` that add up."""
 OF_THE_PART = (*SIZES.values(), *COUNTED, "n_prompts", "noise_floor", "inputs_hash", "interval", "joined", "run")
 """Facts of `meta` that may differ between parts."""
+PADDED = ("position", "span", "response")
+"""Dims that are as long as the longest text or list needs."""
 RAN_APART = "What a part draws from the rest of its pairs (a reference set, random draws) it drew from its own."
 
 
@@ -40,13 +43,15 @@ def join_results(parts: Iterable[Result | str | Path], inputs: Iterable | None =
     Returns the Result that one run over all pairs gives, where nothing that a method does to a pair depends on the
     others: values and coordinates in order, positions padded to the longest, mean and interval over all prompts (pairs
     of one prompt in several parts are resampled together). Identities keep their largest gap; recorded facts are listed
-    part by part. `meta`: "joined" has pairs and inputs of every part; settings, seed, versions and device are the same.
+    part by part. `meta`: "joined" has the number and the hash of every part's inputs; settings, seed, versions and
+    device are the same. What was joined can be joined on.
 
     Raises `DataError` for parts of another model, method or setting, for a pair twice, and for results that are of all
-    of their pairs at once (a test, a rank correlation, a fit), which no joining gives.
+    of their pairs at once or tell a figure that is (a test, a share with its interval, a fit), which no joining gives.
     What a method draws from the rest of its pairs (reference sets, draws by place) it drew within each part.
     """
-    results = [part if isinstance(part, Result) else load_result(part) for part in parts]
+    alone = isinstance(parts, Result | str | Path)
+    results = [part if isinstance(part, Result) else load_result(part) for part in ([parts] if alone else parts)]
     if len(results) < 2:
         _refuse("There is nothing to join", f"{len(results)} results", "two or more, of parts of the data",
                 "pass the Results of all parts, or their files")  # fmt: skip
@@ -57,25 +62,23 @@ def join_results(parts: Iterable[Result | str | Path], inputs: Iterable | None =
     for i, other in enumerate(variables[1:], 2):
         if odd := set(other) ^ set(names):
             _differ(i, f"coordinates {', '.join(sorted(map(str, odd)))} in one of them alone")
-    widths = _widths(results, along)
+    widths = _widths(results)
     laid = {name: _laid_out(str(name), [some[name] for some in variables], along, widths) for name in names}
     value = laid.pop("value")
     value = xr.DataArray(value[1], dims=value[0], coords=laid)
-    labels = value[along].values
-    if len(set(labels)) < len(labels):
-        twice = next(label for i, label in enumerate(labels) if label in labels[:i])
-        _refuse(f"A {along} is in two parts", str(twice), "every one once", "leave it out of one of them, or give it "
-                "another id if it is another one")  # fmt: skip
-    meta |= {SIZES[along]: len(labels), "n_prompts": len(set(value["prompt_id"].values))}
-    meta["joined"] = [{SIZES[along]: r.value.sizes[along], "inputs_hash": r.meta.get("inputs_hash")} for r in results]
+    label, times = Counter(value[along].values).most_common(1)[0]
+    if times > 1:
+        _refuse(f"A {along} is in two parts", str(label), "every one once", "leave it out of one of them, or give it "
+                "another id if it is another one: the parts of one rl.Pairs keep the ids of the whole")  # fmt: skip
+    meta |= {SIZES[along]: value.sizes[along], "n_prompts": len(set(value["prompt_id"].values))}
     if "cannot_show" in meta:
-        meta["cannot_show"] = f"{meta['cannot_show'].removesuffix(RAN_APART).strip()} {RAN_APART}"
+        meta["cannot_show"] += f" {RAN_APART}"
     summary: dict[str, xr.DataArray] = {}
     if results[0].mean is not None:
         for i, result in enumerate(results, 1):
             _require_own_summary(result, i)
         over = _over_prompts(value, results[0].meta)
-        meta["interval"] = {**results[0].meta["interval"], "method": over.method}
+        meta["interval"] = {**results[0].meta.get("interval", {}), "method": over.method}
         rest = value.isel({along: 0}).drop_vars([n for n, c in value.coords.items() if along in c.dims])
         summary = {key: rest.copy(data=np.asarray(getattr(over, key))) for key in SUMMARY}
     checks, reason = _checks(results)
@@ -101,10 +104,16 @@ def _along(results: Sequence[Result]) -> str:
 
 
 def _meta(results: Sequence[Result], along: str, inputs: Iterable | None) -> dict[str, Any]:
-    metas = [r.meta for r in results]
-    told = [{**m, **{f"settings, {key}": setting for key, setting in m.get("settings", {}).items()}} for m in metas]
+    metas = [
+        {k: v.removesuffix(f" {RAN_APART}") if k == "cannot_show" else v for k, v in r.meta.items()} for r in results
+    ]
+    for key in sorted({*metas[0]} - {*OF_THE_PART}):
+        if _estimates(metas[0][key]):  # refused even if equal in all parts: the interval would be one part's
+            _refuse(f"A figure of {results[0].name} cannot be joined", f"{key}, of all of its pairs at once",
+                    "values by pair and their mean alone", "ask it of all the data in one run")  # fmt: skip
+    told = [dict(_flat({key: fact for key, fact in m.items() if key not in OF_THE_PART})) for m in metas]
     for i, other in enumerate(told[1:], 2):
-        for key in sorted({*told[0], *other} - {*OF_THE_PART, "settings", "settings, most_steps"}):
+        for key in sorted({*told[0], *other} - {"settings, most_steps"}):
             ours, theirs = told[0].get(key), other.get(key)
             if ours != theirs:
                 _differ(i, f"{key} {json.dumps(theirs)[:200]} for {json.dumps(ours)[:200]}")
@@ -114,12 +123,16 @@ def _meta(results: Sequence[Result], along: str, inputs: Iterable | None) -> dic
         meta["noise_floor"] = max(floors)
     if most := [m["settings"]["most_steps"] for m in metas if "most_steps" in m.get("settings", {})]:
         meta["settings"] = {**meta["settings"], "most_steps": max(most)}
+    meta["joined"] = []
+    for m, r in zip(metas, results, strict=True):
+        share = {SIZES[along]: r.value.sizes[along], "inputs_hash": m.get("inputs_hash")}
+        meta["joined"] += m.get("joined", [share])  # a part may have been joined itself
     if inputs is not None:
-        items = list(inputs)
-        sizes = [r.value.sizes[along] for r in results]
-        ends = np.cumsum([0, *sizes])
+        items = list(data.as_pairs(inputs) if along == "pair" else inputs)
+        ends = np.cumsum([0, *(share[SIZES[along]] for share in meta["joined"])])
         own = [data.inputs_hash(items[a:b]) for a, b in zip(ends[:-1], ends[1:], strict=True)]
-        wrong = [str(i) for i, (a, m) in enumerate(zip(own, metas, strict=True), 1) if a != m.get("inputs_hash")]
+        hashes = [share["inputs_hash"] for share in meta["joined"]]
+        wrong = [str(i) for i, (a, b) in enumerate(zip(own, hashes, strict=True), 1) if a != b]
         if wrong or len(items) != ends[-1]:
             _refuse("The inputs are not those of the parts", f"{len(items)} for {ends[-1]} in the parts; other texts "
                     f"in part {', '.join(wrong) or 'none'}", "the inputs of all parts, in the parts' order",
@@ -128,15 +141,31 @@ def _meta(results: Sequence[Result], along: str, inputs: Iterable | None) -> dic
     return meta
 
 
-def _widths(results: Sequence[Result], along: str) -> dict[str, list[int]]:
-    """The sizes in every part of the dims that may differ: those that count (positions, responses)."""
+def _flat(facts: dict[str, Any], of: str = "") -> Iterator[tuple[str, Any]]:
+    """Facts of `meta` with the path of each."""
+    for key, fact in facts.items():
+        if isinstance(fact, dict):
+            yield from _flat(fact, f"{of}{key}, ")
+        else:
+            yield f"{of}{key}", fact
+
+
+def _estimates(fact: Any) -> bool:
+    """Whether a fact of `meta` is an estimate with its interval, or has one in it."""
+    return isinstance(fact, dict) and ("low" in fact or any(map(_estimates, fact.values())))
+
+
+def _widths(results: Sequence[Result]) -> dict[str, list[int]]:
+    """The sizes in every part of the dims that may differ."""
     out = {}
-    for dim in map(str, results[0].value.dims):
-        sizes = [r.value.sizes[dim] for r in results]
-        own = [r.value[dim].values if dim in r.value.coords else None for r in results]
-        counted = (v is not None and np.array_equal(v, np.arange(n)) for v, n in zip(own, sizes, strict=True))
-        if dim != along and all(counted):
-            out[dim] = sizes
+    for dim in PADDED:
+        columns = [r.value[dim].values for r in results if dim in r.value.dims]
+        if columns and all(np.array_equal(c, np.arange(len(c))) for c in columns):
+            out[dim] = [len(c) for c in columns]
+            for i, r in enumerate(results, 1):
+                inside = r.value.coords.get(f"n_{dim}s")
+                if len(set(out[dim])) > 1 and inside is not None and (inside > r.value.sizes[dim]).any():
+                    _differ(i, f"the first {r.value.sizes[dim]} of dim {dim} alone")
     return out
 
 
@@ -151,7 +180,7 @@ def _laid_out(name: str, arrays: Sequence[xr.DataArray], along: str, widths: dic
         pad = [(0, max(widths[d]) - size if d in widths else 0) for d, size in zip(dims, values.shape, strict=True)]
         whole: Any = 0 if name.startswith("n_") else -1  # as the methods pad
         fill: Any = math.nan if values.dtype.kind == "f" else "" if values.dtype.kind in "OUT" else whole
-        padded.append(np.pad(values, pad, constant_values=fill))
+        padded.append(np.pad(values, pad, constant_values=fill) if pad else values)
     if along in dims:
         sizes = [tuple(n for d, n in zip(dims, p.shape, strict=True) if d != along) for p in padded]
         if len(set(sizes)) > 1:
