@@ -344,6 +344,8 @@ def test_a_sweep_in_parts(model, pairs, tmp_path):
     assert list(joined.value["pair"].values) == list(once.value["pair"].values)
     assert abs(joined.value - once.value).max() < 1e-5 and abs(joined.low - once.low).max() < 1e-5
     assert "is in two parts" in run("join", files[0], files[0], code=1).stderr
+    alone = run("patch", "no-model", pairs, "--part", "1/3", "--mode", "mean", code=2)
+    assert "name one --reference for all parts" in " ".join(alone.stderr.replace("│", "").split())
     for part in ("0/3", "4/3", "1/99", "half", "1/2/3"):
         assert "expected K/N" in " ".join(run("patch", "no-model", pairs, "--part", part, code=2).stderr.split())
 

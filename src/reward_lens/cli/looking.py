@@ -164,6 +164,8 @@ def patch(
     truncation: Truncation = None, as_json: AsJson = False, save: Save = None,
 ):  # fmt: skip
     """The causal effect of sites on the reward."""
+    if part is not None and mode in ("mean", "resample") and reference is None:
+        raise typer.BadParameter("a --part would draw on its own pairs alone: name one --reference for all parts")
     rm, data = load_both(model, pairs, split, limit, objective, truncation, part)
     named: Any = sites if sites in ("components", "heads", "residual", "experts") else sites.split(",")
     options: Any = {"mode": mode, "at": at, "path": path, "estimator": estimator, "align": align}
