@@ -650,6 +650,11 @@ class TestTexts:
         assert told[2:] == [(2, 2)]
         np.testing.assert_array_equal(scores.value, rm.score_pairs(pairs, batch_size=4).value)
 
+    @pytest.mark.parametrize("batch_size", [0, -1])
+    def test_no_texts_at_once_are_refused(self, rm, batch_size):
+        with pytest.raises(rl.DataError, match=f"batch_size={batch_size}.*1 or more"):
+            rm.score_pairs([rl.Pair("Hi", "a", "b")], batch_size=batch_size)
+
     def test_empty_responses_are_scored(self, rm):
         tokens = rm.tokenize("Hello", "")
         assert len(tokens.response) == 0 and len(tokens.prompt) + len(tokens.tail) == len(tokens)

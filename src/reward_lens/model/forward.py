@@ -81,6 +81,9 @@ def batches(
     tokens: Sequence[Tokens], pad_id: int, device: torch.device, batch_size: int | None = None
 ) -> Iterator[Batch]:
     """Length-bucketed batches: at most `TOKENS_PER_BATCH` padded tokens, or `batch_size` texts if given."""
+    if batch_size is not None and batch_size < 1:
+        raise DataError("No texts were to run at once", found=f"batch_size={batch_size}", expected="1 or more, or None",
+                        do="leave batch_size away: batches are filled by length")  # fmt: skip
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
     start = 0
     while start < len(order):
