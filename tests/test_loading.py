@@ -575,8 +575,22 @@ def test_remote_code_is_off_by_default(saved):
 
 
 def test_a_name_that_is_nothing_is_refused():
-    with pytest.raises(rl.LoadError, match="could not be loaded.*'demo', a hub id"):
+    with pytest.raises(
+        rl.LoadError, match="could not be loaded.*'demo', a hub id.*no such folder here; of a hub id ch"
+    ):
         rl.load("no/such-model-here")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "torch.float32", "int8", torch.int8])
+def test_a_precision_that_is_none_is_said_to_be_it(dtype):
+    """Not that the connection or remote code should be looked at: these were loaded as far as the dtype."""
+    for load in (
+        rl.load,
+        rl.load_language_model,
+        lambda path, **k: rl.load_step_model(path, rl.STEP_READOUTS["trl"], **k),
+    ):
+        with pytest.raises(rl.LoadError, match="no such precision.*'bfloat16', 'float16'"):
+            load("demo", dtype=dtype)
 
 
 def test_a_folder_that_cannot_be_loaded_says_what_it_is(tmp_path):
@@ -585,6 +599,8 @@ def test_a_folder_that_cannot_be_loaded_says_what_it_is(tmp_path):
         module.save_pretrained(tmp_path / f"run/checkpoint-{step}")
     with pytest.raises(rl.LoadError, match=r"one of the folders in it: \S+run/checkpoint-500, \S+/checkpoint-1000\.$"):
         rl.load(tmp_path / "run")
+    with pytest.raises(rl.LoadError, match=r"name the folder that holds it, \S+run/checkpoint-500, with config.json"):
+        rl.load(tmp_path / "run/checkpoint-500/model.safetensors")
     (tmp_path / "empty").mkdir()
     with pytest.raises(rl.LoadError, match="a folder that holds config.json beside the weights"):
         rl.load(tmp_path / "empty")

@@ -42,9 +42,12 @@ def has_tokenizer(path: str, revision: str | None) -> bool:
 
 
 def lacking(path: str, tokenizer: bool) -> str | None:
-    """What to do about a local folder that cannot be loaded, where its files say it: it holds checkpoints instead of
-    being one, names a base that is not there, or has no `tokenizer` where one is asked for."""
+    """What to do about a local path that cannot be loaded, where its files say it: it is a file of a checkpoint
+    and not its folder, holds checkpoints instead of being one, names a base that is not there, or has no `tokenizer`
+    where one is asked for."""
     folder = Path(path)
+    if folder.is_file():
+        return f"name the folder that holds it, {folder.parent}, with config.json and the tokenizer beside the weights"
     if not folder.is_dir():
         return None
     if (folder / _ADAPTER).exists():

@@ -26,6 +26,7 @@ from reward_lens.model.linear_maps import linear_bias, linear_weight
 from reward_lens.model.loading import causal_module, tokenizer_of
 from reward_lens.model.norm import Norm, measure_norm
 from reward_lens.model.own_output import own_output
+from reward_lens.model.placement import require_precision
 from reward_lens.model.reward_model import versions
 from reward_lens.model.structure import Structure
 from reward_lens.model.tokens import Tokenizer, Tokens, check_text
@@ -221,6 +222,7 @@ def load_language_model(
 
     Returns a `LanguageModel`. Raises `LoadError` where it cannot be loaded, is no language model, or lacks weights.
     """
+    require_precision(dtype)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     settings = {"dtype": dtype or "auto", "device_map": device_map, "attn_implementation": attn_implementation}
     settings = {k: v for k, v in settings.items() if v is not None}

@@ -23,6 +23,7 @@ from reward_lens.model.checkpoint_files import (
 from reward_lens.model.forward import padding_id
 from reward_lens.model.heads.local import ValueHeadScore
 from reward_lens.model.heads.own import OwnHead
+from reward_lens.model.placement import require_precision
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.step_readout import StepReadout
 from reward_lens.model.structure import Structure
@@ -70,6 +71,7 @@ def load(
     LoadError if the checkpoint has no usable reward head or a test of the load report fails; StructureError if the
     network's parts cannot be found. Nothing is loaded in their place.
     """
+    require_precision(dtype)
     if str(path) == "demo":
         from reward_lens.model.demo import demo_revision, load_demo
 
@@ -123,7 +125,8 @@ def load(
             found=f"{type(error).__name__}: {_first_lines(error)}",
             expected="'demo', a hub id such as 'org/name', a folder with config.json and weights, or a PEFT adapter",
             do=lacking(path, tokenizer is None)
-            or "check the name and the connection; for a model with code of its own read that code, then pass "
+            or ("" if Path(path).exists() else "there is no such folder here; of a hub id ")
+            + "check the name and the connection; for a model with code of its own read that code, then pass "
             "trust_remote_code=True"
             + ("" if attn_implementation is None else "; without attn_implementation= the class's own is used"),
         ) from error

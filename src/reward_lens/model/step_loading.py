@@ -15,6 +15,7 @@ from transformers.modeling_outputs import TokenClassifierOutput
 
 from reward_lens.errors import LoadError
 from reward_lens.model.checkpoint_files import require_places, tensors_in
+from reward_lens.model.placement import require_precision
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.step_readout import StepReadout
 from reward_lens.model.step_scorer import step_model
@@ -51,6 +52,7 @@ def load_step_model(
     """
     from transformers import AutoTokenizer
 
+    require_precision(dtype)
     settings = {"dtype": dtype or "auto", "device_map": device_map, "attn_implementation": attn_implementation}
     settings = {k: v for k, v in settings.items() if v is not None}
     try:
