@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import datasets
 import pandas as pd
@@ -229,8 +230,11 @@ def test_as_pairs_takes_a_pair_an_iterable_or_pairs():
         as_pairs([pair, ROW])
     with pytest.raises(DataError, match="an rl.Pair"):
         as_pairs(3)
-    with pytest.raises(DataError, match="rl.load_pairs"):
-        as_pairs("demo")
+    for name in ("pairs.jsonl", Path("pairs.jsonl")):
+        with pytest.raises(
+            DataError, match=r"'pairs' cannot be used.*read the file first: rl.load_pairs\('pairs.jsonl'\)"
+        ):
+            as_pairs(name)
 
 
 def test_inputs_hash_follows_the_texts_alone():
@@ -314,6 +318,7 @@ def test_csv_reads_long_cells_and_leaves_the_csv_module_as_it_was(tmp_path):
         ('prompt,chosen,rejected\na,b,"c\n', "line 2.*unexpected end of data"),
         ("prompt,chosen\na,b\n", r"row 1: the field 'rejected'.*no such column \(columns: prompt, chosen\)"),
         ("prompt,chosen,chosen,rejected\na,b,c,d\n", "header.*columns of one name: chosen"),
+        ("prompt;chosen;rejected\na, b;c, d;e\n", "row 1.*3 cells.*1 cells.*separate the columns by commas"),
         ("prompt,chosen,rejected\n", "no rows"),
         ("", "no rows"),
     ],
@@ -515,6 +520,10 @@ def test_data_sets_in_memory_and_saved_folders(tmp_path):
     for source in (rows, [row], rows.to_iterable_dataset(), datasets.DatasetDict({"train": rows})):
         pairs = load_pairs(source, limit=1)
         assert list(pairs) == [pair] and pairs.source == f"a {type(source).__name__}"
+    assert list(load_pairs(rows.to_pandas(), limit=1)) == [pair]  # whose messages are arrays
+    assert [p.subset for p in load_pairs(pd.DataFrame([ROW, {**ROW, "subset": "s"}]))] == [None, "s"]
+    with pytest.raises(DataError, match="a DataFrame cannot be read. Found: Arrow.*columns of one type each"):
+        load_pairs(pd.DataFrame([{**ROW, "chosen": 3}, ROW]))
     rows.save_to_disk(tmp_path / "rows")
     parts.save_to_disk(tmp_path / "parts")
     assert list(load_pairs(tmp_path / "rows", limit=1)) == [pair]
@@ -601,6 +610,13 @@ def test_labels_that_contradict_each_other_and_blank_prompts_are_noted():
 def test_a_transcript_as_prompt_is_noted():
     pairs = Pairs([Pair("\n\nHuman: Hi\n\nAssistant:", "a", "b"), Pair("Human beings", "a", "b")])
     assert pairs.notes == ("a transcript (Human: ...) as prompt, taken as one user turn: 1 (1)",)
+
+
+def test_a_prompt_that_stands_in_the_responses_too_is_noted():
+    pairs = Pairs(
+        [Pair("Is it?", "Is it? Yes.", "\nIs it? No."), Pair("Is it?", "Is it? Yes.", "No."), Pair("", "a", "b")]
+    )
+    assert "both responses begin with the prompt, which the model is given before them: 1 (1)" in pairs.notes
 
 
 def test_a_prompt_column_that_is_only_the_last_turn_says_what_to_do(write):

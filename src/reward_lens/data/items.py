@@ -7,6 +7,7 @@ import json
 import math
 import numbers
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, no_type_check, overload
 
 from reward_lens.data.checks import checked_text, checked_texts, checked_turns, malformed, shown
@@ -207,6 +208,9 @@ def as_pairs(pairs: Any) -> Pairs:
     """`Pairs` from one `Pair`, an iterable of them, or `Pairs` (as they are); none raises `DataError`."""
     if isinstance(pairs, Pair):
         pairs = [pairs]
+    if isinstance(pairs, str | Path):
+        do = f"read the file first: rl.load_pairs({str(pairs)!r})"
+        raise malformed("pairs", shown(pairs), "rl.Pair objects", do=do)
     if not isinstance(pairs, Pairs):
         pairs = list(pairs) if isinstance(pairs, Iterable) else [pairs]
         for index, pair in enumerate(pairs):
@@ -257,6 +261,11 @@ def _notes(pairs: Sequence[Pair], repeated: list[str]) -> Iterator[str]:
         "empty or blank prompt": [p.id for p in pairs if not p.messages[-1]["content"].strip()],
         "a transcript (Human: ...) as prompt, taken as one user turn": [
             p.id for p in pairs if isinstance(p.prompt, str) and p.prompt.lstrip().startswith("Human:")
+        ],
+        "both responses begin with the prompt, which the model is given before them": [
+            p.id
+            for p in pairs
+            if (said := p.messages[-1]["content"].strip()) and all(r.lstrip().startswith(said) for r in p.responses)
         ],
         "empty or blank response": [p.id for p in pairs if not all(r.strip() for r in p.responses)],
         "chosen equal to rejected": [p.id for p in pairs if p.chosen == p.rejected],

@@ -17,7 +17,8 @@ Source = str | Path | Iterable
 def load_pairs(source: Source, split: str | None = None, limit: int | None = None) -> Pairs:
     """Preference pairs from ``"demo"`` (48), ``"diagnostic"`` (12 dimensions of 40) or ``"misalignment"`` (192), all
     written for this project, from a .jsonl, .json, .parquet or .csv file, a hub id ``"org/name"``, a data set of the
-    datasets library (or any rows that map names to values) or a folder that its `save_to_disk` wrote.
+    datasets library or a folder that its `save_to_disk` wrote, or a pandas DataFrame or any rows that map names to
+    values.
 
     Columns: `prompt` (text, or messages ending with a user turn), `chosen`, `rejected`, and where present
     `id` and `subset`; others are ignored. In TRL's conversational form `chosen` and `rejected` are message

@@ -98,7 +98,8 @@ def _csv_rows(name: str, data: bytes) -> Rows:
     for number, row in enumerate(rows, start=1):
         where = f"{name}, row {number}"
         if len(row) != len(header):
-            raise unreadable(where, f"{len(row)} cells", f"{len(header)} cells, as in the header")
+            do = "correct the file" if len(header) > 1 else "separate the columns by commas"
+            raise unreadable(where, f"{len(row)} cells", f"{len(header)} cells, as in the header", do)
         cells = zip(header, row, strict=True)
         yield f"row {number}", {column: _cell(f"{where}, '{column}'", text) for column, text in cells}
 
@@ -148,8 +149,19 @@ def _rows_of(name: str, loaded: Any, split: str | None = None) -> Rows:
         loaded = loaded[split] if split is not None else next(iter(loaded.values()))
     elif split is not None:
         raise unreadable(f"{name} with split={split!r}", "rows without splits", "splits", "leave split out")
+    if hasattr(loaded, "iterrows"):  # a DataFrame, which iterates over its columns; Arrow knows its missing values
+        loaded = _frame_rows(name, loaded)
     for number, row in enumerate(loaded, start=1):
         yield f"row {number}", row
+
+
+def _frame_rows(name: str, frame: Any) -> list[dict[str, Any]]:
+    from pyarrow import ArrowException, Table
+
+    try:
+        return Table.from_pandas(frame, preserve_index=False).to_pylist()
+    except (ArrowException, ValueError) as error:
+        raise unreadable(name, error, "columns of one type each", "correct the columns") from error
 
 
 _READERS = {".jsonl": _json_line_rows, ".json": _json_rows, ".parquet": _parquet_rows, ".csv": _csv_rows}
