@@ -394,6 +394,8 @@ def test_compare_prints_every_two_models(model, labels, pairs, tmp_path):
     printed = run("compare", model, "demo", "--pairs", pairs, "--limit", "8", "-o", str(saved)).output
     assert "agreement" in printed and "Largest disagreements" in printed
     assert rl.load_result(saved).name == "compare"
+    agreeing = run("compare", model, f"{model}/.", "--pairs", pairs, "--limit", "8").output
+    assert agreeing.rstrip().endswith("within prompts:\nnone")
     assert "models" in run("compare", model, "--pairs", pairs, code=1).output
     again = ("compare", labels, f"{labels}/.", "--pairs", pairs, "--limit", "8")
     body = json.loads(run(*again, "--objective", "1 - 0", "--json").stdout)

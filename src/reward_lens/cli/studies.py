@@ -42,8 +42,9 @@ def compare(
         result = rl.compare({name: partial(load, name, objective) for name in models}, data)
     show(result, as_json, save)
     if not as_json:
-        opposed = rl.disagreements(result, n=5).to_string(index=False)
-        say(f"\nLargest disagreements, margins in SDs of each model's rewards within prompts:\n{opposed}")
+        opposed = rl.disagreements(result, n=5)
+        listed = "none" if opposed.empty else opposed.to_string(index=False)
+        say(f"\nLargest disagreements, margins in SDs of each model's rewards within prompts:\n{listed}")
 
 
 @app.command(epilog="Example: reward-lens join effects-0.nc effects-1.nc --save effects.nc")
