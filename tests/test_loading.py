@@ -426,6 +426,17 @@ def test_reward_models_of_other_frameworks_in_memory_are_sentences():
             rl.RewardModel(given, tokenizer)
 
 
+def test_a_head_in_another_precision_than_its_trunk():
+    """Under a trainer's autocast it ran; by itself it does not, unless the network casts what its head is given."""
+    module, tokenizer = tiny_model("llama")
+    module.to(torch.bfloat16).score.float()
+    with pytest.raises(rl.LoadError, match=r"does not run.*torch.bfloat16 and torch.float32; .*module.to\(torch.bfl"):
+        rl.RewardModel(module, tokenizer)
+    module.score.register_forward_pre_hook(lambda head, given: given[0].float())
+    rm = rl.RewardModel(module, tokenizer)
+    assert rm.score(*PROBES[0]) == pytest.approx(rm.hf_score(*PROBES[0]), rel=1e-2)
+
+
 def test_a_network_that_a_trainer_prepared_is_read_without_its_autocast():
     """accelerate puts autocast around the `forward` of what it trains in bfloat16 (TRL's default), and leaves it there:
     the reward of the weights is what the saved checkpoint gives."""

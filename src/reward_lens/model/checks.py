@@ -75,7 +75,18 @@ def run_probe(module: Any, device: torch.device, of_text: bool = False) -> Tenso
     arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if pad is None:  # Hugging Face refuses to pool a batch without a padding token
         arguments = {"input_ids": ids[:1]}
-    return scores_of(module, **arguments) if of_text else own_output(module, **arguments).logits
+    try:
+        return scores_of(module, **arguments) if of_text else own_output(module, **arguments).logits
+    except RuntimeError as error:
+        dtypes = sorted({str(p.dtype) for p in module.parameters() if p.is_floating_point()})
+        if len(dtypes) < 2:
+            raise
+        raise LoadError(
+            f"A {type(module).__name__} does not run in the precisions of its weights",
+            found=f"{' and '.join(dtypes)}; {' '.join(str(error).split())[:200]}",
+            expected="a network that casts between its parts, or one precision (a trainer's autocast is left out here)",
+            do="module.to(torch.bfloat16), say, before it is passed; norm and head are read in float32 in any case",
+        ) from error
 
 
 def require_model(module: Any) -> Any:
