@@ -176,8 +176,10 @@ def test_heads_have_a_scale_of_their_own_beside_larger_mlps():
 
 def test_tokens_are_listed_by_their_text_where_it_tells_them_apart():
     value = xr.DataArray([0.3, 0.2, -0.1], dims="token", coords={"token": ["\u0120is", "is", "\u010a"]})
-    for pieces, labels in (([" is", "is", "\n"], ["\u201c is\u201d", "\u201cis\u201d", "\u201c\u21b5\u201d"]),
-                           (["is", "is", "\n"], ["\u0120is", "is", "\u010a"])):  # fmt: skip
+    new_line = "\u201c\u21b5\u201d"
+    for pieces, labels in (([" is", "is", "\n"], ["\u201c is\u201d", "\u201cis\u201d", new_line]),
+                           (["is", "is", "\n"], ["\u0120is", "is", new_line]),
+                           (["\ufffd", "is", "\n"], ["\u0120is", "\u201cis\u201d", new_line])):  # fmt: skip
         (panel,) = panels(Result("rows", value.assign_coords(piece=("token", pieces)), unit="cosine"))
         assert [row["y"] for row in values(panel) if "y" in row] == labels
 
