@@ -477,6 +477,21 @@ def test_a_head_of_zeros_is_refused():
     nn.init.zeros_(module.score.weight)
     with pytest.raises(rl.LoadError, match="gives every text the reward 0.*from after training"):
         rl.RewardModel(module, tokenizer)
+    module.score.bias = nn.Parameter(torch.tensor([0.5]))
+    with pytest.raises(rl.LoadError, match="gives every text the reward 0.5.*from after training"):
+        rl.RewardModel(module, tokenizer)
+
+
+@pytest.mark.parametrize("where", ["trunk", "head"])
+def test_rewards_over_what_float16_holds_are_refused(where):
+    """In the head only the model's own logits overflow: the library reads it in float32."""
+    module, tokenizer = tiny_model("llama")
+    weight = module.score.weight if where == "head" else module.model.layers[0].mlp.down_proj.weight
+    with torch.no_grad():
+        weight *= 3e4 / weight.abs().max()
+    with pytest.raises(rl.LoadError, match="no numbers.*of [2-6] of [26] texts in torch.float16.*dtype='bfloat16'"):
+        rl.RewardModel(module.half(), tokenizer)
+    rl.RewardModel(module.float(), tokenizer)
 
 
 def test_a_tokenizer_without_offsets_is_refused():

@@ -138,16 +138,10 @@ def load_report(rm: "RewardModel") -> Result:
     rows += _tokenisation(rm, tokens)
     alone = torch.stack([rm.rewards([t])[0] for t in tokens]).double()
     terms = [rm.own_terms(t) for t in tokens[:COMPARED]]
+    rounding.require_rewards(rm, alone, terms)
     # A difference of logits is no more exact than the logits are.
     floor = max((max(map(abs, some)) for some in terms if len(some) > 1), default=0.0)
     scale = torch.maximum(alone.abs(), alone.std()).clamp_min(floor)
-    if not scale.any():
-        raise LoadError(
-            f"{rm.name} gives every text the reward 0",
-            found=f"0 for each of {len(tokens)} texts",
-            expected="a trained reward head; one of zeros is where training begins",
-            do="load a checkpoint from after training, or another objective",
-        )
     rows += _own_reward(rm, tokens, alone[:COMPARED], scale, terms)
     rows.append(_attention(rm, tokens[:COMPARED], alone[:COMPARED], scale[:COMPARED]))
     rows += _padding(rm, tokens, alone, scale)
