@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import tracemalloc
 import weakref
 
 import numpy as np
@@ -447,6 +448,26 @@ def test_intervals_hold_the_truth(n):
             coverage(lambda rng, rho=rho: scores.correlation(*margins(rng, rho), ranks=True), spearman, runs)
             >= worst - 0.02
         )
+
+
+def test_many_prompts_need_no_further_arrays_of_the_gram_matrix_size():
+    rng, n = np.random.default_rng(0), 1500
+    x, y = rng.normal(size=(2, n, 3))
+    tracemalloc.start()
+    a = states.centred_gram(x)
+    made, one = tracemalloc.get_traced_memory()[1], a.nbytes
+    b = states.centred_gram(y)
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.reset_peak()
+    states.cka_of(a, b)
+    null = states.cka_null(a, b, 2, 0)
+    used = tracemalloc.get_traced_memory()[1] - held
+    tracemalloc.stop()
+    assert made < 1.3 * one and used < 0.5 * one
+    again = np.random.default_rng(0)
+    for value, order in zip(null, [again.permutation(n) for _ in null], strict=True):
+        moved = b[np.ix_(order, order)]
+        assert value == pytest.approx((a * moved).sum() / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-14)
 
 
 def test_cka_of_unrelated_states():

@@ -26,6 +26,7 @@ from reward_lens.methods.comparison.compared_scores import bounded, uncentred_co
 
 FEWEST_ROWS = 4
 SAME_SPACE = 0.5  # correlation of the states' entries from which two networks count as having one residual space
+_AT_ONCE = 2**18  # entries of a block of rows: what a core's cache holds
 ROUNDING = 1e-12  # of the states' sum of squares: a spread under it is none
 STATES_CONSTANT = "the states do not differ between prompts"
 NO_ROW = "a head that is no one linear row has an angle of its own at every text"
@@ -47,7 +48,7 @@ def cka_of(a: Float[np.ndarray, "n n"] | None, b: Float[np.ndarray, "n n"] | Non
         n = max(len(g) if g is not None else 0 for g in (a, b))
         return stats.Estimate(np.nan, np.nan, np.nan, np.nan, n, n, STATES_CONSTANT)
     n = len(a)
-    rows = np.stack([(p * q).sum(1) for p, q in ((a, b), (a, a), (b, b))])
+    rows = np.stack([_row_sums(p, q) for p, q in ((a, b), (a, a), (b, b))])
     total = rows.sum(1)
     left = total[:, None] - 2 * (n - 2) / (n - 3) * rows
     left[1:] = np.where(left[1:] > ROUNDING * total[1:, None], left[1:], np.nan)
@@ -64,17 +65,28 @@ def centred_gram(states) -> Float[np.ndarray, "n n"] | None:
     gram = x @ x.T
     np.fill_diagonal(gram, 0.0)
     sums = gram.sum(1)
-    gram += sums.sum() / ((n - 1) * (n - 2)) - (sums[:, None] + sums[None]) / (n - 2)
+    for some in _row_blocks(n):
+        gram[some] += sums.sum() / ((n - 1) * (n - 2)) - (sums[some, None] + sums[None]) / (n - 2)
     np.fill_diagonal(gram, 0.0)
     return gram
 
 
 def cka_null(a: Float[np.ndarray, "n n"], b: Float[np.ndarray, "n n"], n_permutations: int, seed: int) -> np.ndarray:
     """CKA [permutation] with the prompts of one side in random order."""
-    size = np.sqrt((a * a).sum() * (b * b).sum())
-    rng = np.random.default_rng(seed)
-    orders = (rng.permutation(len(a)) for _ in range(n_permutations))
-    return np.array([(a * b[np.ix_(order, order)]).sum() / size for order in orders])
+    size = np.sqrt(_row_sums(a, a).sum() * _row_sums(b, b).sum())
+    rng, rows = np.random.default_rng(seed), range(len(a))
+    orders = (rng.permutation(len(a)) for _ in range(n_permutations))  # above the diagonal: both are symmetric
+    return np.array([2 * sum(a[i, i:] @ b[order[i]].take(order[i:]) for i in rows) / size for order in orders])
+
+
+def _row_sums(a: Float[np.ndarray, "n n"], b: Float[np.ndarray, "n n"]) -> Float[np.ndarray, " n"]:
+    return np.concatenate([(a[some] * b[some]).sum(1) for some in _row_blocks(len(a))])
+
+
+def _row_blocks(n: int) -> list[slice]:
+    """Rows of an [n, n] matrix a few at a time, so that no temporary array is as large as the matrix."""
+    step = max(1, _AT_ONCE // n)
+    return [slice(start, start + step) for start in range(0, n, step)]
 
 
 def state_alignment(x, y) -> float:
