@@ -66,7 +66,7 @@ def coverage(runs: int, seed: int = 0, **sizes) -> dict[str, float]:
     fits: dict[str, list] = {"reliability": [], "direct": []}
     for _ in range(runs):
         x = drawn(rng, planted=planted, **sizes)[0][0]
-        value, left_out = halves(x @ x.T, 100, rng)
+        value, left_out = halves(x, 100, rng)
         fits["reliability"].append(left_out_interval(value, left_out, np.arctanh, spearman_brown, 1000, 0))
         sums = x.sum(0)
         cosine, left_out = float(over_topics.unit(sums) @ u), over_topics.unit(sums - x) @ u

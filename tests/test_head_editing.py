@@ -2,6 +2,7 @@
 
 import functools
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from families import TEXT_PAIRS, tiny_model
 from planted import KEYWORD, planted_model
 from reward_lens import stats
 from reward_lens.methods.repair.alpha_selection import _needed, select_alpha
-from reward_lens.methods.repair.bias_direction import bias_direction
+from reward_lens.methods.repair.bias_direction import _against_flips, _left_out_norms, bias_direction
 from reward_lens.methods.repair.erasure import erase_concept
 from reward_lens.methods.repair.head_editing import edit_head, edit_report
 from reward_lens.methods.shared.paired_shares import paired_change
@@ -100,7 +101,7 @@ def test_the_direction_is_the_mean_over_prompts_of_the_differences(depth):
 
 def test_reliability_against_a_loop_over_halves_and_prompts_left_out():
     moves = np.random.default_rng(3).normal(0.4, 1, (9, 5))
-    value, without = halves(moves @ moves.T, 60, np.random.default_rng(1))
+    value, without = halves(moves, 60, np.random.default_rng(1))
     order = np.argsort(np.random.default_rng(1).random((60, 9)), axis=1)
 
     def mean_cosine(left_out=None):
@@ -115,6 +116,20 @@ def test_reliability_against_a_loop_over_halves_and_prompts_left_out():
     np.testing.assert_allclose(without, [mean_cosine(i) for i in range(9)], atol=1e-12)
     assert spearman_brown(np.arctanh(0.5)) == pytest.approx(2 / 3)
     assert spearman_brown(-np.inf) == pytest.approx(-1)
+
+
+def test_memory_of_a_direction_grows_with_its_prompts_and_not_with_their_square():
+    moves = np.random.default_rng(0).normal(0.4, 1, (4000, 3))
+    tracemalloc.start()
+    halves(moves, 50, np.random.default_rng(1))
+    nulls = _against_flips(moves, 1.0, 100, np.random.default_rng(1))
+    norms = _left_out_norms(moves)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4000**2 * 8 / 4
+    signs = np.random.default_rng(1).choice([-1.0, 1.0], size=(100, 4000))
+    assert nulls["median"] == pytest.approx(np.median(np.linalg.norm(signs @ moves / 4000, axis=1)))
+    assert norms[7] == pytest.approx(np.linalg.norm(np.delete(moves, 7, 0).mean(0)))
 
 
 def test_intervals_of_a_direction_are_the_jackknife_of_the_prompts():

@@ -75,7 +75,8 @@ def concept_vectors(
     concepts, topics, left_out = _shared_topics(given)
     blank_topics = sorted({t.topic for t in blank})
     _require(rm, concepts, topics, left_out, blank_topics, depth, denoise_var, n_splits, n_boot)
-    used = [t for t in given.of("positive") if t.topic in set(topics)]
+    shared = set(topics)
+    used = [t for t in given.of("positive") if t.topic in shared]
     found = text_states(rm, used, depth)
     x = cell_means(found.states, used, concepts, topics)
     x = x - x.mean(0)
@@ -169,5 +170,5 @@ def _require(rm, concepts, topics, left_out, blank_topics, depth, denoise_var, n
 
 
 def _reliability(x: Float[np.ndarray, "t d_model"], n_splits: int, n_boot: int, seed: int) -> dict[str, Any]:
-    value, left_out = halves(x @ x.T, n_splits, np.random.default_rng(seed))
+    value, left_out = halves(x, n_splits, np.random.default_rng(seed))
     return left_out_interval(value, left_out, np.arctanh, spearman_brown, n_boot, seed)

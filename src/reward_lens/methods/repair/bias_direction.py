@@ -80,9 +80,8 @@ def bias_direction(
             do="check that chosen is the edited response and rejected the original",
         )
     rng = np.random.default_rng(seed)
-    gram = moves @ moves.T
-    norms = _left_out_norms(gram)
-    reliability = left_out_interval(*halves(gram, n_splits, rng), np.arctanh, spearman_brown, n_boot, seed)
+    norms = _left_out_norms(moves)
+    reliability = left_out_interval(*halves(moves, n_splits, rng), np.arctanh, spearman_brown, n_boot, seed)
     cosine = _cosine_with_u(rm, moves, norms, norm, n_boot, seed)
     value = reliability["value"]
     ends = "" if reliability["low"] is None else f", {reliability['low']:.2f} to {reliability['high']:.2f}"
@@ -96,7 +95,7 @@ def bias_direction(
         cosine_disattenuated=(
             float(np.clip(cosine["value"] / np.sqrt(value), -1, 1)) if cosine is not None and value > 0 else None
         ),
-        nulls=_against_flips(gram, norm, n_boot, rng), unchanged=int((np.diag(gram) == 0).sum()), prompts=keys,
+        nulls=_against_flips(moves, norm, n_boot, rng), unchanged=int((~moves.any(1)).sum()), prompts=keys,
         shows=f"Where the edit moves the residual stream on average over {len(keys)} prompts; the split-half "
         f"reliability of that direction is {value:.2f}{ends}.",
         cannot_show="That the reward depends on the direction, or that it is the edit's meaning and not its length. "
@@ -152,17 +151,16 @@ def _by_prompt(
     return keys.tolist(), sums / np.bincount(codes)[:, None], size
 
 
-def _left_out_norms(gram: Float[np.ndarray, "g g"]) -> Float[np.ndarray, " g"]:
-    """Norm of the mean without each prompt, from the differences' dot products."""
-    squares = gram.sum() - 2 * gram.sum(1) + np.diag(gram)
-    return np.sqrt(np.maximum(squares, 0.0)) / (len(gram) - 1)
+def _left_out_norms(moves: Float[np.ndarray, "g d_model"]) -> Float[np.ndarray, " g"]:
+    """Norm of the mean without each prompt."""
+    return np.linalg.norm(moves.sum(0) - moves, axis=1) / (len(moves) - 1)
 
 
-def _against_flips(gram: Float[np.ndarray, "g g"], norm: float, n_boot: int, rng) -> dict[str, Any]:
+def _against_flips(moves: Float[np.ndarray, "g d_model"], norm: float, n_boot: int, rng) -> dict[str, Any]:
     """Norms of the mean of the differences with random signs, and where the observed one stands among them."""
-    n = len(gram)
+    n = len(moves)
     signs = rng.choice([-1.0, 1.0], size=(n_boot, n))
-    null = np.sqrt(np.maximum(((signs @ gram) * signs).sum(1), 0.0)) / n
+    null = np.linalg.norm(signs @ moves, axis=1) / n
     same = np.isclose(null, norm, rtol=1e-9)
     return {
         "median": float(np.median(null)),

@@ -2,8 +2,9 @@
 
     reliability = 2 c / (1 + c),  c = mean over random halves of the units of cos(mean of one half, mean of the other)
 
-The units are prompts or topics; all is read off the Gram matrix of their vectors, so the width costs nothing. Interval:
-with t_g the statistic without unit g, the values G t - (G - 1) t_g, moved to have mean t, go to `stats.mean_interval`.
+The units are prompts or topics; their dot products are taken through the sums of halves, so that cost and memory grow
+with the number of units and not with its square. Interval: with t_g the statistic without unit g, the values
+G t - (G - 1) t_g, moved to have mean t, go to `stats.mean_interval`.
 
 Reference: Spearman 1910, Brown 1910; Quenouille 1956 and Tukey 1958 (the jackknife's values).
 """
@@ -20,17 +21,17 @@ FEWEST_SPLITS = 50
 HELD_BACK = 0.5  # reliability under which nothing should be said about a direction
 
 
-def halves(gram: Float[np.ndarray, "g g"], n_splits: int, rng) -> tuple[float, Float[np.ndarray, " g"]]:
+def halves(units: Float[np.ndarray, "g d"], n_splits: int, rng) -> tuple[float, Float[np.ndarray, " g"]]:
     """Mean cosine between the sums of two halves, with all units and without each of them (same halves)."""
-    n = len(gram)
+    n = len(units)
     order = np.argsort(rng.random((n_splits, n)), axis=1)
     first = np.zeros((n_splits, n))
     np.put_along_axis(first, order[:, : n // 2], 1.0, axis=1)
     second = 1.0 - first
-    by_first, by_second = first @ gram, second @ gram
+    by_first, by_second = (first @ units) @ units.T, (second @ units) @ units.T
     dot, a, b = ((x * y).sum(1, keepdims=True) for x, y in
                  ((by_first, second), (by_first, first), (by_second, second)))  # fmt: skip
-    own = np.diag(gram)
+    own = (units**2).sum(1)
     without = (
         dot - first * by_second - second * by_first,
         a - first * (2 * by_first - own),

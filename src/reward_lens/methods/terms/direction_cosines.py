@@ -91,7 +91,7 @@ def cosine(a: Moves, b: Moves, n_boot: int = 2000, seed: int = 0, level: float =
     if min(aa_without.min(), bb_without.min()) <= 0:
         reason = "without one prompt a mean difference is no longer than its noise"
         return Measured(float(np.clip(value, -1, 1)), math.nan, math.nan, len(keys), reason)
-    of = np.array([key in a.keys for key in keys]) + 2 * np.array([key in b.keys for key in keys])
+    of = np.isin(keys, a.keys) + 2 * np.isin(keys, b.keys)
     over = jackknife(value, ab_without / np.sqrt(aa_without * bb_without), n_boot, seed, level, of)
     return Measured(*np.clip([over.value, over.low, over.high], -1, 1).tolist(), n=over.n)
 
