@@ -378,6 +378,8 @@ def test_debiased_cka_against_the_definition():
     turn, _ = np.linalg.qr(rng.normal(size=(4, 4)))
     assert states.debiased_cka(5 * x @ turn + 100, y).value == pytest.approx(found.value)
     assert states.debiased_cka(np.ones((9, 3)), y).reason == states.STATES_CONSTANT
+    few = states.debiased_cka(y[:3], y[:3])  # they differ: that is not what is missing
+    assert np.isnan(few.value) and few.reason == "3 prompts; CKA needs 4" and few.n == 3
 
 
 def test_correlations_leave_out_one_prompt_in_turn():

@@ -43,11 +43,13 @@ def debiased_cka(x, y) -> stats.Estimate:
 
 
 def cka_of(a: Float[np.ndarray, "n n"] | None, b: Float[np.ndarray, "n n"] | None) -> stats.Estimate:
-    """The same from centred Gram matrices; None stands for states without spread or too few."""
+    """The same from centred Gram matrices; None stands for states without spread."""
     if a is None or b is None:
         n = max(len(g) if g is not None else 0 for g in (a, b))
         return stats.Estimate(np.nan, np.nan, np.nan, np.nan, n, n, STATES_CONSTANT)
     n = len(a)
+    if n < FEWEST_ROWS:
+        return stats.Estimate(np.nan, np.nan, np.nan, np.nan, n, n, f"{n} prompts; CKA needs {FEWEST_ROWS}")
     rows = np.stack([_row_sums(p, q) for p, q in ((a, b), (a, a), (b, b))])
     total = rows.sum(1)
     left = total[:, None] - 2 * (n - 2) / (n - 3) * rows
@@ -56,11 +58,16 @@ def cka_of(a: Float[np.ndarray, "n n"] | None, b: Float[np.ndarray, "n n"] | Non
 
 
 def centred_gram(states) -> Float[np.ndarray, "n n"] | None:
-    """X X' of `states` [n, d], its diagonal left out, every row and column summing to 0; None where nothing varies."""
+    """X X' of `states` [n, d], its diagonal left out, every row and column summing to 0; None where nothing varies.
+
+    NaN under 4 rows, which no such sums hold.
+    """
     x = np.asarray(states, float)
     n, size = len(x), float((x**2).sum())
+    if n < FEWEST_ROWS:
+        return np.full((n, n), np.nan)
     x = x - x.mean(0)
-    if n < FEWEST_ROWS or not (x**2).sum() > ROUNDING * size:
+    if not (x**2).sum() > ROUNDING * size:
         return None
     gram = x @ x.T
     np.fill_diagonal(gram, 0.0)
