@@ -417,3 +417,13 @@ def test_terms_that_cannot_be_read():
     for term, words in cases:
         with pytest.raises(DataError, match=words):
             term_conflict(model(), {"help": rows()["help"], "odd": term}, responses=groups())
+
+
+def test_terms_that_do_not_go_with_the_responses_are_refused_before_a_network_runs(monkeypatch):
+    shared = [rl.Pair(g.prompt, "a b", "a") for g in groups()]
+    cases = [(shared, "30 prompts in its pairs"), (model().score_pairs(shared), "a Result of score_pairs")]
+    monkeypatch.setattr(model().module, "forward", lambda *_, **__: pytest.fail("a network ran"))
+    for term, words in cases:
+        with pytest.raises(DataError, match=words):
+            term_conflict(model(), {"help": rows()["help"], "odd": iter(term) if term is shared else term},
+                          responses=groups())  # fmt: skip

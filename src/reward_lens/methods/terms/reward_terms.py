@@ -141,6 +141,9 @@ def reward_terms(rm: RewardModel, terms: Mapping[str, Any], pool: Pool | None) -
     if not isinstance(terms, Mapping) or len(terms) < 2 or not all(isinstance(name, str) for name in terms):
         raise DataError("There are no two terms to compare", found=f"{type(terms).__name__} {terms!r:.60}",
                         expected="a dict {name: term} with at least two entries", do="name the terms")  # fmt: skip
+    terms = {name: t if isinstance(t, Result | RewardModel) else data.as_pairs(t) for name, t in terms.items()}
+    for name, given in terms.items():
+        _require(name, given, pool)  # before the first network runs
     seen: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def states(model: RewardModel) -> tuple[np.ndarray, np.ndarray] | None:
@@ -169,14 +172,12 @@ def _term(rm: RewardModel, name: str, given: Any, pool: Pool | None, states) -> 
     if isinstance(given, Result):
         return Term(name, "scores", None, None, None, _given_scores(name, given, pool), None, None)
     if isinstance(given, RewardModel):
-        if pool is None:
-            raise DataError(f"The term {name!r} has nothing to score", found="a reward model, and responses=None",
-                            expected="responses that it ranks", do="pass responses=[rl.Group(...), ...]")  # fmt: skip
+        assert pool is not None
         h, whiten = states(given)
         readout = require_linear(given.readout, "The reward term of a model")
         rewards = readout.reward(torch.from_numpy(h).to(readout.weight)).double().cpu().numpy()
         return Term(name, "model", _best_less_worst(pool, h, rewards), None, h, rewards, whiten, readout)
-    pairs = data.as_pairs(given)
+    pairs: data.Pairs = given
     both = np.concatenate(
         [acts[_last(rm)].double().cpu().numpy() for acts in captured(rm, pairs, [_last(rm)])]
     ).reshape(len(pairs), 2, -1)
@@ -186,16 +187,24 @@ def _term(rm: RewardModel, name: str, given: Any, pool: Pool | None, states) -> 
                         expected="pairs whose chosen response is what the term wants", do="check them")  # fmt: skip
     if pool is None:
         return Term(name, "pairs", moves, both[:, 1], None, None, None, editable_readout(rm))
-    shared = set(moves.keys) & set(pool.keys.tolist())
-    if shared:
+    h, whiten = states(rm)
+    return Term(name, "pairs", moves, None, h, None, whiten, editable_readout(rm))
+
+
+def _require(name: str, given: Result | RewardModel | data.Pairs, pool: Pool | None) -> None:
+    if isinstance(given, Result):
+        _given_scores(name, given, pool)
+    elif isinstance(given, RewardModel):
+        if pool is None:
+            raise DataError(f"The term {name!r} has nothing to score", found="a reward model, and responses=None",
+                            expected="responses that it ranks", do="pass responses=[rl.Group(...), ...]")  # fmt: skip
+    elif pool is not None and (shared := {p.prompt_key for p in given} & set(pool.keys.tolist())):
         raise DataError(
             f"The term {name!r} is fitted on prompts that it then scores",
             found=f"{len(shared)} prompts in its pairs and in the responses",
             expected="different prompts: the noise of a direction is found again in the texts it was taken from",
             do="split by prompt (pair.prompt_key)",
         )
-    h, whiten = states(rm)
-    return Term(name, "pairs", moves, None, h, None, whiten, editable_readout(rm))
 
 
 def _last(rm: RewardModel) -> Site:
