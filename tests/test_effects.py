@@ -243,6 +243,25 @@ def test_each_position_of_both_responses_ablated():
         rl.effects(rm, PAIRS, ["L1.mlp"], "zero", "response", spans={"prompt": (1, 3)})
 
 
+def test_spans_of_pairs_that_name_them_in_another_order_meet_by_name():
+    rm = model("llama")
+    other = rl.Pair("Where?", EQUAL.chosen, EQUAL.rejected, id="other")
+    start = [rm.tokenize(pair.prompt, pair.chosen).response.start for pair in (EQUAL, other)]
+    head, tail_ = ((s + 4, s + 8) for s in start), ((s + 9, s + 14) for s in start)
+    spans = [dict(zip(("head", "tail"), both, strict=True)) for both in zip(head, tail_, strict=True)]
+    turned = [spans[0], {name: spans[1][name] for name in ("tail", "head")}]
+    for options in ({}, {"mode": "zero"}, {"estimator": "gradient"}):
+        expected = rl.effects(rm, [EQUAL, other], ["L0.attn", "L1.mlp"], at="all", spans=spans, **options)
+        result = rl.effects(rm, [EQUAL, other], ["L0.attn", "L1.mlp"], at="all", spans=turned, **options)
+        assert result.value["span"].values.tolist() == ["head", "tail"]
+        np.testing.assert_allclose(result.value, expected.value, atol=1e-5)
+        np.testing.assert_allclose(result.mean, expected.mean, atol=1e-5)
+    spans[1].pop("head")
+    fewer = rl.effects(rm, [EQUAL, other], ["L0.attn", "L1.mlp"], at="all", spans=spans)
+    assert fewer.value["span"].values.tolist() == ["head", "tail"] and np.isnan(fewer.value[1, :, 0]).all()
+    assert (fewer.value[1, :, 1] != 0).all()
+
+
 def test_alignments():
     rm = model("llama")
     chosen, rejected = rm.tokenize_pairs([UNEQUAL])[0]

@@ -135,19 +135,17 @@ def in_common(chosen: Cells, rejected: Cells) -> int:
 
 def span_coords(groups: Sequence[tuple[Cells, ...]], width: int) -> tuple[dict[str, Any], str | None, str | None]:
     """Coordinates of the extra dim, its name, and the reason for cells without a value. A pair has the cells of the run
-    that is changed, or of both; then their margin has the positions in common."""
+    that is changed, or of both; then their margin has the positions in common. Spans: the names of all."""
     dim = groups[0][0].dim
     if dim is None:
         return {}, None, None
     runs = [cells for both in groups for cells in both]
     hole = any(g is None for cells in runs for g in cells.groups)
     if dim == "span":
-        ragged = any(len(cells.names) < width for cells in runs)
-        reason = "; ".join([UNTOUCHED] * hole + ["pairs have different numbers of them"] * ragged) or None
-        if len({cells.names for cells in runs}) == 1:
-            return {"span": np.array(runs[0].names, dtype=object)}, dim, reason
-        names = np.array([[*both[0].names, *[""] * (width - len(both[0].names))] for both in groups], dtype=object)
-        return {"span": np.arange(width), "span_name": (("pair", "span"), names)}, dim, reason
+        names = list(dict.fromkeys(name for cells in runs for name in cells.names))
+        ragged = any(len(cells.names) < len(names) for cells in runs)
+        reason = "; ".join([UNTOUCHED] * hole + ["the pair has no span of that name"] * ragged) or None
+        return {"span": np.array(names, dtype=object)}, dim, reason
     sides = [[(cells, len(cells.names)) for cells in both] for both in groups]
     if len(groups[0]) > 1:
         sides = [[*own, (both[0], in_common(*both))] for own, both in zip(sides, groups, strict=True)]

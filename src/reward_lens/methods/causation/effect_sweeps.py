@@ -182,8 +182,16 @@ def effects_result(
     ends = [*([column] if column else []), *([group] if group else [])]
     dims = ["pair", *(["side"] if sided else []), "component", *ends]
 
+    if group == "span":  # pairs may name different ones, or in another order
+        places = {name: k for k, name in enumerate(coords["span"])}
+        at = [[places[name] for name in cells[0].names] for cells in found.groups]
+    else:
+        at = [list(range(v.shape[-1])) for v in found.values]
+
     def laid_out(parts: list[np.ndarray]) -> np.ndarray:
-        whole = np.stack([_padded(v, widest) for v in parts])
+        whole = np.full((len(parts), *parts[0].shape[:-1], len(coords[group]) if group else 1), np.nan)
+        for one, v, where in zip(whole, parts, at, strict=True):
+            one[..., where] = v
         whole = whole if column is None else np.moveaxis(whole, -3, -2)
         return whole if group else whole[..., 0]
 

@@ -76,8 +76,9 @@ def effects(
     align: "tail", "diff" or "legacy_prefix" (a known artefact; not with path="direct", whose end is what the head reads
         in both runs), for responses of different length; ablations have none and refuse one.
     spans: patch parts of the aligned positions one by one: "position" (each by itself: a dim `position`), or {name:
-        range of positions in the changed run} for all pairs or one such mapping a pair (a dim `span`). Ablations change
-        both runs at these; by position their margin has those that the two runs begin with in common.
+        range of positions in the changed run} for all pairs or one such mapping a pair (a dim `span` of all names; NaN
+        where a pair lacks one). Ablations change both runs at these; by position their margin has those that the two
+        runs begin with in common.
     reference: pairs of other prompts whose responses mean and resample take values from; None: the other prompts among
         `pairs`. Both ablations respect a token's role (prompt, response, template tail).
     n_draws: of resample, at least 20; `value` is their mean, the coordinate `draw_sd` their spread.
