@@ -216,6 +216,19 @@ def test_positions_one_by_one(family):
     assert np.isnan(result.value.values).any()  # the padding of the shorter pair
 
 
+def test_positions_of_equal_responses_are_none_and_stop_no_sweep():
+    rm = model("llama")
+    same = rl.Pair(EQUAL.prompt, EQUAL.chosen, EQUAL.chosen, id="same")
+    for estimator in ("exact", "gradient"):
+        ways = {"at": "all", "spans": "position", "estimator": estimator}
+        both = rl.effects(rm, [same, EQUAL], ["L1.mlp"], **ways)
+        assert both.value.n_positions.values.tolist() == [0, both.value.sizes["position"]]
+        assert np.isnan(both.value[0]).all() and both.value[1].notnull().all()
+        np.testing.assert_allclose(both.value[1], rl.effects(rm, [EQUAL], ["L1.mlp"], **ways).value[0], atol=1e-5)
+    with pytest.raises(rl.DataError, match="No pair has a position to patch.*equal responses in every pair"):
+        rl.effects(rm, [same], ["L1.mlp"], at="all", spans="position")
+
+
 def test_each_position_of_both_responses_ablated():
     """Responses of different length: every side has its own positions, and a margin those that both begin with."""
     rm = model("llama")

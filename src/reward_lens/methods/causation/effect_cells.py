@@ -85,9 +85,7 @@ def cells_of(
     if isinstance(spans, str):
         if spans != "position":
             raise _not_a_span(repr(spans), pair_id)
-        names = tuple(sorted(where.base))
-        if not names:
-            raise _not_a_span("equal responses, which have no position to patch", pair_id)
+        names = tuple(sorted(where.base))  # none for equal responses, whose effects are none everywhere
         return Cells(tokens, "position", names, tuple(where.only([p]) for p in names))
     one = spans if isinstance(spans, Mapping) else spans[pair] if pair < len(spans) else None
     if not isinstance(one, Mapping) or not one:
@@ -146,6 +144,9 @@ def span_coords(groups: Sequence[tuple[Cells, ...]], width: int) -> tuple[dict[s
         ragged = any(len(cells.names) < len(names) for cells in runs)
         reason = "; ".join([UNTOUCHED] * hole + ["the pair has no span of that name"] * ragged) or None
         return {"span": np.array(names, dtype=object)}, dim, reason
+    if not width:
+        raise DataError("No pair has a position to patch", found="equal responses in every pair",
+                        expected="a pair whose responses differ", do="pass other pairs")  # fmt: skip
     sides = [[(cells, len(cells.names)) for cells in both] for both in groups]
     if len(groups[0]) > 1:
         sides = [[*own, (both[0], in_common(*both))] for own, both in zip(sides, groups, strict=True)]
