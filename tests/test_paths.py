@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 
 import numpy as np
 import pytest
@@ -228,6 +229,19 @@ def test_bad_input():
             rl.path_effects(rm, [EQUAL], senders, receivers)
     with pytest.raises(rl.AlignmentError):
         rl.path_effects(rm, [UNEQUAL], ["L0.attn"], ["reward"], at="all")
+    with pytest.raises(rl.DataError, match="L1.mlp twice.*each once"):
+        rl.path_effects(rm, [EQUAL], ["L0.attn"], ["L1.mlp", "reward", "L1.mlp"])
+    paths, edges = map(inspect.unwrap, (rl.path_effects, rl.edge_effects))
+    with pytest.raises(rl.DataError, match="Found: mode='zero', align=None. Expected"):  # the receivers are well
+        paths(rm, [EQUAL], ["L0.attn"], ["reward"], mode="zero")
+    with pytest.raises(rl.DataError, match="align='legacy_prefix'.*align None, 'tail' or 'diff'"):
+        paths(rm, [UNEQUAL], ["L2.mlp"], ["reward"], at="all", align="legacy_prefix")
+    with pytest.raises(rl.DataError, match="align='legacy_prefix'.*align None, 'tail' or 'diff'"):
+        edges(rm, [UNEQUAL], at="all", align="legacy_prefix")
+    with pytest.raises(rl.DataError, match="whole steps"):
+        edges(rm, [EQUAL], steps=1.5, at="all")
+    one, listed = (rl.path_effects(rm, [EQUAL], ["L0.attn"], r) for r in ("reward", ["reward"]))
+    assert one.value.identical(listed.value)
     with pytest.raises(rl.DataError, match="cannot be knocked out"):
         rl.attention_knockout(rm, [EQUAL], {"equal": [range(2, 2), range(1, 3)]})
     with pytest.raises(rl.DataError, match="has no spans"):

@@ -56,7 +56,8 @@ def edge_effects(
     Parameters
     ----------
     steps: 1 takes the slopes of the changed run (EAP); more average them over runs whose residual entering block 0 goes
-        from the changed run's to the other's at the aligned positions (EAP-IG; needs at "response" or "all").
+        from the changed run's to the other's at the aligned positions (EAP-IG; needs at "response" or "all", and not
+        align "diff", which pairs equal tokens), at the nodes of Gauss and Legendre.
     mode, at, align: as in `effects`.
 
     Returns value (pair, edge) in reward units; coordinates `sender`, `receiver`, `sender_layer`, `receiver_layer` of
@@ -65,12 +66,13 @@ def edge_effects(
     the latter for steps > 1 where all aligned tokens are the same.
     """
     pairs = data.as_pairs(pairs)
-    if mode not in ("noise", "denoise") or steps < 1 or (steps > 1 and (at == "final" or align == "diff")):
+    ways = mode in ("noise", "denoise") and align in (None, "tail", "diff") and isinstance(steps, int | np.integer)
+    if not ways or steps < 1 or (steps > 1 and (at == "final" or align == "diff")):
         raise DataError(
             "The edges were asked for something they do not have",
             found=f"mode={mode!r}, steps={steps}, at={at!r}, align={align!r}",
-            expected="mode 'noise' or 'denoise', steps at least 1, and steps > 1 only at 'response' or 'all' without "
-            "align='diff'",
+            expected="mode 'noise' or 'denoise', align None, 'tail' or 'diff', whole steps, at least 1, and steps > 1 "
+            "only at 'response' or 'all' without align='diff'",
             do="use steps=1 where both runs have the same tokens: there is no way between their embeddings",
         )
     senders = sites_of(rm, "components")

@@ -50,7 +50,7 @@ def path_effects(
     rm: RewardModel,
     pairs,
     senders: "str | Sequence[Site | str]",
-    receivers: "Sequence[Site | str]",
+    receivers: "str | Sequence[Site | str]",
     mode: Literal["noise", "denoise"] = "noise",
     at: Literal["final", "response", "all"] = "final",
     align: Literal["tail", "diff"] | None = None,
@@ -61,7 +61,7 @@ def path_effects(
     Parameters
     ----------
     senders: "components", "heads", or a list of writes and heads.
-    receivers: a list of "reward", attention and MLP writes, and single queries, keys and values.
+    receivers: one or a list of "reward", attention and MLP writes, and single queries, keys and values.
     mode, at, align: as in `effects`.
 
     Returns value (pair, sender, receiver) in reward units, NaN where the sender does not come before the receiver; mean
@@ -70,18 +70,19 @@ def path_effects(
     """
     pairs = data.as_pairs(pairs)
     sent = sites_of(rm, senders)
-    names = [str(r) for r in receivers]
+    names = [str(r) for r in ([receivers] if isinstance(receivers, str | Site) else receivers)]
     read = [Site.parse(r) for r in names if r != REWARD]
     for site in [*sent, *read]:
         require_site(rm, site)
     wrong = [str(s) for s in sent if s.kind not in SENDERS or (s.kind == "head" and s.index is None)]
     wrong += [str(s) for s in read if s.kind not in RECEIVERS or (s.kind in "qkv" and s.index is None)]
-    if wrong or not names or mode not in ("noise", "denoise"):
+    wrong += [f"{name} twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+    if wrong or not names or mode not in ("noise", "denoise") or align not in (None, "tail", "diff"):
         raise DataError(
             "A path needs a write at one end and something that reads the residual stream at the other",
-            found=f"mode={mode!r}, " + (", ".join(wrong[:4]) or "no receivers"),
-            expected="mode 'noise' or 'denoise'; senders embed, attn, mlp and single heads; receivers 'reward', attn, "
-            "mlp, and a single head's q, k or v",
+            found=", ".join([f"mode={mode!r}", f"align={align!r}", *(wrong[:4] if names else ["no receivers"])]),
+            expected="mode 'noise' or 'denoise'; align None, 'tail' or 'diff'; senders embed, attn, mlp and single "
+            "heads; receivers 'reward', attn, mlp, and a single head's q, k or v, each once",
             do="name such sites, for example senders='components', receivers=['reward', 'L5.Q3']",
         )
     split = HeadSplit(rm) if any(s.kind == "head" for s in sent) else None
