@@ -360,6 +360,12 @@ def test_bad_input():
         rl.effects(rm, PAIRS, ["L0.attn", "L0.attn"])
     with pytest.raises(rl.DataError, match="No sites"):
         rl.effects(rm, PAIRS, layers=[11])
+    for layers in ([1, 11], [-1], [True]):
+        with pytest.raises(rl.DataError, match="No sites of some layers.*layers among 0 to 2"):
+            rl.effects(rm, PAIRS, layers=layers)
+    for n in (1, 3):
+        with pytest.raises(rl.DataError, match=f"not one mapping a pair.*{n} mappings, 2 pairs"):
+            rl.effects(rm, PAIRS, at="all", align="tail", spans=[{"x": (1, 3)}] * n)
     for span in ((3, 3), (4, 2), (0, 999)):
         with pytest.raises(rl.DataError, match="spans of pair equal cannot be patched"):
             rl.effects(rm, [EQUAL], at="all", spans={"x": span})

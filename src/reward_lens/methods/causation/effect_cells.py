@@ -62,6 +62,9 @@ def sites_of(rm: RewardModel, sites: "str | Sequence[Site | str]", layers: Seque
     else:
         out = [Site.parse(s) for s in ([sites] if isinstance(sites, str | Site) else sites)]
     if layers is not None:
+        if any(isinstance(k, bool) or k not in depth for k in layers):
+            raise DataError("No sites of some layers", found=f"layers={list(layers)}",
+                            expected=f"layers among 0 to {rm.n_layers - 1}", do="name others")  # fmt: skip
         out = [s for s in out if s.block in set(layers)]
     if not out or len(set(out)) < len(out):
         raise DataError(
@@ -87,9 +90,9 @@ def cells_of(
             raise _not_a_span(repr(spans), pair_id)
         names = tuple(sorted(where.base))  # none for equal responses, whose effects are none everywhere
         return Cells(tokens, "position", names, tuple(where.only([p]) for p in names))
-    one = spans if isinstance(spans, Mapping) else spans[pair] if pair < len(spans) else None
+    one = spans if isinstance(spans, Mapping) else spans[pair]
     if not isinstance(one, Mapping) or not one:
-        raise _not_a_span(f"{len(spans)} mappings for more pairs, or an empty one", pair_id)
+        raise _not_a_span(repr(one), pair_id)
     groups = []
     for name, span in one.items():
         positions = span if isinstance(span, range) else range(*span)

@@ -60,7 +60,7 @@ def asked_sites(rm: RewardModel, sites: str | Sequence["Site | str"], layers: Se
 
 
 def sweep_settings(
-    rm: RewardModel, sites: str | Sequence["Site | str"], wanted: Sequence[Site], mode: str, at: Any, align: Any,
+    rm: RewardModel, pairs, sites: str | Sequence["Site | str"], wanted: Sequence[Site], mode: str, at: Any, align: Any,
     layers: Sequence[int] | None, spans: Spans, **more: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """What every sweep's result says of how it was asked."""
@@ -74,6 +74,10 @@ def sweep_settings(
             do="leave align= out, or exchange values between the responses (mode='noise' or 'denoise')",
         )
     named = isinstance(spans, str)
+    if not named and isinstance(spans, Sequence) and len(spans) != len(pairs):
+        raise DataError("The spans are not one mapping a pair", found=f"{len(spans)} mappings, {len(pairs)} pairs",
+                        expected="a mapping for every pair, in their order, or one for all",
+                        do="pass as many as there are pairs")  # fmt: skip
     return {
         "sites": sites if isinstance(sites, str) else [str(s) for s in wanted], "mode": mode, "at": at, "align": align,
         "layers": None if layers is None else list(layers),

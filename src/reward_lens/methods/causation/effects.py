@@ -101,7 +101,7 @@ def effects(
                         expected="mode='mean' or 'resample', whose values come from the reference",
                         do="leave reference out, or name one of these modes")  # fmt: skip
     settings = sweep_settings(
-        rm, sites, wanted, mode, at, align, layers, spans, estimator=estimator, path=path, norm=norm
+        rm, pairs, sites, wanted, mode, at, align, layers, spans, estimator=estimator, path=path, norm=norm
     )
     if path == "direct":
         from reward_lens.methods.causation.direct import direct_effects

@@ -57,7 +57,7 @@ def steer(
     Parameters
     ----------
     vector: [d_model]; only its direction counts.
-    strengths: at least two different ones; at 0 the reward is exactly the clean one.
+    strengths: at least two different ones, none twice; at 0 the reward is exactly the clean one.
     depth: the block whose input is changed, 0 to n_layers (then what the final norm reads). None: two thirds.
     unit: "resid_norm": of the mean norm of the run's own residuals there; "absolute": in the residual's own unit.
     at: "final" (the reward position), "response" (its first token through the reward position) or "all".
@@ -187,8 +187,8 @@ def checked_doses(
         raise DataError(
             "The steering was not understood",
             found=f"strengths={strengths!r}, unit={unit!r}, at={at!r}, nulls={nulls}",
-            expected="at least two different finite strengths; unit 'resid_norm' or 'absolute'; at 'final', 'response' "
-            "or 'all'; nulls of 0 or more",
+            expected="at least two different finite strengths, none twice; unit 'resid_norm' or 'absolute'; at "
+            "'final', 'response' or 'all'; nulls of 0 or more",
             do="correct these; the defaults are a good start",
         )
     if not 0 <= depth <= rm.n_layers:

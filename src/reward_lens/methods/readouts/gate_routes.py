@@ -92,7 +92,7 @@ def gate_routes(
     name = given.name if given is not None else str(mode)
     _require(given is not None, name, at)
     told = at if isinstance(at, str) else [at.start, at.stop]
-    settings = sweep_settings(rm, sites, wanted, name, told, align, layers, spans)
+    settings = sweep_settings(rm, pairs, sites, wanted, name, told, align, layers, spans)
     reading = Routes(rm)
     if given is None and mode in EXCHANGES:
         found = exchanged(rm, pairs, wanted, settings, reading, spans, max_rows, progress)

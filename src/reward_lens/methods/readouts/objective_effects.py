@@ -65,7 +65,7 @@ def objective_effects(
     if mode not in (*EXCHANGES, *ABLATIONS):
         raise DataError("objective_effects was asked for a mode it does not have", found=f"mode={mode!r}",
                         expected=", ".join(map(repr, (*EXCHANGES, *ABLATIONS))), do="pass one of these")  # fmt: skip
-    settings = sweep_settings(rm, sites, wanted, mode, at, align, layers, spans)
+    settings = sweep_settings(rm, pairs, sites, wanted, mode, at, align, layers, spans)
     reading = Objectives(rm, readouts)
     found = swept(rm, pairs, wanted, settings, reading, spans, reference, n_draws, seed, max_rows, progress)
     return effects_result(
