@@ -228,5 +228,6 @@ def _index(names: tuple[str, ...], objective: str | int) -> int | None:
         return names.index(objective)
     if isinstance(objective, str) and objective.isdecimal():
         objective = int(objective)  # an index in the words of a command line
-    number = isinstance(objective, int) and not isinstance(objective, bool)  # True names no row
-    return objective % len(names) if number and -len(names) <= objective < len(names) else None
+    if not isinstance(objective, int) or isinstance(objective, bool):  # True names no row
+        return None
+    return objective % len(names) if -len(names) <= objective < len(names) else None
