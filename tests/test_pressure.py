@@ -414,7 +414,7 @@ GOOD = table(np.arange(12.0).reshape(3, 4), f=np.arange(12.0))
         (pd.concat([GOOD, GOOD[["f"]]], axis=1), {}, "columns of one name: f"),
         (GOOD.assign(reward=["a"] + [1.0] * 11), {}, "'reward'.*1 of 12 cells, the first str 'a'.*'prompt 0'"),
         (GOOD.assign(reward=[np.nan] + [1.0] * 11), {}, "'reward'.*finite.*nan"),
-        (GOOD.assign(reward=[np.inf] * 12), {}, "12 of 12 cells"),
+        (GOOD.assign(reward=[np.inf] * 12), {}, "12 of 12 cells, the first float inf in"),
         (GOOD.assign(gold=[None] * 12), {}, "'gold'"),
         (GOOD.assign(gold=[[1]] * 12), {}, "'gold'"),
         (GOOD.assign(f=[np.nan] + [1.0] * 11), {}, "'f'.*features="),

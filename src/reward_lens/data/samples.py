@@ -121,7 +121,7 @@ def _numbers(name: str, frame: pd.DataFrame, column: str) -> np.ndarray:
     if len(bad):
         raise DataError(
             f"{name}: the column '{column}' has cells that are no finite numbers",
-            found=f"{len(bad)} of {len(values)} cells, the first {shown(frame[column].iloc[bad[0]])} "
+            found=f"{len(bad)} of {len(values)} cells, the first {shown(frame[column].tolist()[bad[0]])} "
             f"in a sample of {shown(frame['prompt'].iloc[bad[0]])}",
             expected="a finite number in every row",
             do="repair or drop these rows; a column that is no feature can be left out by features=[...]",
