@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import gc
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -218,6 +219,19 @@ def test_vectors_read_by_another_objective_are_refused():
 
 
 # --- the statistics -----------------------------------------------------------------------------------------
+
+
+def test_held_out_auc_of_many_topics_holds_no_array_of_topics_by_topics():
+    x = np.random.default_rng(0).normal(0.1, 1, (3, 1500, 2))
+    x -= x.mean(0)
+    tracemalloc.start()
+    _, parts = over_topics.held_out_auc(x)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * 1500**2 * 8 / 2
+    for left in (0, 700, 1499):
+        expected, _ = over_topics.held_out_auc(np.delete(x, left, axis=1))
+        np.testing.assert_allclose(parts[:, left], expected, atol=1e-12)
 
 
 def test_held_out_auc_by_a_loop():

@@ -56,11 +56,11 @@ def sign_test(
     """
     from scipy.stats import binomtest
 
-    place = {topic: i for i, topic in enumerate(made_of)}
+    place, also, whole = {topic: i for i, topic in enumerate(made_of)}, set(tested), x.mean(0)
     shared = [i for i in rng.permutation(len(tested)) if tested[i] in place]
-    known = [i for topic, i in place.items() if topic not in tested]
+    known = [i for topic, i in place.items() if topic not in also]
     first = max(stats.FEWEST, -(-len(made_of) // 3))
-    projections = [differences[i] @ x.mean(0) for i in range(len(tested)) if tested[i] not in place]
+    projections = [differences[i] @ whole for i in range(len(tested)) if tested[i] not in place]
     running = x[known].sum(0)
     count = len(known)
     for i in shared:

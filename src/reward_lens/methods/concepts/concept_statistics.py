@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from reward_lens import stats
 
+_AT_ONCE = 2**19  # products of states held at once (4 MB)
 _SAME = 1e-6  # correlations closer than this are ties: what rounding in float32 leaves of an identity
 
 
@@ -45,14 +46,16 @@ def held_out_auc(x: Float[np.ndarray, "c t d"]) -> tuple[Float[np.ndarray, " c"]
     """
     n_concepts, n_topics = x.shape[:2]
     whole, parts = np.empty(n_concepts), np.empty((n_concepts, n_topics))
+    step = max(1, _AT_ONCE // (n_concepts * n_topics))  # topics left out at once: all would be topics^2 a concept
     for c in range(n_concepts):
-        products = np.einsum("ktd,sd->kts", x, x[c], optimize=True)
-        own = np.einsum("ktt->kt", products)
-        held = products.sum(2) - own
+        held = x @ x[c].sum(0) - np.einsum("ktd,td->kt", x, x[c])
         whole[c] = _within_topic(held, c).mean()
-        without = _within_topic(held[:, :, None] - products, c)  # [topic, the one left out]
-        np.fill_diagonal(without, 0.0)
-        parts[c] = without.sum(0) / (n_topics - 1)
+        for start in range(0, n_topics, step):
+            left = np.arange(start, min(start + step, n_topics))
+            products = np.einsum("ktd,sd->kts", x, x[c, left], optimize=True)
+            without = _within_topic(held[:, :, None] - products, c)  # [topic, the one left out]
+            without[left, left - start] = 0.0
+            parts[c, left] = without.sum(0) / (n_topics - 1)
     return whole, parts
 
 
