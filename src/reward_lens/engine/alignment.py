@@ -6,7 +6,8 @@ network that reads its first token no activation is: there all positions are ali
     final          the reward positions of the two runs
     none           position by position; needs equal token counts
     tail           from the right: the reward positions, and what is as far to the left of them
-    diff           tokens matched by the longest common blocks of the two token lists; the others are left alone
+    diff           tokens matched by the longest common blocks of what is before the reward positions, and these two,
+                   whatever they hold; the others are left alone
     legacy_prefix  absolute positions over the shorter length. A known artefact: in responses of different length it
                    patches one's template tail with the other's words, and leaves the longer one's reward position
                    alone, so late effects are zero by construction. Kept to take published findings apart.

@@ -1,14 +1,14 @@
 """Zero, mean and resample ablation: what a site is replaced by when nothing of the other response is wanted there.
 
     zero       the zero vector
-    mean       the mean over reference responses, taken at tokens of the same role (prompt, response, template tail)
+    mean       the mean over all tokens of the same role (prompt, response, template tail) of the reference responses
     resample   the value of a reference response drawn at random: position j of n of a role takes position
                floor(j m / n) of the m that the drawn text has of it
 
-References are responses to other prompts: the pair's own prompt is excluded. Queries, keys and attention patterns
-belong to positions of their own text and cannot be averaged over others or drawn from them. Zero is a point the network
-never visits, a mean is off its manifold too, a resampled value brings another text's information; none of them is
-"nothing".
+At "final" both take the references' reward positions alone, one a response. References are responses to other prompts:
+the pair's own prompt is excluded. Queries, keys and attention patterns belong to positions of their own text and cannot
+be averaged over others or drawn from them. Zero is a point the network never visits, a mean is off its manifold too, a
+resampled value brings another text's information; none of them is "nothing".
 """
 
 import dataclasses

@@ -80,7 +80,8 @@ def effects(
         where a pair lacks one). Ablations change both runs at these; by position their margin has those that the two
         runs begin with in common.
     reference: pairs of other prompts whose responses mean and resample take values from; None: the other prompts among
-        `pairs`. Both ablations respect a token's role (prompt, response, template tail).
+        `pairs`. Both ablations respect a token's role (prompt, response, template tail); at "final" their values are
+        those of the references' reward positions.
     n_draws: of resample, at least 20; `value` is their mean, the coordinate `draw_sd` their spread.
     layers: keep only sites of these layers.
     max_rows: changed runs walking at once; None: as many as a token budget and the free memory allow.
