@@ -97,6 +97,22 @@ def test_what_is_no_result_is_refused(tmp_path):
             rl.join_results([one, other], inputs)
 
 
+def test_a_summary_that_another_machine_rounded_is_the_same():
+    """Sums of many columns are added in another order than of one, and on another processor."""
+    rng = np.random.default_rng(0)
+    parts = []
+    for k in range(2):
+        pairs = rl.Pairs([rl.Pair(f"Say {k} {i // 2}", "a", "b", id=f"{k} {i}") for i in range(300)], "many")
+        value = labelled(pairs, rng.normal(size=(300, 200)), ("pair", "component"), {"component": np.arange(200)})
+        summary, interval = over_prompts(pairs, value, 0)
+        parts.append(rl.Result("some", value, unit="reward", meta={"interval": interval}, **summary).sel(component=[0]))
+    joined = rl.join_results(parts)
+    assert joined.low is not None and joined.value.shape == (600, 1)
+    moved = parts[1]._with(parts[1].dataset.assign(low=parts[1].dataset["low"] - 1e-6))
+    with pytest.raises(rl.DataError, match="The summary of some.*in part 2 another low"):
+        rl.join_results([parts[0], moved])
+
+
 def test_joined_files_serve_as_the_scores_of_all_pairs(tmp_path):
     files = [rm().score_pairs(part).save(tmp_path / f"{i}.nc") for i, part in enumerate((PAIRS[:3], PAIRS[3:]))]
     joined = rl.join_results(files, PAIRS)
