@@ -12,8 +12,10 @@ The integral is taken by Gauss-Legendre quadrature, and where a stretch of the l
 difference of the rewards at its ends it is halved: behind a norm a small residual counts as much as a large
 one, so a reward can turn within a thousandth of the line. Errors of single tokens can cancel in that sum, so a
 stretch is also halved where every other of its nodes alone, weighed for the highest degree they integrate, give a token
-another value: a bound in practice, since half the nodes are off by far more than all are. Reference: Sundararajan,
-Taly, Yan 2017, arXiv 1703.01365; the estimate from half the nodes is this library's.
+another value: an estimate and no bound, though half the nodes are mostly off by far more than all are. Of 741 lines of
+random networks 2 were further off than it says (the worst .07 of the largest value for .03), both from the zero vector,
+near which neither may see the turn. Reference: Sundararajan, Taly, Yan 2017, arXiv 1703.01365; the estimate from half
+the nodes is this library's.
 """
 
 import contextlib

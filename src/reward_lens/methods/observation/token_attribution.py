@@ -82,7 +82,7 @@ def token_attribution(
         Byte tokens of one character are separate tokens and never separate words.
     steps: Gauss-Legendre nodes of the integrated gradient; more are put where the reward turns fast, until the sum
         closes and half the nodes give every token its value to a tenth of the largest (errors of single tokens may
-        cancel in the sum; that of all nodes is far smaller than that of half). At most 512 a text.
+        cancel in the sum; that of all nodes is mostly far smaller than that of half). At most 512 a text.
     baseline: of gradient and integrated, put at the response's positions of the residual entering block 0:
         "mean" of the vocabulary, "zero", or the "pad" token's.
     removal: "delete" closes the gap; "mask" blocks attention to the unit and keeps every position id (a model
