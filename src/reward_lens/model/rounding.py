@@ -37,10 +37,10 @@ def require_finite(name: str, dtype: torch.dtype, finite: Tensor) -> None:
 def require_rewards(rm: "RewardModel", alone: Tensor, own: Sequence[Sequence[float]]) -> None:
     """Raise `LoadError` for rewards of texts that are no numbers (float16 overflows), be it only the model's own of
     them, or all the same."""
-    finite = torch.isfinite(alone)
-    finite[: len(own)] &= torch.tensor([sum(terms) for terms in own]).isfinite().to(finite.device)
+    finite, published = torch.isfinite(alone), torch.tensor([sum(terms) for terms in own])
+    finite[: len(own)] &= published.isfinite().to(finite.device)
     require_finite(rm.name, rm.dtype, finite)
-    if bool((alone == alone[0]).all()):
+    if bool((alone == alone[0]).all()) and bool((published == published[0]).all()):  # else the two are not the same
         raise LoadError(
             f"{rm.name} gives every text the reward {float(alone[0]):.6g}",
             found=f"{float(alone[0]):.6g} for each of {len(alone)} texts",
