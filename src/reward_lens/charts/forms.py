@@ -171,9 +171,7 @@ def listing(result: Result, data: xr.Dataset, dims: list[str], whole: xr.Dataset
     series = dims[1] if len(dims) > 1 else None
     spelled = "piece" in data.coords and data["piece"].dims == (dims[0],)
     table = frame(data, y=dims[0], series=series, n=_count(data), text="piece" if spelled else None)
-    if (
-        spelled
-    ):  # a tokenizer's own names, such as "Ġis", are no text to read, but of parts of a character the only ones
+    if spelled:  # a tokenizer's own names, such as "Ġis", are no text to read; parts of a character have no other
         legible = ~table["text"].duplicated(keep=False) & ~table["text"].str.contains("\ufffd")
         table.loc[legible, "y"] = [quoted(piece) for piece in table["text"][legible]]
     count, title, (least, most) = len(table), unit_of(result, data), span(whole)

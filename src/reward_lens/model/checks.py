@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from reward_lens.engine import hooks
 from reward_lens.errors import LoadError
-from reward_lens.model import rounding
+from reward_lens.model import rounding, usable_rewards
 from reward_lens.model.forward import at_rows, make_batch, padding_id, record, replay, suffix_batch
 from reward_lens.model.heads.own import OwnHead
 from reward_lens.model.linear_maps import is_linear
@@ -138,7 +138,7 @@ def load_report(rm: "RewardModel") -> Result:
     rows += _tokenisation(rm, tokens)
     alone = torch.stack([rm.rewards([t])[0] for t in tokens]).double()
     terms = [rm.own_terms(t) for t in tokens[:COMPARED]]
-    rounding.require_rewards(rm, alone, terms)
+    usable_rewards.require_rewards(rm, alone, terms)
     # A difference of logits is no more exact than the logits are.
     floor = max((max(map(abs, some)) for some in terms if len(some) > 1), default=0.0)
     scale = torch.maximum(alone.abs(), alone.std()).clamp_min(floor)

@@ -26,7 +26,7 @@ from reward_lens.model.linear_maps import linear_bias, linear_weight
 from reward_lens.model.loading import causal_module, tokenizer_of
 from reward_lens.model.norm import Norm, measure_norm
 from reward_lens.model.own_output import own_output
-from reward_lens.model.placement import require_precision
+from reward_lens.model.precision import require_precision
 from reward_lens.model.reward_model import versions
 from reward_lens.model.structure import Structure
 from reward_lens.model.tokens import Tokenizer, Tokens, check_text

@@ -23,7 +23,7 @@ from reward_lens.model.checkpoint_files import (
 from reward_lens.model.forward import padding_id
 from reward_lens.model.heads.local import ValueHeadScore
 from reward_lens.model.heads.own import OwnHead
-from reward_lens.model.placement import require_precision
+from reward_lens.model.precision import require_precision
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.step_readout import StepReadout
 from reward_lens.model.structure import Structure

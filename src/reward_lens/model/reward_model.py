@@ -14,7 +14,7 @@ from torch import Tensor
 
 from reward_lens import data
 from reward_lens.errors import LoadError, StructureError, named
-from reward_lens.model import checks, rounding, scored
+from reward_lens.model import checks, scored, usable_rewards
 from reward_lens.model import structure as structures
 from reward_lens.model.forward import Batch, OnTrunk, batches, padding_id, rotary_threshold, trunk_of
 from reward_lens.model.heads.own import OwnHead, head_of, published_path
@@ -90,7 +90,7 @@ class RewardModel(OnTrunk):
         kept = checks.kept_report(self)
         with torch.no_grad():
             if kept is None:  # nothing could be found in such a network: no sum of NaN closes
-                rounding.require_finite(self.name, self.dtype, ~probe().isnan().flatten(1).any(1))
+                usable_rewards.require_finite(self.name, self.dtype, ~probe().isnan().flatten(1).any(1))
             if kept is not None:
                 found = self.structure = Structure.of(kept.meta["structure"])
             else:

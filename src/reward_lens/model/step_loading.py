@@ -15,7 +15,7 @@ from transformers.modeling_outputs import TokenClassifierOutput
 
 from reward_lens.errors import LoadError
 from reward_lens.model.checkpoint_files import require_places, tensors_in
-from reward_lens.model.placement import require_precision
+from reward_lens.model.precision import require_precision
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.step_readout import StepReadout
 from reward_lens.model.step_scorer import step_model
