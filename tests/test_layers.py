@@ -18,7 +18,7 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 
-PLAIN = ("errors", "result", "charts", "resampling", "stats", "data", "features", "edits", "joining")
+PLAIN = ("errors", "arguments", "result", "charts", "resampling", "stats", "data", "features", "edits", "joining")
 MODEL = (*PLAIN, "engine.hooks", "model")
 ENGINE = (*MODEL, "engine")
 # Folders of methods, and the other folders that each may use.

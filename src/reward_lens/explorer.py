@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Literal
 
 import reward_lens as rl
+from reward_lens.arguments import checked_arguments
 
 
+@checked_arguments
 def latent_explorer(
     rm: "rl.RewardModel",
     sae: "rl.SAE",
@@ -38,6 +40,7 @@ def latent_explorer(
     return rl.write_explorer(results, path)
 
 
+@checked_arguments
 def explorer_results(
     rm: "rl.RewardModel",
     sae: "rl.SAE",

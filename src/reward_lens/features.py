@@ -16,6 +16,7 @@ import functools
 import re
 import unicodedata
 
+from reward_lens.arguments import checked_arguments
 from reward_lens.data import as_messages
 from reward_lens.data.checks import checked_text
 
@@ -84,6 +85,7 @@ _EMOJI = re.compile(
 )
 
 
+@checked_arguments
 def text_features(prompt, response) -> dict[str, float]:
     """The features of one response to one prompt, by the names and definitions of `TEXT_FEATURES`.
 

@@ -18,6 +18,7 @@ import numpy as np
 import xarray as xr
 
 from reward_lens import data, stats
+from reward_lens.arguments import checked_arguments
 from reward_lens.errors import DataError
 from reward_lens.result import Check, Result, load_result
 
@@ -32,6 +33,7 @@ PADDED = ("position", "span", "response")
 RAN_APART = "What a part draws from the rest of its pairs (a reference set, random draws) it drew from its own."
 
 
+@checked_arguments
 def join_results(parts: Iterable[Result | str | Path], inputs: Iterable | None = None) -> Result:
     """One Result from those of one method, asked in the same way of different pairs (or groups) of one model.
 

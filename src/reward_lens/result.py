@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from reward_lens.arguments import checked_arguments
 from reward_lens.errors import CheckFailed, DataError
 
 FORMAT = "reward-lens result 1"
@@ -128,6 +129,7 @@ class Result:
             return self.dataset["mean"]
         return self.value.mean("pair", skipna=True) if "pair" in self.value.dims else self.value
 
+    @checked_arguments
     def top(self, n: int = 10) -> pd.DataFrame:
         """The `n` cells largest in absolute value of the summary over pairs (margin, where there are sides).
 
@@ -265,6 +267,7 @@ class Result:
         return frame[names]
 
 
+@checked_arguments
 def load_result(path: str | Path) -> Result:
     """Read a result written by `Result.save`.
 

@@ -8,6 +8,7 @@ import numpy as np
 import vl_convert
 import xarray as xr
 
+from reward_lens.arguments import checked_arguments
 from reward_lens.charts import changes, forms
 from reward_lens.charts.forms import Panel
 from reward_lens.charts.rows import (
@@ -50,6 +51,7 @@ def chart(result: Result, dark: bool = False) -> Drawing | alt.Chart | alt.VConc
     return parts[0].properties(config=theme(dark))
 
 
+@checked_arguments
 def save_chart(result: Result, path: str | Path, dark: bool = False) -> Path:
     """Write the chart of a result to `path` as its suffix says: .svg, .png, .pdf or .html (self-contained).
 

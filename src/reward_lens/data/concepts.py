@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, no_type_check, overload
 
+from reward_lens.arguments import checked_arguments
 from reward_lens.data.checks import checked_text, malformed, shown
 from reward_lens.data.items import Message, Pair, as_messages
 from reward_lens.data.loading import parse_rows
@@ -142,6 +143,7 @@ def as_concept_texts(texts: Any) -> ConceptTexts:
     return ConceptTexts(texts if isinstance(texts, Iterable) and not isinstance(texts, str) else [texts])
 
 
+@checked_arguments
 def load_concepts(path: str | Path = BUNDLED, limit: int | None = None) -> ConceptTexts:
     """Concept texts from ``"concepts"`` (written for this project) or from a .jsonl, .json, .parquet or .csv file.
 

@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from reward_lens.arguments import checked_arguments
 from reward_lens.data.sources import open_rows
 from reward_lens.errors import DataError
 
 COLUMNS = ("step", "episodes", "hacks")
 
 
+@checked_arguments
 def load_counts(source: str | Path | pd.DataFrame) -> Mapping[str, Any]:
     """Counts of a run, as `detect_cascade` takes them: `rl.detect_cascade(**rl.load_counts("run.csv"))`.
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from reward_lens.arguments import checked_arguments
 from reward_lens.data.checks import checked_texts, checked_turns, malformed, shown, unreadable
 from reward_lens.data.items import Group, Pair, Pairs, StyleItem, with_unique_ids
 from reward_lens.data.published import joined_ratings, standard_row
@@ -14,6 +15,7 @@ from reward_lens.errors import DataError
 Source = str | Path | Iterable
 
 
+@checked_arguments
 def load_pairs(source: Source, split: str | None = None, limit: int | None = None) -> Pairs:
     """Preference pairs from ``"demo"`` (48), ``"diagnostic"`` (12 dimensions of 40) or ``"misalignment"`` (192), all
     written for this project, from a .jsonl, .json, .parquet or .csv file, a hub id ``"org/name"``, a data set of the
@@ -43,6 +45,7 @@ def load_pairs(source: Source, split: str | None = None, limit: int | None = Non
     return Pairs(pairs, name, [f"{what}: {_some(places)}" for what, places in odd.items() if places])
 
 
+@checked_arguments
 def load_groups(source: Source, split: str | None = None, limit: int | None = None) -> list[Group]:
     """Groups of k responses, from the sources of `load_pairs`.
 
@@ -53,6 +56,7 @@ def load_groups(source: Source, split: str | None = None, limit: int | None = No
     return list(with_unique_ids(parse_rows(*open_rows(source, split, limit), _group))[0])
 
 
+@checked_arguments
 def load_style_items(source: Source, split: str | None = None, limit: int | None = None) -> list[StyleItem]:
     """RM-Bench-shaped items (`chosen` and `rejected` are lists of three), from the sources of `load_pairs`.
 
@@ -61,6 +65,7 @@ def load_style_items(source: Source, split: str | None = None, limit: int | None
     return list(with_unique_ids(parse_rows(*open_rows(source, split, limit), _style_item))[0])
 
 
+@checked_arguments
 def load_solutions(source: Source, split: str | None = None, limit: int | None = None) -> list[Solution]:
     """Solutions in steps, from the files and hub ids of `load_pairs`.
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, no_type_check
 
+from reward_lens.arguments import checked_arguments
 from reward_lens.data.checks import checked_text, checked_texts, malformed, shown
 from reward_lens.data.items import Pair, Pairs, _Item, with_unique_ids
 from reward_lens.errors import DataError
@@ -104,6 +105,7 @@ def as_solutions(solutions: Any, separator: str) -> tuple[Solution, ...]:
     return with_unique_ids(out)[0]
 
 
+@checked_arguments
 def step_pairs(chosen: Iterable[Solution], rejected: Iterable[Solution], step: int, separator: str) -> Pairs:
     """Pairs of two solutions of one prompt, each up to and with its `step`-th step (from 0; -1 is the last), for the
     methods that take pairs: on a model built by `step_model` they read that step's reward, `separator` being

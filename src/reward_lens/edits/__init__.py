@@ -13,6 +13,7 @@ import types
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from reward_lens.arguments import checked_arguments
 from reward_lens.edits.edit import TextEdit
 from reward_lens.edits.form import append_token, form_edits
 from reward_lens.edits.judged import JUDGED, JudgedEdit, judged_edits
@@ -29,6 +30,7 @@ EDITS: Mapping[str, TextEdit] = types.MappingProxyType(
 """All edits in a fixed order, by name; read-only."""
 
 
+@checked_arguments
 def edits_of(names: Sequence[str | TextEdit] | None = None) -> tuple[TextEdit, ...]:
     """The edits of these names, in their order; all of `EDITS` for None.
 

@@ -1,10 +1,12 @@
 """Responses beside their edited selves, in the form that everything about pairs understands."""
 
+from reward_lens.arguments import checked_arguments
 from reward_lens.data import Pair, Pairs, as_pairs
 from reward_lens.edits.edit import TextEdit
 from reward_lens.errors import DataError
 
 
+@checked_arguments
 def edited_pairs(pairs, edit: TextEdit | str) -> Pairs:
     """Pairs whose chosen response is an edited one and whose rejected response is the original.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from reward_lens import data
+from reward_lens.arguments import checked_arguments
 from reward_lens.data.checks import shown
 from reward_lens.engine.run import passes
 from reward_lens.errors import DataError
@@ -63,6 +64,7 @@ class Activations:
         return f"Activations({len(self.tokens)} runs, {len(self.tensors)} sites, at={self.at!r})"
 
 
+@checked_arguments
 @torch.no_grad()
 def capture(
     rm: RewardModel, texts_or_pairs, sites: Any = "components", at: str | range = "final", batch_size: int | None = None

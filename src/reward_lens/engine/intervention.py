@@ -7,6 +7,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from reward_lens.arguments import checked_arguments
 from reward_lens.engine.activations import Activations, positions_of, runs_of
 from reward_lens.engine.attention_tap import AttentionTap
 from reward_lens.engine.editing import IN_ATTENTION, POSITIONAL, Edit, Placed, Source, hooks_of
@@ -21,16 +22,19 @@ from reward_lens.model.tokens import Tokens
 from reward_lens.result import Result
 
 
+@checked_arguments
 def zeros() -> Source:
     """Zero ablation. Returns a `Source` for `intervene`."""
     return Source("zeros", lambda x, site, run, positions: torch.zeros_like(x))
 
 
+@checked_arguments
 def constant(vector: Tensor) -> Source:
     """Returns a `Source`: the same vector at every position."""
     return Source("constant", lambda x, site, run, positions: _fitted(vector, x, site))
 
 
+@checked_arguments
 def add(vector: Tensor, strength: float = 1.0) -> Source:
     """Steering. Returns a `Source`: the current value plus `strength` times a vector."""
     return Source("add", lambda x, site, run, positions: x + strength * _fitted(vector, x, site))
@@ -65,6 +69,7 @@ def pattern(rows: Tensor) -> Source:
     return Source("pattern", give)
 
 
+@checked_arguments
 def project_out(basis: Tensor) -> Source:
     """The current value without its part in the span of `basis` [k, d] (rows need not be independent)."""
     rows = torch.linalg.svd(basis.double(), full_matrices=False).Vh
@@ -81,6 +86,7 @@ def project_out(basis: Tensor) -> Source:
     return Source("project_out", give)
 
 
+@checked_arguments
 def mean_of(reference: Activations) -> Source:
     """Mean ablation. Returns a `Source`: the mean over a reference set's runs (and positions, if it holds several).
 
@@ -110,6 +116,7 @@ def positional_elsewhere(found: str, sites: Sequence[Site]) -> DataError:
     )
 
 
+@checked_arguments
 def from_run(source: Activations) -> Source:
     """Patching. Returns a `Source`: run i takes the value of the given run i at the same positions; of activations at
     "final" one reward position takes the value of the other.
@@ -137,6 +144,7 @@ def from_run(source: Activations) -> Source:
     return Source("from_run", give, None if source.at == "final" else source.tokens)
 
 
+@checked_arguments
 @torch.no_grad()
 def intervene(
     rm: RewardModel,

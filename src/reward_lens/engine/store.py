@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reward_lens.arguments import checked_arguments
 from reward_lens.engine.activation_store import ActivationStore, require_samples
 from reward_lens.engine.activations import positions_of
 from reward_lens.engine.run import passes
@@ -49,6 +50,7 @@ class StoreEstimate:
     """Whether all texts were tokenised; otherwise samples are scaled up by characters."""
 
 
+@checked_arguments
 def store_activations(
     rm: RewardModel,
     inputs: Any,
@@ -125,6 +127,7 @@ def store_activations(
     return ActivationStore(shelf, index)
 
 
+@checked_arguments
 def estimate_store(
     rm: RewardModel,
     inputs: Any,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from reward_lens.arguments import checked_arguments
 from reward_lens.errors import LoadError
 from reward_lens.model.adapters import merged, network_in
 from reward_lens.model.head import require_own_head
@@ -17,6 +18,7 @@ from reward_lens.model.placement import require_all_there
 from reward_lens.model.reward_model import RewardModel
 
 
+@checked_arguments
 @torch.no_grad()
 def base_under_head(rm: RewardModel, base: Any, revision: str | None = None) -> RewardModel:
     """A copy of the reward model whose trunk has the base's weights, for `compare` (its measures of states).

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from reward_lens.arguments import checked_arguments
 from reward_lens.engine import hooks
 from reward_lens.errors import DataError, LoadError, StructureError
 from reward_lens.model import structure as structures
@@ -213,6 +214,7 @@ class LanguageModel(OnTrunk):
         )
 
 
+@checked_arguments
 def load_language_model(
     path: str | Path, *, revision: str | None = None, device: Any = None, dtype: Any = None, device_map: Any = None,
     trust_remote_code: bool = False, attn_implementation: str | None = None,

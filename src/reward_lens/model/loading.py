@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from reward_lens.arguments import checked_arguments
 from reward_lens.errors import LoadError
 from reward_lens.model import heads
 from reward_lens.model.checkpoint_files import (
@@ -30,6 +31,7 @@ from reward_lens.model.structure import Structure
 from reward_lens.model.vocab_readout import VocabReadout
 
 
+@checked_arguments
 def load(
     path: str | Path,
     *,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import TokenClassifierOutput
 
+from reward_lens.arguments import checked_arguments
 from reward_lens.errors import LoadError
 from reward_lens.model.checkpoint_files import require_places, tensors_in
 from reward_lens.model.precision import require_precision
@@ -41,6 +42,7 @@ class HeadBeside(nn.Module):
         return TokenClassifierOutput(logits=head(states.to(next(head.parameters()))))
 
 
+@checked_arguments
 def load_step_model(
     path: str | Path, steps: StepReadout, *, revision: str | None = None, device: Any = None, dtype: Any = None,
     device_map: Any = None, attn_implementation: str | None = None, structure: Structure | None = None,

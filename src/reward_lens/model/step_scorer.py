@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from reward_lens.arguments import checked_arguments
 from reward_lens.engine import hooks
 from reward_lens.errors import LoadError, StructureError
 from reward_lens.model.checks import PROBES
@@ -88,6 +89,7 @@ class StepScorer(nn.Module):
         )
 
 
+@checked_arguments
 @torch.no_grad()
 def step_model(
     module: Any, tokenizer: Any, steps: StepReadout, *, structure: Structure | None = None, name: str | None = None,

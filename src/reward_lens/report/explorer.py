@@ -9,6 +9,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from reward_lens.arguments import checked_arguments
 from reward_lens.errors import DataError
 from reward_lens.report import document, latents, numbers
 from reward_lens.report.latents import HALF, PLACES, Given
@@ -30,6 +31,7 @@ class Measured:
     settings: list[tuple[str, str]]
 
 
+@checked_arguments
 def write_explorer(
     results: Iterable[Result] | Mapping[str, Result], path: str | Path, title: str | None = None
 ) -> Path:

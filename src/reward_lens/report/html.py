@@ -10,6 +10,7 @@ from pathlib import Path
 import vl_convert
 from markupsafe import Markup
 
+from reward_lens.arguments import checked_arguments
 from reward_lens.charts.choice import schema_version
 from reward_lens.charts.theme import theme
 from reward_lens.errors import DataError
@@ -19,6 +20,7 @@ from reward_lens.report.tables import check_rows, nearest
 from reward_lens.result import Result
 
 
+@checked_arguments
 def write_report(
     results: Iterable[Result] | Mapping[str, Result], path: str | Path, title: str | None = None,
     refused: Mapping[str, Exception] | None = None,

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reward_lens.arguments import checked_arguments
 from reward_lens.engine.joined_stores import JoinedStores
 from reward_lens.errors import DataError
 from reward_lens.sae.crosscoder import Crosscoder
@@ -37,6 +38,7 @@ from reward_lens.sae.recipe import Recipe, completed, geometric_median, sample_s
 from reward_lens.sae.training import Run
 
 
+@checked_arguments
 def train_crosscoder(
     sources,
     d_sae: int,

@@ -29,6 +29,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from reward_lens.arguments import checked_arguments
 from reward_lens.errors import DataError
 from reward_lens.result import Check
 from reward_lens.sae import checkpoints
@@ -46,6 +47,7 @@ _FEW = (
 Variant = Literal["batchtopk", "topk", "jumprelu", "matryoshka"]
 
 
+@checked_arguments
 def train_sae(
     source,
     d_sae: int,

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from reward_lens.arguments import checked_arguments
 from reward_lens.errors import DataError
 from reward_lens.sae.batches import Samples
 from reward_lens.sae.dictionary import SAE
@@ -64,6 +65,7 @@ class Transcoder(SAE):
         return self.decode(self.encode(x)) + self.skip(x)
 
 
+@checked_arguments
 def train_transcoder(
     source,
     d_sae: int,

@@ -22,6 +22,7 @@ import numpy as np
 import xarray as xr
 
 from reward_lens import data, stats
+from reward_lens.arguments import checked_arguments
 from reward_lens.errors import DataError
 from reward_lens.methods.shared.paired import given_scores
 from reward_lens.methods.shared.paired_shares import ends_of_change, won
@@ -38,6 +39,7 @@ DRAWS = 200  # of labels, for the ECE of a calibrated model
 LEVEL = {"level": 0.95, "unit": "prompt"}
 
 
+@checked_arguments
 def accuracy(rm: RewardModel, pairs, scores: Result | None = None) -> Result:
     """Share of pairs whose chosen response has the higher reward, by subset, beside two length rules.
 
@@ -88,6 +90,7 @@ def accuracy(rm: RewardModel, pairs, scores: Result | None = None) -> Result:
     )  # fmt: skip
 
 
+@checked_arguments
 def calibration(rm: RewardModel, pairs, scores: Result | None = None, bins: int = 10) -> Result:
     """Is sigmoid(margin) the probability that the chosen response is the preferred one?
 
@@ -147,6 +150,7 @@ def calibration(rm: RewardModel, pairs, scores: Result | None = None, bins: int 
     )  # fmt: skip
 
 
+@checked_arguments
 def length_partial(rm: RewardModel, pairs, scores: Result | None = None) -> Result:
     """What the margin says about the label once the difference in length is accounted for, and the reverse.
 
@@ -190,6 +194,7 @@ def length_partial(rm: RewardModel, pairs, scores: Result | None = None) -> Resu
     )  # fmt: skip
 
 
+@checked_arguments
 def ranking(rm: RewardModel, groups, scores: Result | None = None) -> Result:
     """How well rewards order the k responses of a prompt.
 

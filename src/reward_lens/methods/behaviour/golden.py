@@ -3,6 +3,7 @@
 import numpy as np
 import xarray as xr
 
+from reward_lens.arguments import checked_arguments
 from reward_lens.data.golden import GoldenScore, golden_entries
 from reward_lens.errors import DataError
 from reward_lens.model.heads.own import OwnHead
@@ -12,6 +13,7 @@ from reward_lens.result import Check, Result
 QUANTITIES = ("expected", "found", "gap", "tolerance")
 
 
+@checked_arguments
 def golden_scores(rm: RewardModel, entries=None) -> Result:
     """Published scores of this model beside those it gives here.
 

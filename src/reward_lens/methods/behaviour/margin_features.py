@@ -16,6 +16,7 @@ import numpy as np
 import xarray as xr
 
 from reward_lens import data, stats
+from reward_lens.arguments import checked_arguments
 from reward_lens.errors import DataError
 from reward_lens.features import text_features
 from reward_lens.methods.shared.paired import given_scores
@@ -29,6 +30,7 @@ PARTS = ("margin", "explained", "rest")
 FEW = f"the feature differs in fewer than {stats.FEWEST} prompts: no interval"
 
 
+@checked_arguments
 def margin_features(
     rm: RewardModel, pairs, features: Sequence[str] | None = None, scores: Result | None = None
 ) -> Result:
@@ -81,6 +83,7 @@ def margin_features(
     )  # fmt: skip
 
 
+@checked_arguments
 def margin_debug(
     rm: RewardModel, pairs, features: Sequence[str] | None = None, scores: Result | None = None, folds: int = 5,
     seed: int = 0,

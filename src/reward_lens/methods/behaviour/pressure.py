@@ -23,6 +23,7 @@ import numpy as np
 import xarray as xr
 
 from reward_lens import data, stats
+from reward_lens.arguments import checked_arguments
 from reward_lens.data.samples import RESERVED, Samples, read_samples
 from reward_lens.errors import DataError
 from reward_lens.features import TEXT_FEATURES, latin_share, text_features
@@ -32,6 +33,7 @@ from reward_lens.result import Check, Result
 DIMS = ("prompt_id", "feature", "n")
 
 
+@checked_arguments
 def optimisation_pressure(
     samples, rm=None, *, features=None, n_max: int | None = None, seed: int = 0, n_boot: int = 2000
 ) -> Result:

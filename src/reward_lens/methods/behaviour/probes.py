@@ -24,6 +24,7 @@ import numpy as np
 import xarray as xr
 
 from reward_lens import data, stats
+from reward_lens.arguments import checked_arguments
 from reward_lens.edits import TextEdit, edits_of
 from reward_lens.methods.behaviour.edited_texts import SIDES, EditedRewards, scored_edits, within_prompt_sd
 from reward_lens.methods.shared.paired_shares import won
@@ -36,6 +37,7 @@ UNCHANGED = "the edit leaves the response as it is"
 NEEDED_FOR = 0.5  # SD of shifts
 
 
+@checked_arguments
 def probe_hacking(
     rm: RewardModel,
     pairs=None,

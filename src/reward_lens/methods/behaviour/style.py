@@ -17,6 +17,7 @@ import numpy as np
 import xarray as xr
 
 from reward_lens import data, stats
+from reward_lens.arguments import checked_arguments
 from reward_lens.errors import DataError
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.result import Result
@@ -30,6 +31,7 @@ DIFFICULTIES = {
 }
 
 
+@checked_arguments
 def style_matrix(rm: RewardModel, items) -> Result:
     """How often the chosen response wins, for each of its three styles against each of the rejected one's.
 
@@ -72,6 +74,7 @@ def style_matrix(rm: RewardModel, items) -> Result:
     )  # fmt: skip
 
 
+@checked_arguments
 def style_summary(matrix: Result) -> Result:
     """Hard, normal, easy and overall accuracy of a style matrix.
 

@@ -21,6 +21,7 @@ import numpy as np
 import xarray as xr
 
 from reward_lens import data, stats
+from reward_lens.arguments import checked_arguments
 from reward_lens.engine.continuations import beginning, rewards_after
 from reward_lens.errors import DataError
 from reward_lens.model.checks import reward_tolerance
@@ -37,6 +38,7 @@ AT_ONCE = 4096
 """Tokens whose conversations are held at one time."""
 
 
+@checked_arguments
 def vocab_sweep(
     rm: RewardModel,
     prompt,

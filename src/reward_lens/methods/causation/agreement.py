@@ -32,6 +32,7 @@ import xarray as xr
 from jaxtyping import Float
 
 from reward_lens import data, stats
+from reward_lens.arguments import checked_arguments
 from reward_lens.errors import DataError
 from reward_lens.methods.causation.effect_sweeps import EXCHANGES, asked_sites
 from reward_lens.methods.causation.effects import effects
@@ -56,6 +57,7 @@ CANNOT_SHOW = (
 )
 
 
+@checked_arguments
 def agreement(
     rm: RewardModel,
     pairs,
@@ -124,6 +126,7 @@ def agreement(
     )  # fmt: skip
 
 
+@checked_arguments
 def agreement_by_length(result: Result, layers: str = "all", model: str = "trained") -> Result:
     """The mean rank correlation of `agreement` by which response is longer.
 

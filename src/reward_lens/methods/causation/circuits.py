@@ -27,6 +27,7 @@ import xarray as xr
 from jaxtyping import Float
 
 from reward_lens import data
+from reward_lens.arguments import checked_arguments
 from reward_lens.engine.activations import positions_of
 from reward_lens.engine.editing import Edit, Source
 from reward_lens.engine.intervention import intervene
@@ -44,6 +45,7 @@ CURVES = ("keep", "knock out")
 FLAT = "M(all) and M(none) differ by no more than the noise floor"
 
 
+@checked_arguments
 @torch.no_grad()
 def ablation_curve(
     rm: RewardModel,
@@ -108,6 +110,7 @@ def ablation_curve(
     )  # fmt: skip
 
 
+@checked_arguments
 @torch.no_grad()
 def minimal_circuit(
     rm: RewardModel,

@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reward_lens import data
+from reward_lens.arguments import checked_arguments
 from reward_lens.engine.activations import capture
 from reward_lens.engine.patching import Edit, patch_rows
 from reward_lens.errors import DataError
@@ -39,6 +40,7 @@ VARIANTS = ("paper", "code")
 ANGLES = 513  # of the grid on which the angle is looked for
 
 
+@checked_arguments
 @torch.no_grad()
 def counterfactual_patch(
     rm: RewardModel,

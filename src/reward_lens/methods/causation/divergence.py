@@ -28,6 +28,7 @@ import xarray as xr
 from jaxtyping import Float
 
 from reward_lens import data, stats
+from reward_lens.arguments import checked_arguments
 from reward_lens.errors import DataError
 from reward_lens.methods.causation.downstream import Downstream, NaturalStates, Psi, Units, downstream, natural_states
 from reward_lens.methods.causation.heterogeneity import heterogeneity
@@ -56,6 +57,7 @@ OF_PAIR = {
 }  # fmt: skip
 
 
+@checked_arguments
 @torch.no_grad()
 def divergence(
     rm: RewardModel,

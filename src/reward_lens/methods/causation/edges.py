@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from reward_lens import data
+from reward_lens.arguments import checked_arguments
 from reward_lens.engine import hooks
 from reward_lens.engine.alignment import align as aligned
 from reward_lens.engine.gradients import gradients
@@ -42,6 +43,7 @@ from reward_lens.result import Check, Result
 REWARD = "reward"
 
 
+@checked_arguments
 def edge_effects(
     rm: RewardModel,
     pairs,

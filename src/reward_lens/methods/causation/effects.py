@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from reward_lens import data
+from reward_lens.arguments import checked_arguments
 from reward_lens.errors import DataError
 from reward_lens.methods.causation.effect_cells import Spans
 from reward_lens.methods.causation.effect_readings import Reading
@@ -41,6 +42,7 @@ Estimator = Literal["exact", "gradient", "integrated", "integrated_block", "inte
 ESTIMATORS = get_args(Estimator)
 
 
+@checked_arguments
 def effects(
     rm: RewardModel,
     pairs,

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from reward_lens import data
+from reward_lens.arguments import checked_arguments
 from reward_lens.engine.editing import Edit, Source
 from reward_lens.engine.patching import patch_rows
 from reward_lens.errors import CheckFailed, DataError
@@ -35,6 +36,7 @@ MARGIN = "spans of two responses have no common order: no margin"
 NOTHING_ELSE = "a span that is nothing but the position that is read has no effect of its own"
 
 
+@checked_arguments
 @torch.no_grad()
 def attention_knockout(
     rm: RewardModel,

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from reward_lens import data
+from reward_lens.arguments import checked_arguments
 from reward_lens.engine.alignment import Alignment
 from reward_lens.engine.alignment import align as aligned
 from reward_lens.engine.editing import Edit
@@ -45,6 +46,7 @@ SENDERS, RECEIVERS = ("embed", "attn", "mlp", "head"), ("attn", "mlp", "q", "k",
 LATER = "the sender does not come before the receiver"
 
 
+@checked_arguments
 @torch.no_grad()
 def path_effects(
     rm: RewardModel,

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from reward_lens import data
+from reward_lens.arguments import checked_arguments
 from reward_lens.errors import DataError
 from reward_lens.methods.causation.effect_cells import sites_of
 from reward_lens.methods.causation.effect_sweeps import site_coords
@@ -31,6 +32,7 @@ OPTIONS = ("steps", "calibrate", "grad_drop")
 UNVERIFIED = "not among the screened sites: only an estimate"
 
 
+@checked_arguments
 def screen_then_verify(
     rm: RewardModel,
     pairs,

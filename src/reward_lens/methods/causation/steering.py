@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reward_lens import data, stats
+from reward_lens.arguments import checked_arguments
 from reward_lens.engine.activations import capture, positions_of
 from reward_lens.engine.editing import Edit
 from reward_lens.engine.intervention import add
@@ -39,6 +40,7 @@ from reward_lens.result import Check, Result
 UNITS = ("resid_norm", "absolute")
 
 
+@checked_arguments
 @torch.no_grad()
 def steer(
     rm: RewardModel,

@@ -30,6 +30,7 @@ import pandas as pd
 import xarray as xr
 
 from reward_lens import data, stats
+from reward_lens.arguments import checked_arguments
 from reward_lens.errors import DataError
 from reward_lens.methods.comparison import compared_curves as curves_of
 from reward_lens.methods.comparison import compared_models as compared
@@ -49,6 +50,7 @@ LEVEL = {
 }  # fmt: skip
 
 
+@checked_arguments
 def compare(
     models,
     pairs,
@@ -117,6 +119,7 @@ def compare(
     )  # fmt: skip
 
 
+@checked_arguments
 def compare_checkpoints(
     models,
     pairs,
@@ -166,6 +169,7 @@ def compare_checkpoints(
     )  # fmt: skip
 
 
+@checked_arguments
 def disagreements(result: Result, first: str | None = None, second: str | None = None, n: int = 20) -> pd.DataFrame:
     """The pairs on which two models prefer different responses most clearly.
 

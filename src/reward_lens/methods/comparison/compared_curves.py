@@ -11,6 +11,7 @@ import numpy as np
 import xarray as xr
 
 from reward_lens import data, stats
+from reward_lens.arguments import checked_arguments
 from reward_lens.errors import DataError
 from reward_lens.methods.comparison import compared_scores as scores
 from reward_lens.methods.comparison import compared_states as states
@@ -21,6 +22,7 @@ from reward_lens.result import Result
 CURVES = ("lens", "contributions", "effects", "states", "probes")
 
 
+@checked_arguments
 def compared_curves(result: Result, of: Literal["lens", "contributions", "effects", "states", "probes"]) -> Result:
     """The curves that a result of `compare` carries, as a Result of their own.
 

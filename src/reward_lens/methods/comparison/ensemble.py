@@ -26,6 +26,7 @@ import numpy as np
 import xarray as xr
 
 from reward_lens import data, stats
+from reward_lens.arguments import checked_arguments
 from reward_lens.errors import DataError
 from reward_lens.methods.comparison import compared_scores as scores
 from reward_lens.methods.comparison.model_summary import Summary, named_models, summaries
@@ -39,6 +40,7 @@ OF_ALL = ("mean", "spread", "least", "cautious")
 """Readings of the ensemble, behind those of its members."""
 
 
+@checked_arguments
 def ensemble_rewards(models, pairs, scale: Scale = "sd", k: int | float = 1.0, seed: int = 0) -> Result:
     """Margins of every member and of the ensemble: mean, spread over members, least, and mean less `k` spreads.
 
@@ -105,6 +107,7 @@ def ensemble_rewards(models, pairs, scale: Scale = "sd", k: int | float = 1.0, s
     )  # fmt: skip
 
 
+@checked_arguments
 def ensemble_summary(result: Result) -> Result:
     """What the labels say of an ensemble: accuracy, disagreement, and whether the members are apart where it errs.
 

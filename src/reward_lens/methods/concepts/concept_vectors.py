@@ -27,6 +27,7 @@ import xarray as xr
 from jaxtyping import Float
 
 from reward_lens import stats
+from reward_lens.arguments import checked_arguments
 from reward_lens.data.concepts import NEUTRAL, ConceptTexts, as_concept_texts
 from reward_lens.errors import DataError
 from reward_lens.methods.concepts.concept_states import POSITIONS, cell_means, site_at, text_states
@@ -37,6 +38,7 @@ from reward_lens.model.reward_model import RewardModel
 from reward_lens.result import Check, Result
 
 
+@checked_arguments
 @torch.no_grad()
 def concept_vectors(
     rm: RewardModel,

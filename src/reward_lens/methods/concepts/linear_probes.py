@@ -30,6 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reward_lens import data, stats
+from reward_lens.arguments import checked_arguments
 from reward_lens.engine.gradients import gradients
 from reward_lens.engine.run import passes
 from reward_lens.errors import DataError
@@ -47,6 +48,7 @@ FEWEST_CONTROLS = 5
 NOT_READ = "the reward does not depend on this state, or the state is the same in all texts"
 
 
+@checked_arguments
 def linear_probes(
     rm: RewardModel,
     texts,

@@ -31,6 +31,7 @@ import torch
 import xarray as xr
 
 from reward_lens import data, stats
+from reward_lens.arguments import checked_arguments
 from reward_lens.data.concepts import ConceptTexts, as_concept_texts
 from reward_lens.engine.activations import capture
 from reward_lens.errors import DataError
@@ -48,6 +49,7 @@ SAME = ("method", "model", "objective", "reads")
 _UNDEFINED = "the vector lies along the common direction of reward"
 
 
+@checked_arguments
 @torch.no_grad()
 def valuation(
     rm: RewardModel,

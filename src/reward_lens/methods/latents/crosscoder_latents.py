@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from reward_lens import data, stats
+from reward_lens.arguments import checked_arguments
 from reward_lens.errors import DataError
 from reward_lens.methods.latents.crosscoder_splits import Codes, chunks, codes_of, parts_of, values_of
 from reward_lens.methods.latents.latent_contributions import Scale, active_latents
@@ -48,6 +49,7 @@ TARGETS = ("nu_error", "nu_reconstruction")
 _OTHER_WIDTHS = "not measured: the models' widths differ, so a direction of one is none of the other"
 
 
+@checked_arguments
 @torch.no_grad()
 def crosscoder_latents(
     models,

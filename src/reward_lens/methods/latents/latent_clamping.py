@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from reward_lens import data
+from reward_lens.arguments import checked_arguments
 from reward_lens.errors import DataError
 from reward_lens.methods.latents.latent_effects import changes, set_to
 from reward_lens.methods.latents.latent_states import At, described, read_latents, require_latents, site_of
@@ -27,6 +28,7 @@ from reward_lens.result import Check, Result
 from reward_lens.sae.dictionary import SAE
 
 
+@checked_arguments
 @torch.no_grad()
 def clamp_latent(
     rm: RewardModel,

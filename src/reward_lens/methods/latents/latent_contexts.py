@@ -18,6 +18,7 @@ import torch
 import xarray as xr
 
 from reward_lens import data, stats
+from reward_lens.arguments import checked_arguments
 from reward_lens.errors import DataError
 from reward_lens.methods.latents.latent_states import described, read_latents, require_latents, site_of
 from reward_lens.model.reward_model import RewardModel
@@ -30,6 +31,7 @@ BINS = 32
 _EMPTY = "outside the response, or the latent is active in fewer texts than contexts asked for"
 
 
+@checked_arguments
 @torch.no_grad()
 def latent_contexts(
     rm: RewardModel,

@@ -25,6 +25,7 @@ import torch
 from scipy.sparse import csr_array
 
 from reward_lens import data, stats
+from reward_lens.arguments import checked_arguments
 from reward_lens.errors import DataError
 from reward_lens.methods.latents.latent_splits import Estimator, Part, split_pair
 from reward_lens.methods.latents.latent_states import At, described, is_last, read_latents, site_of
@@ -41,6 +42,7 @@ Scale = Literal["shared", "own"]
 TAILS = ("error", "b_dec", "rest")
 
 
+@checked_arguments
 @torch.no_grad()
 def latent_contributions(
     rm: RewardModel,

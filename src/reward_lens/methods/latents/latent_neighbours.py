@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import xarray as xr
 
+from reward_lens.arguments import checked_arguments
 from reward_lens.errors import DataError
 from reward_lens.methods.latents.latent_states import described, is_last, require_latents, site_of
 from reward_lens.model.readout import LinearReadout
@@ -30,6 +31,7 @@ _ROWS = 1024  # latents compared with all others at once
 _NO_LENGTH = "a decoder row of length zero has no direction"
 
 
+@checked_arguments
 @torch.no_grad()
 def latent_neighbours(
     rm: RewardModel, sae: SAE, latents: Sequence[int], top: int = 8, site: Site | str | None = None

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from reward_lens import data
+from reward_lens.arguments import checked_arguments
 from reward_lens.engine.activations import capture, positions_of
 from reward_lens.engine.editing import Edit, depth_of
 from reward_lens.engine.intervention import constant
@@ -35,6 +36,7 @@ _UNDEFINED = (
 )
 
 
+@checked_arguments
 @torch.no_grad()
 def latent_tokens(
     rm: RewardModel, sae: SAE, pairs, latent: int, site: Site | str | None = None, max_rows: int | None = None

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from reward_lens import data, stats
+from reward_lens.arguments import checked_arguments
 from reward_lens.errors import DataError
 from reward_lens.methods.latents.latent_screening import Replace, Screened, flip_tests, screened_effects, with_margin
 from reward_lens.methods.latents.latent_states import At, described, site_of
@@ -33,6 +34,7 @@ from reward_lens.sae.dictionary import SAE
 Adjust = Literal["holm", "bh"]
 
 
+@checked_arguments
 @torch.no_grad()
 def reward_latents(
     rm: RewardModel,
@@ -73,6 +75,7 @@ def reward_latents(
     )  # fmt: skip
 
 
+@checked_arguments
 @torch.no_grad()
 def probe_latents(
     rm: RewardModel,

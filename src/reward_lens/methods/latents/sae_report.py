@@ -24,6 +24,7 @@ import xarray as xr
 from jaxtyping import Float
 
 from reward_lens import data, stats
+from reward_lens.arguments import checked_arguments
 from reward_lens.errors import DataError
 from reward_lens.methods.latents.latent_contributions import latent_contributions
 from reward_lens.methods.latents.latent_states import described, encoded, site_of
@@ -43,6 +44,7 @@ MATCHED = 0.7
 _UNDEFINED = "the texts' states or rewards do not differ from those of the mean state, so there is nothing to divide by"
 
 
+@checked_arguments
 @torch.no_grad()
 def sae_report(
     rm: RewardModel,

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reward_lens import data
+from reward_lens.arguments import checked_arguments
 from reward_lens.engine.activations import positions_of
 from reward_lens.engine.editing import Edit, Source
 from reward_lens.engine.intervention import constant
@@ -31,6 +32,7 @@ PLACES: tuple[Literal["final"], Literal["response"]] = ("final", "response")
 RUNS = ("clean", "sae, final", "mean, final", "sae, response", "mean, response")
 
 
+@checked_arguments
 @torch.no_grad()
 def spliced_rewards(
     rm: RewardModel, sae: SAE, pairs, site: Site | str | None = None, seed: int = 0, max_rows: int | None = None

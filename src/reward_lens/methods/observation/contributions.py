@@ -25,6 +25,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from reward_lens.arguments import checked_arguments
 from reward_lens.engine.activations import Activations, captured, pairs_of
 from reward_lens.errors import DataError
 from reward_lens.methods.observation.expert_split import ExpertSplit
@@ -44,6 +45,7 @@ SPLITS: dict[str, Callable[[RewardModel], Split]] = {
 }
 
 
+@checked_arguments
 @torch.no_grad()
 def contributions(
     rm: RewardModel,
@@ -106,6 +108,7 @@ def contributions(
     )  # fmt: skip
 
 
+@checked_arguments
 @torch.no_grad()
 def objective_contributions(
     rm: RewardModel,

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from reward_lens import data
+from reward_lens.arguments import checked_arguments
 from reward_lens.engine.activations import captured, pairs_of
 from reward_lens.errors import DataError
 from reward_lens.methods.observation.splits import ComponentSplit, component_coords
@@ -34,6 +35,7 @@ from reward_lens.result import Check, Result
 Baseline = Literal["mean", "zero"]
 
 
+@checked_arguments
 @torch.no_grad()
 def integrated_contributions(rm: RewardModel, pairs, baseline: Baseline = "mean", steps: int = 64) -> Result:
     """Split rewards over components from a baseline state, the head's slope averaged on the way to each run's state.

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from reward_lens import data
+from reward_lens.arguments import checked_arguments
 from reward_lens.engine.activations import captured, pairs_of
 from reward_lens.engine.places import require_readings_along
 from reward_lens.errors import DataError
@@ -41,6 +42,7 @@ from reward_lens.result import Check, Result
 Norms = Literal["own", "frozen"]
 
 
+@checked_arguments
 @torch.no_grad()
 def reward_lens(rm: RewardModel, pairs, norm: Norms = "own", at: Literal["final", "all"] = "final") -> Result:
     """Reward at every depth, at the reward position or (as a prefix reward curve) at every position.
@@ -78,6 +80,7 @@ def reward_lens(rm: RewardModel, pairs, norm: Norms = "own", at: Literal["final"
     )  # fmt: skip
 
 
+@checked_arguments
 @torch.no_grad()
 def crystallization_depth(rm: RewardModel, pairs, norm: Norms = "own", control_seeds: int = 0, seed: int = 0) -> Result:
     """Smallest relative depth after which the lens margin keeps its final sign and at least half its final size.
@@ -108,6 +111,7 @@ def crystallization_depth(rm: RewardModel, pairs, norm: Norms = "own", control_s
     )  # fmt: skip
 
 
+@checked_arguments
 def random_weight_copy(rm: RewardModel, seed: int = 0) -> RewardModel:
     """The same network with every weight matrix redrawn at its own mean and spread; norms, biases and head are kept.
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from reward_lens import data
+from reward_lens.arguments import checked_arguments
 from reward_lens.engine.places import require_readings_along
 from reward_lens.errors import CheckFailed, DataError
 from reward_lens.methods.observation.embedding_paths import Baseline, gradient_path, integrated_path
@@ -59,6 +60,7 @@ class Shares:
     """[text] how far half the nodes put a token's value elsewhere, over the largest value; empty likewise."""
 
 
+@checked_arguments
 def token_attribution(
     rm: RewardModel,
     pairs,

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from reward_lens import data
+from reward_lens.arguments import checked_arguments
 from reward_lens.engine.activations import captured, pairs_of
 from reward_lens.errors import DataError, StructureError
 from reward_lens.methods.shared.paired import margin_of, paired_result
@@ -42,6 +43,7 @@ FEWEST_RESPONSES = 50
 FOLDS = 5
 
 
+@checked_arguments
 def tuned_lens(rm: RewardModel, train_pairs, pairs, alphas: Sequence[float] = ALPHAS, seed: int = 0) -> Result:
     """The final reward as a ridge regression, fitted on other prompts, reads it off every depth.
 
@@ -95,6 +97,7 @@ def tuned_lens(rm: RewardModel, train_pairs, pairs, alphas: Sequence[float] = AL
     )  # fmt: skip
 
 
+@checked_arguments
 def gradient_lens(
     rm: RewardModel, pairs, at: Literal["final", "all"] = "final", batch_size: int | None = None
 ) -> Result:

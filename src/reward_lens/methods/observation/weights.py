@@ -28,6 +28,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from reward_lens.arguments import checked_arguments
 from reward_lens.engine import hooks
 from reward_lens.engine.places import out_map
 from reward_lens.errors import DataError, StructureError
@@ -46,6 +47,7 @@ AT_ONCE = 8192  # rows of the embedding in float32 at a time
 READINGS = ("norm", "copy")
 
 
+@checked_arguments
 @torch.no_grad()
 def vocab_alignment(rm: RewardModel, top: int | None = 25) -> Result:
     """Cosine of every token's embedding with the effective direction of the reward.
@@ -108,6 +110,7 @@ def vocab_alignment(rm: RewardModel, top: int | None = 25) -> Result:
     )  # fmt: skip
 
 
+@checked_arguments
 @torch.no_grad()
 def ov_pull(rm: RewardModel) -> Result:
     """How strongly each head's OV circuit can write along the reward direction, whatever it reads.

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from reward_lens import data
+from reward_lens.arguments import checked_arguments
 from reward_lens.engine.activations import positions_of
 from reward_lens.engine.editing import Source
 from reward_lens.errors import DataError
@@ -48,6 +49,7 @@ from reward_lens.result import Check, Result
 OF_PROMPT = ("prompt", "gate")
 
 
+@checked_arguments
 def gate_routes(
     rm: RewardModel,
     pairs,

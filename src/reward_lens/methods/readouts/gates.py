@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from reward_lens import data
+from reward_lens.arguments import checked_arguments
 from reward_lens.engine.activations import capture
 from reward_lens.errors import DataError
 from reward_lens.methods.observation.source_tokens import placed, source_runs
@@ -37,6 +38,7 @@ from reward_lens.result import Check, Result
 AT_ONCE = 64  # prompts whose writes are held together
 
 
+@checked_arguments
 @torch.no_grad()
 def gate_weights(rm: RewardModel, pairs) -> Result:
     """The weights that a prompt gives to the objectives of a gated head.
@@ -76,6 +78,7 @@ def gate_weights(rm: RewardModel, pairs) -> Result:
     )  # fmt: skip
 
 
+@checked_arguments
 @torch.no_grad()
 def gate_attribution(rm: RewardModel, pairs, by: Literal["component", "token"] = "component") -> Result:
     """Which components, or which tokens of the prompt, set the weights of a gated head.

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from reward_lens import data
+from reward_lens.arguments import checked_arguments
 from reward_lens.engine import hooks
 from reward_lens.errors import DataError, StructureError
 from reward_lens.methods.observation.splits import component_coords
@@ -51,6 +52,7 @@ MODELS = ("policy", "reference", "reward")
 CLOSING = ("rounding", "bias", "cap", "log normaliser")
 
 
+@checked_arguments
 def implicit_lens(
     policy: Given,
     reference: Given,
@@ -80,6 +82,7 @@ def implicit_lens(
                      per, seed, [], words)  # fmt: skip
 
 
+@checked_arguments
 def implicit_contributions(
     policy: Given,
     reference: Given,

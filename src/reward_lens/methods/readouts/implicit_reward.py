@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from reward_lens import stats
+from reward_lens.arguments import checked_arguments
 from reward_lens.methods.readouts.implicit_reading import (
     by_text,
     by_token,
@@ -34,6 +35,7 @@ from reward_lens.result import Check, Result
 READINGS = ("sum", "per token")
 
 
+@checked_arguments
 def implicit_reward(
     policy: Given, reference: Given, pairs, beta: float = 0.1, end: End = "template", seed: int = 0
 ) -> Result:
@@ -77,6 +79,7 @@ def implicit_reward(
     )  # fmt: skip
 
 
+@checked_arguments
 def implicit_tokens(
     policy: Given, reference: Given, pairs, beta: float = 0.1, end: End = "template", seed: int = 0
 ) -> Result:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from reward_lens import data
+from reward_lens.arguments import checked_arguments
 from reward_lens.errors import DataError
 from reward_lens.methods.causation.effect_cells import Spans
 from reward_lens.methods.causation.effect_readings import Objectives
@@ -29,6 +30,7 @@ from reward_lens.model.sites import Site
 from reward_lens.result import Result
 
 
+@checked_arguments
 def objective_effects(
     rm: RewardModel,
     pairs,

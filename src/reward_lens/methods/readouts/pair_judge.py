@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from reward_lens import data, stats
+from reward_lens.arguments import checked_arguments
 from reward_lens.errors import StructureError
 from reward_lens.methods.shared.paired import paired_result
 from reward_lens.model.checks import reward_tolerance
@@ -30,6 +31,7 @@ from reward_lens.result import Check, Result
 READINGS = ("chosen is a", "chosen is b", "preference", "position bias")
 
 
+@checked_arguments
 def pair_judge(rm: RewardModel, pairs, batch_size: int | None = None, seed: int = 0) -> Result:
     """Log-odds of a pair judge for the chosen response in both orders, their mean, and half their difference.
 

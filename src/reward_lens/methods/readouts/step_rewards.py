@@ -21,6 +21,7 @@ import torch
 import xarray as xr
 
 from reward_lens import stats
+from reward_lens.arguments import checked_arguments
 from reward_lens.data.solutions import Solution, as_solutions
 from reward_lens.engine.activations import Activations
 from reward_lens.engine.positions import capture_at
@@ -46,6 +47,7 @@ class _Read(NamedTuple):
     """A run for each step of each solution, in order."""
 
 
+@checked_arguments
 @torch.no_grad()
 def step_rewards(rm: RewardModel, solutions, seed: int = 0) -> Result:
     """The reward of every step of every solution, and its aggregates as columns of their own.
@@ -91,6 +93,7 @@ def step_rewards(rm: RewardModel, solutions, seed: int = 0) -> Result:
     )  # fmt: skip
 
 
+@checked_arguments
 @torch.no_grad()
 def step_lens(rm: RewardModel, solutions, norm: Norms = "own", seed: int = 0) -> Result:
     """The reward of every step read off the residual stream at every depth.
@@ -123,6 +126,7 @@ def step_lens(rm: RewardModel, solutions, norm: Norms = "own", seed: int = 0) ->
     )  # fmt: skip
 
 
+@checked_arguments
 @torch.no_grad()
 def step_contributions(rm: RewardModel, solutions, by: By = "component", seed: int = 0) -> Result:
     """The reward of every step split over the components that write to the residual stream where it is read.

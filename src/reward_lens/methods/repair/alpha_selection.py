@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 
 from reward_lens import data, stats
+from reward_lens.arguments import checked_arguments
 from reward_lens.errors import DataError
 from reward_lens.methods.repair.head_editing import edited_row, margins_read, unit_directions
 from reward_lens.methods.shared.paired import paired_result
@@ -34,6 +35,7 @@ from reward_lens.result import Check, Result
 ALPHAS = tuple(i / 4 for i in range(9))
 
 
+@checked_arguments
 @torch.no_grad()
 def select_alpha(
     rm: RewardModel,

@@ -25,6 +25,7 @@ import xarray as xr
 from jaxtyping import Float
 
 from reward_lens import data, stats
+from reward_lens.arguments import checked_arguments
 from reward_lens.engine.activations import captured
 from reward_lens.errors import DataError
 from reward_lens.methods.shared.split_half import FEWEST_SPLITS, HELD_BACK, halves, left_out_interval, spearman_brown
@@ -35,6 +36,7 @@ from reward_lens.model.sites import Site
 from reward_lens.result import Check, Result
 
 
+@checked_arguments
 @torch.no_grad()
 def bias_direction(
     rm: RewardModel,

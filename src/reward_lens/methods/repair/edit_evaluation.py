@@ -21,6 +21,7 @@ import numpy as np
 import xarray as xr
 
 from reward_lens import data, stats
+from reward_lens.arguments import checked_arguments
 from reward_lens.edits import TextEdit, edits_of
 from reward_lens.errors import DataError
 from reward_lens.methods.behaviour.edited_texts import scored_edits, within_prompt_sd
@@ -32,6 +33,7 @@ STATES = ("before", "after", "change")
 UNITS = {"probe": "within-prompt SD", "accuracy": "fraction"}
 
 
+@checked_arguments
 def evaluate_edit(
     before: RewardModel,
     after: RewardModel,

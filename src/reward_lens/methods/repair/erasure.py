@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reward_lens import data, stats
+from reward_lens.arguments import checked_arguments
 from reward_lens.engine.activations import captured
 from reward_lens.errors import DataError
 from reward_lens.model.head import editable_readout, stored, with_row
@@ -32,6 +33,7 @@ from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
 
 
+@checked_arguments
 @torch.no_grad()
 def erase_concept(rm: RewardModel, edited_pairs, tolerance: float = 1e-6) -> RewardModel:
     """The reward model whose reward has no covariance with being edited, on these pairs, at the least change of states.

@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reward_lens import data
+from reward_lens.arguments import checked_arguments
 from reward_lens.engine.activations import captured
 from reward_lens.errors import DataError
 from reward_lens.methods.shared.paired import margin_of, paired_result
@@ -38,6 +39,7 @@ SPAN_TOLERANCE = 1e-6  # singular value, of the largest, under which a direction
 GAIN_TOLERANCE = 1e-3  # gain, of the median one, under which w' cannot be told from g w'
 
 
+@checked_arguments
 @torch.no_grad()
 def edit_head(rm: RewardModel, directions, alpha: int | float = 1.0) -> RewardModel:
     """The reward model without what its head reads along some directions, the norm's scale held.
@@ -77,6 +79,7 @@ def edit_head(rm: RewardModel, directions, alpha: int | float = 1.0) -> RewardMo
     return with_row(rm, row, record)
 
 
+@checked_arguments
 @torch.no_grad()
 def edit_report(rm: RewardModel, edited: RewardModel, directions, pairs) -> Result:
     """How the reward changes when a direction's component is taken out of the residual, before and after an edit.

@@ -30,6 +30,7 @@ import xarray as xr
 from jaxtyping import Float
 
 from reward_lens import data, stats
+from reward_lens.arguments import checked_arguments
 from reward_lens.errors import DataError
 from reward_lens.methods.repair.head_editing import edited_row, margins_read, unit_directions
 from reward_lens.model.head import editable_readout, stored
@@ -40,6 +41,7 @@ from reward_lens.result import Check, Result
 OPS = ("null", "steer")
 
 
+@checked_arguments
 @torch.no_grad()
 def transfer_matrix(
     rm: RewardModel,

@@ -35,6 +35,7 @@ import numpy as np
 import torch
 import xarray as xr
 
+from reward_lens.arguments import checked_arguments
 from reward_lens.errors import DataError
 from reward_lens.methods.shared.split_half import HELD_BACK
 from reward_lens.methods.terms import direction_cosines as cosines
@@ -53,6 +54,7 @@ UNITS = {
 }  # fmt: skip
 
 
+@checked_arguments
 @torch.no_grad()
 def term_conflict(
     rm: RewardModel,

@@ -25,6 +25,7 @@ import numpy as np
 import xarray as xr
 
 from reward_lens import stats
+from reward_lens.arguments import checked_arguments
 from reward_lens.errors import DataError
 from reward_lens.methods.shared.fieller import RatioSet, fieller
 from reward_lens.methods.terms.slope_vectors import (
@@ -42,6 +43,7 @@ LAMBDAS = (0.25, 0.5, 0.75, 1.0)
 DIMS = ("dimension", "lam")
 
 
+@checked_arguments
 def distortion_index(
     r, w, covered=None, lam: int | float = 1.0, normalise: bool = True, names=None, level: float = 0.95
 ) -> Result:

@@ -19,6 +19,7 @@ import numpy as np
 import xarray as xr
 
 from reward_lens import data, stats
+from reward_lens.arguments import checked_arguments
 from reward_lens.errors import DataError
 from reward_lens.methods.terms.attribute_scores import pool_spread, score_of
 from reward_lens.result import Check, Result
@@ -26,6 +27,7 @@ from reward_lens.result import Check, Result
 PROMPTS_PER_ATTRIBUTE = 10
 
 
+@checked_arguments
 def fitted_weights(pairs, scores: Mapping[str, Any] | Sequence[str], pool=None, level: float = 0.95) -> Result:
     """Weight of each attribute in the preferences of these pairs.
 

@@ -25,6 +25,7 @@ import numpy as np
 import xarray as xr
 
 from reward_lens import data, stats
+from reward_lens.arguments import checked_arguments
 from reward_lens.edits import TextEdit, edits_of
 from reward_lens.errors import DataError
 from reward_lens.methods.behaviour.edited_texts import scored_edits, within_prompt_sd
@@ -62,6 +63,7 @@ class _Contrasts:
     """[text], number of its prompt"""
 
 
+@checked_arguments
 def sensitivity_slopes(
     rm: RewardModel, edits: Mapping[str, Any] | None = None, pairs=None, pool=None, level: float = 0.95,
     n_boot: int = 2000, seed: int = 0,

@@ -26,6 +26,7 @@ import numpy as np
 import xarray as xr
 
 from reward_lens import stats
+from reward_lens.arguments import checked_arguments
 from reward_lens.errors import DataError
 from reward_lens.methods.training.change_point import FEWEST_STEPS, JointChange, joint_change
 from reward_lens.methods.training.checkpoint_counts import HACKING, SCORE, Run, read_control, read_run
@@ -46,6 +47,7 @@ MEASURES = ("before", "after", "change", "control change", "change beyond contro
 LABELS = ("cascade", "no cascade", "undetermined")
 
 
+@checked_arguments
 def detect_cascade(
     steps,
     hack_counts,

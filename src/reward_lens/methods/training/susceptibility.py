@@ -23,6 +23,7 @@ import pandas as pd
 import xarray as xr
 
 from reward_lens import stats
+from reward_lens.arguments import checked_arguments
 from reward_lens.errors import DataError
 from reward_lens.result import Result
 
@@ -31,6 +32,7 @@ SHOWN = 5
 LABELS = ("together", "opposed", "unrelated", "undetermined")
 
 
+@checked_arguments
 def susceptibility_correlation(
     margins: pd.DataFrame | Result,
     length: str | None = None,

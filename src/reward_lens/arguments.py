@@ -1,0 +1,100 @@
+"""Whether the arguments of a public function are of the types in its signature, asked before any work is done.
+
+A name in place of a loaded model, or a number in place of a list, would otherwise end in an error of Python's from deep
+inside a run, or in none. Nothing is converted: where numpy's numbers, or an array, a tensor or a column, are taken for
+Python's numbers and lists, the function gets what was given. Which words an option takes is left to the function, whose
+message lists them.
+"""
+
+import functools
+import inspect
+import numbers
+import re
+import reprlib
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
+
+from reward_lens.errors import DataError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+LOADERS = {
+    "RewardModel": "load", "LanguageModel": "load_language_model", "Result": "load_result",
+    "SAE": "SAE.load", "Crosscoder": "Crosscoder.load",
+}  # fmt: skip
+WIDER = {int: numbers.Integral, float: numbers.Real}
+OF_MANY: tuple[Any, ...] = (Sequence, Mapping)
+
+
+def checked_arguments(function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, which first refuses arguments that its annotations do not admit: DataError names the parameter."""
+    names = list(inspect.signature(function).parameters)
+
+    @functools.cache
+    def admitted() -> dict[str, Any]:  # at the first call: an annotation may name what its module has below
+        return {name: _admitted(hint) for name, hint in typing.get_type_hints(function).items()}
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        hints = admitted()
+        for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+            if name in hints and not _is_of(value, hints[name]):
+                raise _refusal(function, name, value)
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def _admitted(hint: Any) -> Any:
+    """What a hint admits: any integer for int, any real for float, and for an option whatever is of a word's type."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return typing.Union[tuple(type(word) for word in inner)]  # noqa: UP007
+    if origin in (typing.Union, types.UnionType):
+        return typing.Union[tuple(_admitted(one) for one in inner)]  # noqa: UP007
+    if origin in OF_MANY:
+        return origin[tuple(_admitted(one) for one in inner)]
+    return WIDER.get(hint, hint) if isinstance(hint, type) else hint
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    if type(value) is hint:
+        return True
+    try:
+        check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+    except TypeCheckError:
+        # A number, an array, a tensor or a column says what it is in Python's own types.
+        return hasattr(value, "tolist") and _is_of(value.tolist(), hint)
+    return True
+
+
+def _refusal(function: Callable, name: str, value: Any) -> DataError:
+    hint = inspect.formatannotation(inspect.signature(function).parameters[name].annotation)
+    hint = re.sub(r"\b(collections\.abc|typing|pathlib|reward_lens)\.([a-z_]+\.)*", "", hint).replace("rl.", "").strip("'")
+    do = f"see help(rl.{function.__qualname__})"
+    loader = next((LOADERS[kind] for kind in hint.split(" | ") if kind in LOADERS), None)
+    if loader and isinstance(value, str | Path):
+        do = f"load it first: rl.{loader}({str(value)!r})"
+    elif loader == "load":
+        do = "give what rl.load(folder) returns, or rl.RewardModel(model, tokenizer) for a model in memory"
+    return DataError(
+        f"`{name}` of `{function.__qualname__}` is of a type that it does not take",
+        found=_shown(value),
+        expected=hint,
+        do=do,
+    )
+
+
+def _shown(value: Any) -> str:
+    kind = type(value).__name__
+    if isinstance(value, list | tuple | set | frozenset | dict):
+        inside = sorted({type(one).__name__ for one in (value.values() if isinstance(value, dict) else value)})
+        return f"a {kind} of {' and '.join(inside)}" if inside else f"an empty {kind}"
+    if isinstance(value, str | bytes | Path | numbers.Number):
+        return f"{reprlib.repr(value)}, of type {kind}"
+    return "None" if value is None else f"an object of type {kind}"

@@ -1,0 +1,113 @@
+"""Arguments of another type than a signature's: refused by name, in the house form, before any work."""
+
+import inspect
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import xarray as xr
+
+import reward_lens as rl
+from reward_lens.arguments import checked_arguments
+
+FUNCTIONS = [name for name in rl.__all__ if inspect.isfunction(getattr(rl, name))]
+
+
+class Odd:
+    """What no parameter takes."""
+
+
+def typed(function: Callable) -> list[str]:
+    hints = typing.get_type_hints(function)
+    return [name for name, hint in hints.items() if name != "return" and hint not in (typing.Any, object)]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_parameter_of_every_public_function(name):
+    function = getattr(rl, name)
+    for parameter in typed(function):
+        with pytest.raises(rl.DataError, match=f"`{parameter}` of `{name}`") as caught:
+            function(**{parameter: Odd()})
+        assert caught.value.found == "an object of type Odd"
+        assert caught.value.expected and "reward_lens." not in caught.value.expected
+
+
+@checked_arguments
+def sample(
+    rm: "rl.RewardModel | None" = None,
+    ks: Sequence[int] | None = None,
+    names: Sequence["str | rl.Site"] = (),
+    weights: Mapping[str, float] | None = None,
+    drawn: Iterable[int] = (),
+    progress: Callable[[int, int], None] | None = None,
+    vector: torch.Tensor | None = None,
+    seed: int = 0,
+    strength: float = 1.0,
+    legacy: bool = False,
+    mode: typing.Literal["zero", "mean"] | None = None,
+):
+    return list(drawn)
+
+
+@pytest.mark.parametrize(
+    "taken",
+    [
+        {"ks": [1, 2]}, {"ks": (np.int64(1),)}, {"ks": np.arange(3)}, {"ks": torch.arange(3)}, {"ks": pd.Series([1])},
+        {"ks": range(3)}, {"ks": None}, {"ks": []}, {"names": pd.Index(["L0.attn"])}, 
+        {"names": ["L0", rl.Site("mlp", 0)]},
+        {"weights": {"a": 1, "b": np.float32(2)}}, {"progress": lambda *_: None}, {"progress": lambda done, of: None},
+        {"vector": torch.zeros(3)}, {"seed": np.int32(3)}, {"seed": np.array(3)}, {"strength": 2},
+        {"strength": np.float32(2)}, {"strength": torch.tensor(2.0)}, {"legacy": np.True_}, {"mode": "another"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_taken(taken):
+    assert sample(**taken) == []
+
+
+def test_the_function_gets_what_was_given():
+    drawn = (n for n in (1, 2))
+    assert sample(drawn=drawn) == [1, 2]  # not used up by the check
+    assert sample(None, [3], drawn=iter([4])) == [4]
+
+
+@pytest.mark.parametrize(
+    ("refused", "found", "do"),
+    [
+        ({"rm": "some/folder"}, "'some/folder', of type str", "rl.load('some/folder')"),
+        ({"rm": Path("folder")}, "of type PosixPath", "rl.load('folder')"),
+        ({"rm": torch.nn.Linear(2, 2)}, "an object of type Linear", "rl.RewardModel(model, tokenizer)"),
+        ({"ks": 1}, "1, of type int", "help(rl.sample)"),
+        ({"ks": [1, "a"]}, "a list of int and str", "help"),
+        ({"ks": [*range(1000), 1.5]}, "a list of float and int", "help"),
+        ({"ks": np.array([1.5])}, "an object of type ndarray", "help"),
+        ({"names": {"L0"}}, "a set of str", "help"),
+        ({"weights": {"a": "b"}}, "a dict of str", "help"),
+        ({"weights": [1.0]}, "a list of float", "help"),
+        ({"progress": 3}, "3, of type int", "help"),
+        ({"progress": lambda done: None}, "an object of type function", "help"),
+        ({"vector": [1.0]}, "a list of float", "help"),
+        ({"seed": 1.5}, "1.5, of type float", "help"),
+        ({"seed": None}, "None", "help"),
+        ({"strength": "2"}, "'2', of type str", "help"),
+        ({"legacy": "no"}, "'no', of type str", "help"),
+        ({"mode": 3}, "3, of type int", "help"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_refused(refused, found, do):
+    with pytest.raises(rl.DataError, match="does not take") as caught:
+        sample(**refused)
+    assert found in caught.value.found and do in caught.value.do
+
+
+def test_by_position_too():
+    with pytest.raises(rl.DataError, match="`rm` of `contributions`"):
+        rl.contributions("folder", [])
+    ranked = rl.Result("contributions", xr.DataArray([1.0], dims="component", coords={"component": ["embed"]}), unit="")
+    with pytest.raises(rl.DataError, match="`n` of `Result.top`"):
+        ranked.top(1.5)
