@@ -280,6 +280,7 @@ def test_a_file_that_cannot_be_saved_to_is_refused_before_the_work(tmp_path):
     ):
         refused = run("accuracy", "nowhere", "demo", option, str(path), code=2)  # 2: before the model is looked for
         assert said in " ".join(refused.stderr.replace("\u2502", " ").split())
+    assert "names a file: name a folder" in run("report", "nowhere", "-o", str(tmp_path / "r.html"), code=2).stderr
     assert "cannot be written" in run("sae", "explore", "nowhere", "d", "-o", str(tmp_path / "file" / "p.html"),
                                       code=2).stderr  # fmt: skip
 

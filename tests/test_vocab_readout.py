@@ -298,6 +298,15 @@ def test_templates_without_their_placeholders(template):
         rl.VocabReadout("the", chat=False)
 
 
+def test_a_placeholder_that_nothing_fills():
+    with pytest.raises(
+        rl.DataError, match=r"does not ask about the prompt.*\{question\}.*write \{prompt\} in its place"
+    ):
+        rl.VocabReadout("the", template="Is this a good answer to {question}? {response}")
+    rl.VocabReadout("the", template='Is this polite? Answer as {"polite": true}. {response}')  # judges responses alone
+    rl.VocabReadout("the", template="{prompt} {response} {score}")
+
+
 def test_a_reward_model_has_no_vocabulary_to_read():
     module, tokenizer = tiny_model("llama")
     with pytest.raises(rl.StructureError, match="LlamaForSequenceClassification has no vocabulary.*ForCausalLM"):

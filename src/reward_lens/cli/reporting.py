@@ -14,6 +14,7 @@ from reward_lens.analysis import Question, questions
 from reward_lens.cli.common import (
     COLUMNS,
     LEFT,
+    OTHER_FORMATS,
     Limit,
     Model,
     Objective,
@@ -29,13 +30,23 @@ from reward_lens.cli.common import (
 SAME = ("model", "revision", "dtype", "objective", "reads", "inputs_hash", "versions")
 
 
+def report_folder(path: Path) -> Path:
+    """A folder; a name that reads as the page's own is refused before a folder of that name holds everything."""
+    if path.suffix.lower() in OTHER_FORMATS:
+        raise typer.BadParameter(f"{path} names a file: name a folder, the page is written to report.html in it")
+    return path
+
+
 @app.command(epilog="Example: reward-lens report demo demo -o out/")
 @refusals
 def report(
     model: Model = "demo", pairs: PairsFile = "demo", split: Split = None, limit: Limit = None,
     objective: Objective = None, truncation: Truncation = None,
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="Folder for the page and the results.", file_okay=False)
+        Path,
+        typer.Option(
+            "-o", "--output", help="Folder for the page and the results.", file_okay=False, callback=report_folder
+        ),
     ] = Path("out"),
     resume: Annotated[bool, typer.Option("--resume", help="Take over what an earlier run left there.")] = False,
 ):  # fmt: skip

@@ -19,7 +19,10 @@ FIELDS = re.compile(r"\{(prompt|response|a|b)\}")
 
 
 def check_template(template: str) -> None:
-    """Raise `DataError` unless the template has {response}, or {a} and {b}, each once, and not both forms."""
+    """Raise `DataError` unless the template has {response}, or {a} and {b}, each once, and not both forms.
+
+    One without {prompt} judges responses alone; where it has a {word} of another name instead, that was meant.
+    """
     check_text(template, "judge's template")
     count = {name: len(re.findall(rf"\{{{name}\}}", template)) for name in ("response", "a", "b")}
     if list(count.values()) not in ([1, 0, 0], [0, 1, 1]):
@@ -28,6 +31,14 @@ def check_template(template: str) -> None:
             found=", ".join(f"{{{name}}} {n} times" for name, n in count.items()),
             expected="{response} once, or {a} once and {b} once",
             do="write these placeholders where the texts belong; other braces are left as they are",
+        )
+    others = re.findall(r"\{\w+\}", FIELDS.sub("", template))
+    if others and "{prompt}" not in template:
+        raise DataError(
+            "The judge's template does not ask about the prompt, and has a placeholder that nothing fills",
+            found=", ".join(dict.fromkeys(others)),
+            expected="{prompt} where the prompt belongs, or no placeholder besides those of the responses",
+            do="write {prompt} in its place",
         )
 
 
