@@ -274,13 +274,13 @@ def test_a_mistake_in_the_data_costs_no_model_and_what_is_odd_is_said(model, tmp
 
 def test_a_file_that_cannot_be_saved_to_is_refused_before_the_work(tmp_path):
     (tmp_path / "file").write_text("x")
-    for option, path, said in (
-        ("--save", tmp_path / "file" / "r.nc", "cannot be written"),
-        ("-o", tmp_path / "table.csv", "saved as netCDF, which .csv is not"),
+    for command, option, path, said in (
+        ("accuracy", "--save", tmp_path / "file" / "r.nc", "cannot be written"),
+        ("accuracy", "-o", tmp_path / "table.csv", "saved as netCDF, which .csv is not"),
+        ("report", "-o", tmp_path / "page.html", "names a file: name a folder"),
     ):
-        refused = run("accuracy", "nowhere", "demo", option, str(path), code=2)  # 2: before the model is looked for
+        refused = run(command, "nowhere", "demo", option, str(path), code=2)  # 2: before the model is looked for
         assert said in " ".join(refused.stderr.replace("\u2502", " ").split())
-    assert "names a file: name a folder" in run("report", "nowhere", "-o", str(tmp_path / "r.html"), code=2).stderr
     assert "cannot be written" in run("sae", "explore", "nowhere", "d", "-o", str(tmp_path / "file" / "p.html"),
                                       code=2).stderr  # fmt: skip
 
