@@ -265,3 +265,11 @@ def test_a_norm_behind_the_experts():
     np.testing.assert_allclose(value.sum("component"), model("flex_olmo").score_pairs(PAIRS).value, atol=1e-4)
     with pytest.raises(rl.StructureError, match="a norm follows"):
         rl.contributions(model("afmoe"), PAIRS, by="expert")
+
+
+def test_a_precision_that_experts_do_not_run_in():
+    with pytest.raises(rl.LoadError, match="does not run in the prec.*float64.*set_experts_implementation"):
+        model("mixtral", torch.float64)
+    module, tokenizer = tiny_model("mixtral", dtype=torch.float64)
+    module.set_experts_implementation("eager")
+    assert np.isfinite(rl.RewardModel(module, tokenizer).score("a", "b"))

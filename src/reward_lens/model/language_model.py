@@ -21,7 +21,6 @@ from reward_lens.arguments import checked_arguments
 from reward_lens.engine import hooks
 from reward_lens.errors import DataError, LoadError, StructureError
 from reward_lens.model import structure as structures
-from reward_lens.model.checks import require_usable_weights
 from reward_lens.model.forward import Batch, OnTrunk, batches, padding_id, rotary_threshold, trunk_of
 from reward_lens.model.linear_maps import linear_bias, linear_weight
 from reward_lens.model.loading import causal_module, tokenizer_of
@@ -31,6 +30,7 @@ from reward_lens.model.precision import require_precision
 from reward_lens.model.reward_model import versions
 from reward_lens.model.structure import Structure
 from reward_lens.model.tokens import Tokenizer, Tokens, check_text
+from reward_lens.model.usable_module import require_usable_weights
 
 End = Literal["template", "first", "none"]
 LOGITS_AT_ONCE = 2**25  # numbers; 128 MiB of float32

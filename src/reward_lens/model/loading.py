@@ -1,31 +1,26 @@
 """`load`: from a hub id, a local folder, a PEFT adapter or "demo" to a `RewardModel` whose load report passed."""
 
-import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
 
 from reward_lens.arguments import checked_arguments
 from reward_lens.errors import LoadError
 from reward_lens.model import heads
 from reward_lens.model.checkpoint_files import (
-    adapter_shapes,
     has_tokenizer,
     lacking,
     other_names,
     require_places,
     require_sizes,
     some_of,
-    tensors_in,
 )
 from reward_lens.model.forward import padding_id
-from reward_lens.model.heads.local import ValueHeadScore
 from reward_lens.model.heads.own import OwnHead
 from reward_lens.model.precision import require_precision
 from reward_lens.model.reward_model import RewardModel
+from reward_lens.model.saved_adapters import HEAD_SUFFIXES, is_adapter, load_adapter, merged, rows_in
 from reward_lens.model.step_readout import StepReadout
 from reward_lens.model.structure import Structure
 from reward_lens.model.vocab_readout import VocabReadout
@@ -111,8 +106,8 @@ def load(
     try:
         if isinstance(readout, VocabReadout):
             module, missing, base = causal_module(path, options, settings)
-        elif adapted := _is_adapter(path, revision):
-            module, missing, base = _load_adapter(path, options, settings)
+        elif adapted := is_adapter(path, revision):
+            module, missing, base = load_adapter(path, options, settings)
         else:
             module, missing = _load_classifier(path, options, settings)
             base = getattr(module, "tokenizer_name", None)
@@ -171,7 +166,7 @@ def _load_classifier(path: str, options: dict, settings: dict):
     known = heads.load_known(path, options | settings)
     if known is not None:
         return known, []
-    config = AutoConfig.from_pretrained(path, **options, **_rows_in(path, options["revision"]))
+    config = AutoConfig.from_pretrained(path, **options, **rows_in(path, options["revision"]))
     architectures = getattr(config, "architectures", None) or []
     causal = heads.causal_of(architectures)
     try:
@@ -204,15 +199,6 @@ def _load_classifier(path: str, options: dict, settings: dict):
     return module, missing
 
 
-def _rows_in(path: str, revision: str | None) -> dict[str, int]:
-    """The number of labels by the rows of the head, for a config that does not say it: transformers takes it for 2."""
-    values, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
-    if values.get("id2label") or values.get("num_labels"):
-        return {}
-    held = tensors_in(path, revision, ("score.weight", "classifier.weight", "classifier.out_proj.weight"))
-    return {"num_labels": next(iter(held.values())).shape[0]} if held else {}
-
-
 def _beside_trunk(module: Any, keys) -> list[str]:
     """Those of the keys that are neither the trunk's nor an unembedding's."""
     known = (module.base_model_prefix + ".", "lm_head.", "embed_out.")
@@ -236,7 +222,7 @@ def causal_module(path: str, options: dict, settings: dict):
     from transformers import AutoModelForCausalLM
 
     base = None
-    if _is_adapter(path, options["revision"]):
+    if is_adapter(path, options["revision"]):
         from peft import PeftConfig
 
         adapter = PeftConfig.from_pretrained(path, revision=options["revision"])
@@ -246,7 +232,7 @@ def causal_module(path: str, options: dict, settings: dict):
     own = options if base is None else options | {"revision": adapter.revision}
     loaded: Any = AutoModelForCausalLM.from_pretrained(base or path, output_loading_info=True, **own, **settings)
     module, info = loaded
-    heads = sorted(key for key in info["unexpected_keys"] if key.endswith(_HEAD_SUFFIXES))
+    heads = sorted(key for key in info["unexpected_keys"] if key.endswith(HEAD_SUFFIXES))
     if heads:  # a tied unembedding is never missing: the weights left over tell what the checkpoint is
         raise _not_a_language_model(base or path, f"a reward head in the checkpoint ({', '.join(heads)})")
     missing = sorted(info["missing_keys"])
@@ -254,7 +240,7 @@ def causal_module(path: str, options: dict, settings: dict):
         raise _not_a_language_model(base or path, f"no weights for {', '.join(missing[:5])}")
     require_places(base or path, module, info["unexpected_keys"])
     if base is not None:
-        module = _merged(module, path, options["revision"])
+        module = merged(module, path, options["revision"])
     return module, missing, base
 
 
@@ -265,114 +251,6 @@ def _not_a_language_model(name: str, found: str) -> LoadError:
         expected="a causal language model with every weight in the checkpoint, its unembedding included",
         do="leave readout= out for a model with a reward head, or load the language model itself",
     )
-
-
-def _load_adapter(path: str, options: dict, settings: dict):
-    """A PEFT adapter merged into its base, which may have a published head of its own; the head taken from the adapter
-    if it was saved there."""
-    from peft import PeftConfig
-    from transformers import AutoModelForSequenceClassification
-
-    adapter = PeftConfig.from_pretrained(path, revision=options["revision"])
-    base = str(adapter.base_model_name_or_path)
-    saved = _saved_shapes(path, options["revision"])
-    of_heads = [shape[0] for key, shape in saved.items() if key.endswith(_HEAD_SUFFIXES)]
-    rows = {"num_labels": of_heads[0]} if of_heads else _rows_in(base, adapter.revision)
-    base_options = {"trust_remote_code": options["trust_remote_code"], "revision": adapter.revision}
-    module = heads.load_known(base, base_options | settings, (path, options["revision"]))
-    info: dict[str, Any] = {"missing_keys": [], "unexpected_keys": []}  # load_known has refused either
-    if module is None:
-        with heads.without_report():
-            module, info = AutoModelForSequenceClassification.from_pretrained(
-                base, output_loading_info=True, **rows, **base_options, **settings
-            )
-    missing = sorted(k for k in info["missing_keys"] if _IN_PEFT + k not in saved)
-    if missing:
-        raise LoadError(
-            f"The adapter {path} has no trained reward head",
-            found=f"neither the adapter nor its base {base} holds {', '.join(missing[:5])}",
-            expected="the head among the adapter's weights (modules_to_save=['score']) or in the base",
-            do="save the head with the adapter, or load a base that is a reward model",
-        )
-    require_places(base, module, info["unexpected_keys"])
-    if adapter.task_type is None or str(adapter.task_type).endswith("SEQ_CLS") or _with_value_head(module):
-        return _merged(module, path, options["revision"]), missing, base
-    raise LoadError(
-        f"The adapter {path} is not one of a reward model",
-        found=f"task type {adapter.task_type}",
-        expected="SEQ_CLS",
-        do="load an adapter that was trained on a sequence classifier",
-    )
-
-
-_HEAD_SUFFIXES = ("score.weight", "classifier.weight", "v_head.weight", "regression_head.weight")
-_IN_PEFT = "base_model.model."  # what an adapter's file puts before the names of its base
-
-
-def _saved_shapes(path: str, revision: str | None) -> dict[str, list[int]]:
-    """Shapes of an adapter's tensors by name; a part of the base that was trained whole has the base's name."""
-    whole = re.compile(r"\.modules_to_save\.default|\.original_module")
-    return {whole.sub("", key): shape for key, shape in adapter_shapes(path, revision).items()}
-
-
-def _merged(module: Any, path: str, revision: str | None) -> Any:
-    """The base with the adapter in its weights. peft only warns of weights that it does not find, and drops those that
-    it has no place for: either leaves another model than the one that was trained."""
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-
-    base = {_IN_PEFT + name for name in module.state_dict()}
-    shapes = _saved_shapes(path, revision)
-    whole = _whole_embedding(module, shapes)
-    rows = {shapes[name][0] for name in whole}
-    if rows - {module.get_input_embeddings().weight.shape[0]}:  # tokens were added before training
-        module.resize_token_embeddings(max(rows), mean_resizing=False)
-    config = PeftConfig.from_pretrained(path, revision=revision)
-    if _with_value_head(module):
-        config.task_type = None  # peft's wrapper of a language model asks for one that can generate
-    adapted = PeftModel.from_pretrained(module, path, revision=revision, config=config)
-    expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) - base
-    saved = set(shapes) - base - whole
-    if expected != saved:
-        sides = {"no": expected - saved, "no place for": saved - expected}
-        raise LoadError(
-            f"The adapter {path} does not fit its base",
-            found="; ".join(f"{word} {some_of(sorted(names))}" for word, names in sides.items() if names),
-            expected="every weight of the adapter, each with its place in the base",
-            do="load the base that the adapter was trained on, or save the adapter again",
-        )
-    return adapted.merge_and_unload()
-
-
-def _with_value_head(module: Any) -> bool:
-    """Whether it is a language model's trunk with TRL's value head, whose adapters are those of language models."""
-    return isinstance(module, ValueHeadScore) and module.linear
-
-
-def _whole_embedding(module: Any, saved: Iterable[str]) -> set[str]:
-    """Names under which an adapter holds all rows of the embedding: peft saves them where tokens were added, or where
-    it adapts the embedding, within the wrappers that it put around it."""
-    table = module.get_input_embeddings()
-    at = _IN_PEFT + next(name for name, part in module.named_modules() if part is table)
-    inside = re.compile(re.escape(at) + r"(\.token_adapter)?(\.base_layer|\.modules_to_save)?\.weight")
-    return {name for name in saved if inside.fullmatch(name)}
-
-
-def _is_adapter(path: str, revision: str | None) -> bool:
-    folder = Path(path)
-    if folder.exists():
-        return (folder / "adapter_config.json").exists()
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
-
-    try:
-        hf_hub_download(path, "adapter_config.json", revision=revision)
-    except EntryNotFoundError:  # not in the repository, or neither in the cache nor reachable
-        return False
-    except HFValidationError as error:
-        raise ValueError(f"no folder of that name, and {error}") from error
-    except HfHubHTTPError as error:
-        raise OSError(str(error)) from error
-    return True
 
 
 def _pool_as_trained(module: Any, tokenizer: Any, own: bool) -> None:

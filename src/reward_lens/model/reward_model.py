@@ -14,7 +14,7 @@ from torch import Tensor
 
 from reward_lens import data
 from reward_lens.errors import LoadError, StructureError, named
-from reward_lens.model import checks, scored, usable_rewards
+from reward_lens.model import checks, scored, usable_module, usable_rewards
 from reward_lens.model import structure as structures
 from reward_lens.model.forward import Batch, OnTrunk, batches, padding_id, rotary_threshold, trunk_of
 from reward_lens.model.heads.own import OwnHead, head_of, published_path
@@ -67,14 +67,14 @@ class RewardModel(OnTrunk):
         if readout is not None and objective is not None:
             raise LoadError("It was said twice what the reward is", found=f"readout= and objective={objective!r}",
                             expected="one of the two", do="leave one out; a readout= names its own rows")  # fmt: skip
-        self.module = checks.require_model(module).eval()
+        self.module = usable_module.require_model(module).eval()
         self.config: Any = module.config
         self.name = name or getattr(self.config, "name_or_path", "") or type(module).__name__
         self.revision = revision
         self.truncation = truncation
         self.loading = dict(loading or {})
         self.edits: tuple[dict[str, Any], ...] = tuple(dict(edit) for edit in edits)
-        checks.require_usable_weights(module, self.name)
+        usable_module.require_usable_weights(module, self.name)
         text_config = self.config.get_text_config()
         pad_id = padding_id(self.config)
         limit = getattr(text_config, "max_position_embeddings", None)
@@ -85,7 +85,7 @@ class RewardModel(OnTrunk):
         own = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
         self.pad_id = next((i for i in (pad_id, *own) if i is not None), 0)
 
-        run = self.vocabulary.probe if self.vocabulary else functools.partial(checks.run_probe, of_text=True)
+        run = self.vocabulary.probe if self.vocabulary else functools.partial(usable_module.run_probe, of_text=True)
         probe = functools.partial(run, module, self.device)
         kept = checks.kept_report(self)
         with torch.no_grad():

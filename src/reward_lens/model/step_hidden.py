@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from reward_lens.engine import hooks
-from reward_lens.model.checks import run_probe
 from reward_lens.model.heads.local import LocalReadout, local_readout
 from reward_lens.model.linear_maps import is_linear
 from reward_lens.model.norm import measure_norm
 from reward_lens.model.placement import input_device
 from reward_lens.model.structure import Structure, find_structure
+from reward_lens.model.usable_module import run_probe
 
 
 def is_hidden(head: nn.Module) -> bool:

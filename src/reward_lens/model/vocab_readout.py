@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from reward_lens.engine import hooks
 from reward_lens.errors import DataError, LoadError, StructureError
-from reward_lens.model import checks
+from reward_lens.model import usable_module
 from reward_lens.model.judge import JudgeTokenizer, check_template, digest
 from reward_lens.model.linear_maps import is_linear, linear_bias, linear_weight
 from reward_lens.model.norm import measure_norm
@@ -155,7 +155,7 @@ class VocabRows:
         """The load report's probe batch; returns what the unembedding itself gives at the last position."""
         kept: list[Tensor] = []
         with hooks.attached([hooks.read_output(self.head, lambda z: kept.append(z[:, -1]))]):
-            checks.run_probe(module, device)
+            usable_module.run_probe(module, device)
         return kept[0]
 
     def readout(self, norm: nn.Module | None) -> LinearReadout:
@@ -266,7 +266,7 @@ def _measured(module: Any, head: nn.Module) -> Logits:
     fed = torch.cat([half, -half])[: weight.shape[0]].to(weight.dtype)
     put = functools.partial(_like, fed)
     with hooks.attached([hooks.edit_output(head, put)]):
-        seen = checks.run_probe(module, input_device(module))[0, -1].double().cpu()
+        seen = usable_module.run_probe(module, input_device(module))[0, -1].double().cpu()
     z, tolerance = fed.double(), 2e-2 if sixteen_bit else 1e-5
     if seen.shape != z.shape or not bool(torch.isfinite(seen).all()):
         raise _not_understood(module, "logits that are not finite, or not one a row")
