@@ -9,6 +9,7 @@ import reward_lens as rl
 from every_method import MANY, METHODS
 from families import tiny_model
 from reward_lens.methods.shared.paired import labelled, over_prompts
+from step_models import published
 
 PAIRS = rl.Pairs([*MANY[:3], *MANY[16:19]], "texts of different lengths")
 REFUSED = {
@@ -186,3 +187,18 @@ def test_selections():
         rl.join_results([lens[0].sel(depth=[0, 1]), lens[1]])
     with pytest.raises(rl.DataError, match="part 1.*the first 2 of dim position alone"):
         rl.join_results([lens[0].sel(position=[0, 1]), lens[1]])
+
+
+def test_solutions_of_a_step_model():
+    module, tokenizer, readout = published("trl")
+    model = rl.step_model(module, tokenizer, readout)
+    solutions = [rl.Solution(f"q {i // 2}", tuple("abcd"[: 1 + i % 4]), id=f"s{i}") for i in range(8)]
+    for method in (rl.step_lens, rl.step_contributions):
+        whole, parts = method(model, solutions), [method(model, solutions[:2]), method(model, solutions[2:])]
+        joined = rl.join_results(parts, solutions)
+        for key in ("value", "mean", "low", "high"):
+            np.testing.assert_allclose(joined.dataset[key], whole.dataset[key], atol=1e-5)
+        assert joined.value.dims == whole.value.dims and joined.meta["n_items"] == 8
+        np.testing.assert_array_equal(joined.value.n_steps, whole.value.n_steps)
+    with pytest.raises(rl.DataError, match="aggregates, of all of its pairs at once"):
+        rl.join_results([rl.step_rewards(model, solutions[:2]), rl.step_rewards(model, solutions[2:])])

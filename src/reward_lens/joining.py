@@ -23,25 +23,25 @@ from reward_lens.errors import DataError
 from reward_lens.result import Check, Result, load_result
 
 SUMMARY = ("mean", "low", "high")
-SIZES = {"pair": "n_pairs", "group": "n_groups"}
+SIZES = {"pair": "n_pairs", "group": "n_groups", "solution": "n_items"}
 COUNTED = ("forward_rows", "backward_rows")
 """Facts of `meta` that add up."""
 OF_THE_PART = (*SIZES.values(), *COUNTED, "n_prompts", "noise_floor", "inputs_hash", "interval", "joined", "run")
 """Facts of `meta` that may differ between parts."""
-PADDED = ("position", "span", "response")
+PADDED = ("position", "span", "response", "step")
 """Dims that are as long as the longest text or list needs."""
 RAN_APART = "What a part draws from the rest of its pairs (a reference set, random draws) it drew from its own."
 
 
 @checked_arguments
 def join_results(parts: Iterable[Result | str | Path], inputs: Iterable | None = None) -> Result:
-    """One Result from those of one method, asked in the same way of different pairs (or groups) of one model.
+    """One Result from those of one method, asked in the same way of different pairs (groups, solutions) of one model.
 
     Parameters
     ----------
     parts: Results, or files of saved ones, in the order in which their pairs shall stand. Two or more.
-    inputs: all pairs (or groups) in that order, if at hand: each part is held against its share of them, and the result
-        then says which inputs it is of, so that `accuracy(scores=)` and the like take it.
+    inputs: all pairs (groups, solutions) in that order, if at hand: each part is held against its share of them, and
+        the result then says which inputs it is of, so that `accuracy(scores=)` and the like take it.
 
     Returns the Result that one run over all pairs gives, where nothing that a method does to a pair depends on the
     others: values and coordinates in order, positions padded to the longest, mean and interval over all prompts (pairs
@@ -97,7 +97,7 @@ def _along(results: Sequence[Result]) -> str:
     own = {"value", *SUMMARY, *first.value.coords}
     if along not in SIZES or "prompt_id" not in first.value.coords or set(first.dataset.variables) - own:
         _refuse("This result is no column of values by pair, so parts of it cannot be joined",
-                f"{first.name} ({', '.join(map(str, first.value.dims))})", "values with a dim `pair` or `group`, first",
+                f"{first.name} ({', '.join(map(str, first.value.dims))})", "a dim `pair`, `group` or `solution`, first",
                 "ask it of all the data in one run")  # fmt: skip
     for i, other in enumerate(results[1:], 2):
         ours, theirs = ((r.name, r.unit, r.value.dims, r.mean is None) for r in (first, other))
