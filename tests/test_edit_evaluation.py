@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.stats import t
 
 import reward_lens as rl
 from ruled import Ruled, noise, text_of
@@ -91,3 +92,45 @@ def test_few_prompts_give_no_interval(pairs):
     rm = Ruled(noise(3))
     result = rl.evaluate_edit(rm, rm, pairs[:4], {"demo": pairs[:4]}, ["hedge"])
     assert np.isnan(result.low.sel(measure="probe: hedge")).all() and np.isnan(result.value["p"]).all()
+
+
+def probe_row(before, after, pairs):
+    return rl.evaluate_edit(before, after, pairs, {"demo": pairs}, ["add_bold"]).sel(measure="probe: add_bold")
+
+
+def test_the_interval_of_a_probe_leaves_prompts_out_of_mean_and_sd(pairs):
+    """By hand: one pair a prompt, so each prompt has one degree of freedom; shift and SD of what is left."""
+    before, after = Ruled(lambda t: 2 * bold(t) + noise(1)(t)), Ruled(lambda t: bold(t) + noise(2)(t))
+    row = probe_row(before, after, pairs)
+
+    def scaled(rm, keep):
+        shifts, squares, (edit,) = [], 0.0, rl.edits_of(["add_bold"])
+        for pair in keep:
+            plain = [rm.score(pair.prompt, r) for r in pair.responses]
+            squares += (plain[0] - plain[1]) ** 2 / 2
+            edited = [edit.apply(pair.messages[-1]["content"], r) for r in pair.responses]
+            shifts += [rm.score(pair.prompt, e) - p for e, p, r in zip(edited, plain, pair.responses, strict=True)
+                       if e != r]  # fmt: skip
+        return np.mean(shifts) / np.sqrt(squares / len(keep))
+
+    change = scaled(after, pairs) - scaled(before, pairs)
+    n = len(pairs)
+    left = [scaled(after, keep) - scaled(before, keep) for keep in ([*pairs[:i], *pairs[i + 1 :]] for i in range(n))]
+    half = t.ppf(0.975, n - 1) * np.sqrt((n - 1) / n * ((np.array(left) - change) ** 2).sum())
+    found = [float(row.dataset[key].sel(state="change")) for key in ("value", "low", "high")]
+    np.testing.assert_allclose(found, [change, change - half, change + half], rtol=1e-4)
+
+
+def test_sds_that_differ_by_chance_are_no_change_of_a_probe(pairs):
+    """Bold is worth 1 to every model, the rest of the reward is noise of the text: the SD held, all 8 are changes."""
+
+    def model(salt: int) -> Ruled:
+        def rule(tokens) -> float:
+            text = text_of(tokens).replace("**", "")
+            return bold(tokens) + float(np.random.default_rng([salt, *text.encode()]).standard_normal())
+
+        return Ruled(rule)
+
+    rows = [probe_row(model(2 * i), model(2 * i + 1), pairs).sel(state="change") for i in range(8)]
+    assert sum(float(row.value["p"]) < 0.05 for row in rows) <= 2
+    assert sum(float(row.low) <= 0 <= float(row.high) for row in rows) >= 6

@@ -80,9 +80,13 @@ def scored_edits(models: Sequence[RewardModel], pairs: data.Pairs, edits: Sequen
 
 def within_prompt_sd(rewards: np.ndarray, prompts: Sequence[str], texts: Sequence[Sequence[str]]) -> float:
     """Pooled SD of the rewards [pair, 2] of different responses to one prompt; NaN where no prompt has two."""
+    squares, free = within_prompt_squares(rewards, prompts, texts).sum(0)
+    return float(np.sqrt(squares / free)) if free else float("nan")
+
+
+def within_prompt_squares(rewards: np.ndarray, prompts: Sequence[str], texts: Sequence[Sequence[str]]) -> np.ndarray:
+    """[prompt, 2] in order of first appearance: sum of squares about the prompt's mean, and its degrees of freedom."""
     of_prompt: dict[str, dict[str, float]] = {}
     for key, some, values in zip(prompts, texts, rewards, strict=True):
         of_prompt.setdefault(key, {}).update(zip(some, map(float, values), strict=True))
-    squares = sum(float(np.var(list(v.values())) * len(v)) for v in of_prompt.values())
-    free = sum(len(v) - 1 for v in of_prompt.values())
-    return float(np.sqrt(squares / free)) if free else float("nan")
+    return np.array([(np.var(list(v.values())) * len(v), len(v) - 1) for v in of_prompt.values()], dtype=float)

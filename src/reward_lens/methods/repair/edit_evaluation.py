@@ -6,7 +6,10 @@
 Differences are paired: the same prompts, both models; that of accuracies as in `shared.paired_shares`. All probes are
 measured, not the one that was edited for: taking one bias away may move its pressure to another. Intervals are over
 prompts, of which one with more pairs counts for more; p of the differences by sign-flips of prompt means, adjusted by
-Holm over all rows.
+Holm over all rows. The SD is measured on the same prompts, and two models' SDs differ by chance: of a probe one prompt
+at a time is left out of mean and SD together, T_g, the interval is T +- t sqrt((G - 1) / G sum_g (T_g - T)^2), and the
+test flips T - (G - 1) (T_g - mean T_g), which for a known SD would be the prompt means. With the SDs held, a shift of 1
+SD that neither model changes is called a change in .6 of cases, at any number of prompts; so in .05.
 
 What this cannot show: effects on texts unlike these, or on what is trained against the edited model. The prompts should
 be ones that neither the directions nor alpha were chosen on.
@@ -24,7 +27,7 @@ from reward_lens import data, stats
 from reward_lens.arguments import checked_arguments
 from reward_lens.edits import TextEdit, edits_of
 from reward_lens.errors import DataError
-from reward_lens.methods.behaviour.edited_texts import scored_edits, within_prompt_sd
+from reward_lens.methods.behaviour.edited_texts import scored_edits, within_prompt_sd, within_prompt_squares
 from reward_lens.methods.shared.paired_shares import ends_of_change, won
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.result import Result
@@ -46,7 +49,8 @@ def evaluate_edit(
 
     Returns value (measure, state), state = before, after, change (after - before), with low and high over prompts;
     `kind` = probe or accuracy (of a set, and of its subsets where it has several), `unit_of` = within-prompt SD or
-    fraction; coordinates `p` and `p_holm` of the change, `n_prompts`. Rows of probes that change no text are NaN.
+    fraction; coordinates `p` and `p_holm` of the change, `n_prompts` (of a probe, those whose texts it changes; under 6
+    there is no interval and no p). Rows of probes that change no text are NaN.
     Raises `DataError` for sets without pairs or models with different tokenizers.
     """
     pairs = data.as_pairs(pairs)
@@ -82,16 +86,54 @@ def evaluate_edit(
 
 def _probe_rows(before: RewardModel, after: RewardModel, pairs: data.Pairs, probes, seed: int) -> list[dict[str, Any]]:
     edits, prompts = edits_of(probes), [pair.prompt_key for pair in pairs]
-    found = scored_edits([before, after], pairs, edits)
-    sds = [within_prompt_sd(one.plain, prompts, [pair.responses for pair in pairs]) for one in found]
-    shifts = [one.shifts() / (sd if sd > 0 else np.nan) for one, sd in zip(found, sds, strict=True)]
-    both = [key for key in prompts for _ in range(2)]
+    found, texts = scored_edits([before, after], pairs, edits), [pair.responses for pair in pairs]
+    sds = [within_prompt_sd(one.plain, prompts, texts) for one in found]
+    first, second = (_scaled(one.shifts(), prompts, within_prompt_squares(one.plain, prompts, texts)) for one in found)
+    there = _by_prompt(np.isfinite(found[0].shifts()), prompts) > 0
     floor = max(rm.noise_floor / sd if sd > 0 else 0.0 for rm, sd in zip((before, after), sds, strict=True))
     rows = []
     for i, edit in enumerate(edits):
-        first, second = (s[..., i].reshape(-1) for s in shifts)
-        rows.append(_row(f"probe: {edit.name}", "probe", first, second, both, seed, floor))
+        states = [(value[i], left[:, i]) for value, left in (first, second)]
+        states.append((states[1][0] - states[0][0], states[1][1] - states[0][1]))
+        rows.append(_probe_row(f"probe: {edit.name}", states, int(there[:, i].sum()), seed, floor))
     return rows
+
+
+def _by_prompt(values: np.ndarray, prompts: list[str]) -> np.ndarray:
+    """[prompt, probe] sums over a prompt's pairs and responses, in order of first appearance."""
+    place = {key: i for i, key in enumerate(dict.fromkeys(prompts))}
+    out = np.zeros((len(place), values.shape[-1]))
+    np.add.at(out, [place[key] for key in prompts], values.sum(1))
+    return out
+
+
+def _scaled(shift: np.ndarray, prompts: list[str], squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean shift over the SD within prompts [probe], and the same without each prompt [prompt, probe]."""
+    there = np.isfinite(shift)
+    sums, counts = (_by_prompt(values, prompts) for values in (np.where(there, shift, 0.0), there))
+    every = squares.sum(0)
+    left = every - squares
+    left[left[:, 0] <= 1e-12 * every[0]] = np.nan  # one prompt has all the spread, or none has any
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = sums.sum(0) / counts.sum(0) / np.sqrt(every[0] / every[1] if every[0] > 0 else np.nan)
+        without = (sums.sum(0) - sums) / (counts.sum(0) - counts) / np.sqrt(left[:, :1] / left[:, 1:])
+    return value, without
+
+
+def _probe_row(name: str, states: list[tuple[float, np.ndarray]], n: int, seed: int, floor: float) -> dict[str, Any]:
+    """Cells and p of a probe from each state's value and its replicates, each without one prompt."""
+    from scipy.stats import t
+
+    cells, p = [], np.nan
+    for value, without in states:
+        groups = len(without)
+        se = np.sqrt((groups - 1) / groups * ((without - value) ** 2).sum())
+        half = t.ppf(0.975, n - 1) * se if n >= stats.FEWEST else np.nan
+        cells.append([value, value - half, value + half])
+        flipped = value - (groups - 1) * (without - without.mean())
+    if n >= stats.FEWEST:  # a change of at most `floor` is none: rounding has a sign too
+        p = stats.sign_flip_test(np.where(np.abs(flipped) <= floor, 0.0 * flipped, flipped), seed=seed).p
+    return {"name": name, "kind": "probe", "cells": cells, "p": p, "n_prompts": n}
 
 
 def _accuracy_rows(
@@ -109,22 +151,12 @@ def _accuracy_rows(
         parts |= {f"accuracy: {name}, {one or 'no subset'}": subset == one for one in named}
     rows = []
     for label, keep in parts.items():
-        rows.append(_row(label, "accuracy", first[keep], second[keep], prompts[keep], seed))
-        for i, credit in enumerate((first, second)):
-            share = stats.proportion_interval(credit[keep], prompts[keep])
-            rows[-1]["cells"][i] = [share.mean, share.low, share.high]
-        if not same:  # of the same model there is nothing to estimate
-            rows[-1]["cells"][2][1:] = ends_of_change(second[keep] - first[keep], prompts[keep])
+        some = prompts[keep]
+        change = second[keep] - first[keep]
+        test = stats.sign_flip_test(change, some, seed=seed)
+        shares = [stats.proportion_interval(credit[keep], some) for credit in (first, second)]
+        # Of the same model there is nothing to estimate.
+        ends = (0.0, 0.0) if same and test.n >= stats.FEWEST else ends_of_change(change, some)
+        cells = [*([share.mean, share.low, share.high] for share in shares), [change.mean(), *ends]]
+        rows.append({"name": label, "kind": "accuracy", "cells": cells, "p": test.p, "n_prompts": test.n})
     return rows
-
-
-def _row(
-    name: str, kind: str, first: np.ndarray, second: np.ndarray, clusters, seed: int, floor: float = 0.0
-) -> dict[str, Any]:
-    """Cells and p of a measure; a change of at most `floor` is none to the test: rounding has a sign too."""
-    cells, change = [], second - first
-    for values in (first, second, change):
-        over = stats.mean_interval(values, clusters, seed=seed)
-        cells.append([over.mean, over.low, over.high])
-    test = stats.sign_flip_test(np.where(np.abs(change) <= floor, 0.0 * change, change), clusters, seed=seed)
-    return {"name": name, "kind": kind, "cells": cells, "p": test.p, "n_prompts": test.n}
