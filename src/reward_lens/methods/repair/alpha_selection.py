@@ -151,14 +151,16 @@ def _require(dev: data.Pairs, guard: data.Pairs, margin: float) -> None:
             expected=f"at least {stats.FEWEST}: under that there is no interval",
             do="edit responses to more prompts",
         )
+    counts = np.unique([p.prompt_key for p in guard], return_counts=True)[1]
+    worth = counts.sum() ** 2 / np.square(counts).sum()  # as `stats.proportion_interval` counts prompts
     best = float(stats.proportion_interval(np.zeros(len(guard)), [p.prompt_key for p in guard]).high)
     if not best < margin or guard.n_prompts < stats.FEWEST:
         raise DataError(
             "The guard set is too small for this margin",
-            found=f"{guard.n_prompts} different prompts in {len(guard)} pairs: if the edit changed none of them, "
-            f"the interval would still reach to -{best:.3f}",
+            found=f"{guard.n_prompts} different prompts in {len(guard)} pairs, worth {worth:.0f} prompts of one pair "
+            f"each: if the edit changed none of them, the interval would still reach to -{best:.3f}",
             expected=f"at least {max(stats.FEWEST, _needed(margin))} prompts at a margin of {margin:g} (one pair each)",
-            do="pass more guard pairs, or state a wider margin",
+            do="pass pairs of more prompts (uneven numbers of pairs a prompt count for less), or state a wider margin",
         )
 
 
