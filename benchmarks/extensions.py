@@ -226,9 +226,10 @@ class Studies:
                   "Causal is the change of the reward for a step along the concept's vector, added at the response "
                   "or at the reward position; direct the vector's cosine with what the reward reads; read the "
                   "correlation of the rewards of the other concepts' texts with their projection on the vector. The p "
-                  "are against random directions and against vectors of shuffled labels. AUC and sign say how well and "
-                  "which way round the vector tells positive from negative texts of topics it was not made of; "
-                  "reliability how alike the vectors of two halves of the topics are.",
+                  "are against random directions and against vectors of shuffled labels. AUC is the share of the other "
+                  "concepts' texts that lie lower along the vector than the concept's own, sign which way round it has "
+                  "the concept's positive and negative texts, both on topics it was not made of; reliability how alike "
+                  "the vectors of two halves of the topics are.",
                   'texts = rl.load_concepts("concepts")\nvectors = rl.concept_vectors(rm, texts)\n'
                   "rl.valuation(rm, vectors, texts, n_null=60, n_texts=8)",
                   lambda: rl.valuation(rm, self.vectors(), self.texts, n_null=60, n_texts=8), self.concept_lines),

@@ -84,8 +84,9 @@ def valuation(
     and `direct_disattenuated`, divided by the root of the vector's reliability (NaN where that is under .5); `read`,
     `direct_partial`, `causal_partial`, `common` (cosine with g); of the null of random directions `direct_quantile`,
     `direct_p`, `causal_quantile`, `causal_p`; of shuffled labels `shuffle_quantile`, `shuffle_p` (of the projection on
-    u); `auc` (leave one topic out), `auc_low`, `auc_high`, `auc_p` (shuffled labels, one-sided); `sign_share` with
-    `sign_low`, `sign_high`, `sign_n`, `sign_p`, and `sign`: "as named", "sign error" (the negative texts are higher) or
+    u); `auc` (share of the other concepts' texts of a topic that project lower than the concept's own, that topic left
+    out of the vector), `auc_low`, `auc_high`, `auc_p` (shuffled labels, one-sided); `sign_share` with `sign_low`,
+    `sign_high`, `sign_n`, `sign_p`, and `sign`: "as named", "sign error" (the concept's negative texts are higher) or
     "undetermined", by `sign_p_holm` under .05. p with `_holm` are adjusted over concepts and positions.
     In `meta`: `agreement` by position, of "direct", "read" and "partial", each with r, low, high, n, spearman, and for
     direct and partial its null; `sign_errors`, `sign_reasons`; `smallest_p`, and the numbers with which a p_holm under
