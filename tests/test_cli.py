@@ -317,6 +317,9 @@ def test_probe_prints_a_row_a_probe_and_saves(model, pairs, tmp_path):
     assert rl.load_result(saved).name == "probe_hacking"
     body = json.loads(run("probe", model, pairs, "--probes", "hedge", "--json").stdout)
     assert body["name"] == "probe_hacking"
+    assert [row["probe"] for row in body["summary"]] == ["hedge"] and {"mean", "low", "high"} <= set(body["summary"][0])
+    body = json.loads(run("accuracy", model, pairs, "--json").stdout)
+    assert "summary" not in body and {"value", "low", "high"} <= set(body["values"][0])
     assert "bulletise" in run("probe", model, pairs, "--probes", "bulletize", code=1).output
 
 

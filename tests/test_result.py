@@ -186,6 +186,10 @@ def test_to_frame_has_one_row_a_cell():
     frame = components().to_frame()
     assert list(frame.columns) == ["pair", "side", "component", "value"] and len(frame) == 18
     assert Result("accuracy", xr.DataArray(0.75), unit="accuracy").to_frame()["value"].tolist() == [0.75]
+    shares = xr.DataArray([0.5, 1.0], dims="subset", coords={"subset": ["a", "b"], "n": ("subset", [4, 2]), "seed": 0})
+    shares = Result("accuracy", shares, unit="fraction", low=shares - 0.25, high=shares + 0.25)
+    assert list(shares.to_frame().columns) == ["subset", "n", "seed", "value", "low", "high"]
+    assert shares.sel(subset="a").to_frame()[["value", "low", "high"]].values.tolist() == [[0.5, 0.25, 0.75]]
 
 
 def test_repr_shows_title_table_and_checks():

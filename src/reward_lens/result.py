@@ -167,10 +167,14 @@ class Result:
         return flat[[*self.value.dims, "piece", "value"]].head(max(n, 0)).reset_index(drop=True)
 
     def to_frame(self) -> pd.DataFrame:
-        """All values in long form: one row a cell, one column a coordinate."""
-        if not self.value.dims:
-            return pd.DataFrame({"value": [self.value.item()]})
-        return self.value.to_dataframe(name="value").reset_index()
+        """All values in long form: one row a cell, one column a coordinate; with `low` and `high` where they are those
+        of the values themselves and not of a mean over pairs."""
+        value = self.value
+        frame = value.to_dataframe("value").reset_index() if value.dims else pd.DataFrame({"value": [value.item()]})
+        for end in ("low", "high"):
+            if end in self.dataset and self.dataset[end].dims == value.dims:
+                frame[end] = self.dataset[end].values.ravel()
+        return frame
 
     def plot(self):
         """An Altair chart chosen by the result's dims."""

@@ -143,9 +143,13 @@ def show(result: "rl.Result", as_json: bool, save: Path | None = None, top: int 
     if as_json:
         frame = result.top(top) if top else result.to_frame()
         checks = pd.DataFrame([dataclasses.asdict(c) for c in result.checks])  # pandas writes NaN and inf as null
-        values, checks = (json.loads(str(table.to_json(orient="records"))) for table in (frame, checks))
+        tables = {"values": frame, "checks": checks}
+        if "mean" in result.dataset and not top:  # the means over pairs that the text form shows
+            ends = [end for end in ("mean", "low", "high") if end in result.dataset]
+            tables["summary"] = result.dataset[ends].to_dataframe().reset_index()
+        body = {name: json.loads(str(table.to_json(orient="records"))) for name, table in tables.items()}
         meta = json.loads(json.dumps(result.meta), parse_constant=lambda _: None)
-        body = {"name": result.name, "unit": result.unit, "values": values, "checks": checks, "meta": meta}
+        body = {"name": result.name, "unit": result.unit, **body, "meta": meta}
         typer.echo(json.dumps(body, allow_nan=False))
     else:
         say(str(result))
