@@ -200,6 +200,20 @@ def test_planted_copies():
     assert result.top(1)["component"].item() in result.value["component"].values
 
 
+def test_ov_pull_of_heads_without_values(rm):
+    """Heads 0 and 1 share values that are zero: they pull nothing, all others what they pulled. Rows that are zero on
+    every probe and not elsewhere are some head's, and nothing says which."""
+    module, tokenizer = tiny_model("llama")
+    module.model.layers[1].self_attn.v_proj.weight.data[:HEAD_DIM] = 0
+    expected = ov_pull(rm).value
+    expected.loc[{"component": ["L1.H0", "L1.H1"]}] = 0
+    assert np.allclose(ov_pull(rl.RewardModel(module, tokenizer)).value, expected, atol=1e-6)
+    module.model.embed_tokens.weight.data[:, 0] = 0
+    module.model.layers[0].self_attn.v_proj.weight.data[:, 1:] = 0
+    with pytest.raises(StructureError, match="block 0 .* 0 on every probe text, so that which rows are whose"):
+        ov_pull(rl.RewardModel(module, tokenizer))
+
+
 def test_ov_pull_does_not_scale_with_the_head(rm):
     module, tokenizer = tiny_model("llama")
     module.score.weight.data *= 5

@@ -254,7 +254,12 @@ def _value_map(rm: RewardModel, layer: int, seen: _Seen, fresh: _Seen) -> ValueM
         best = "none of that width" if path is None else f"{path}, which leaves {found[path][0]:.1%}"
         raise _no_map(rm, layer, f"no linear map whose rows are the heads' values; the nearest is {best}")
     linear, starts = block.get_submodule(path), found[path][1]
-    weight = linear_weight(linear).to(like).unflatten(0, (-1, width))[starts]
+    slices = linear_weight(linear).to(like).unflatten(0, (-1, width))
+    zero = (seen.outputs[path].unflatten(1, (-1, width)) == 0).all(2).all(0)
+    if (heads == 0).all(2).all(0).any() and zero.sum() > 1 and slices[zero.to(slices.device)].any():
+        raise _no_map(rm, layer, "several heads whose values are 0 on every probe text, so that which rows are whose "
+                      "cannot be told")  # fmt: skip
+    weight = slices[starts]
     bias = linear_bias(linear)
     bias = torch.zeros_like(weight[..., 0]) if bias is None else bias.to(like).unflatten(0, (-1, width))[starts]
     norm = _norm_before(rm, layer, path, seen)
@@ -263,8 +268,9 @@ def _value_map(rm: RewardModel, layer: int, seen: _Seen, fresh: _Seen) -> ValueM
     values = torch.einsum("hid,pd->phi", weight, x) + bias
     size = torch.einsum("hid,pd->phi", weight.abs(), x.abs()) + bias.abs()
     z = fresh.z.to(like).unflatten(1, (rm.n_heads, -1))
-    share = ((z * values).sum(-1, True) / values.square().sum(-1, True)).clamp(0, 1)
-    return ValueMap(weight, bias, norm, float(((z - share * values).abs() / size).max()))
+    share = ((z * values).sum(-1, True) / values.square().sum(-1, True)).nan_to_num(0.0).clamp(0, 1)
+    gap = ((z - share * values).abs() / size).nan_to_num(0.0, posinf=math.inf)  # 0 / 0: a row of zeros
+    return ValueMap(weight, bias, norm, float(gap.max()))
 
 
 def _match(z: Float[Tensor, "probe head width"], slices: Float[Tensor, "probe slice width"]) -> tuple[float, Tensor]:
@@ -274,7 +280,9 @@ def _match(z: Float[Tensor, "probe head width"], slices: Float[Tensor, "probe sl
     sizes = slices.square().sum(-1)[:, None]
     share = (dots / sizes).nan_to_num(0.0).clamp(0, 1)
     left = (z.square().sum(-1, True) - 2 * share * dots + share.square() * sizes).clamp_min(0).sum(0)
-    gaps, starts = (left / z.square().sum((0, 2))[:, None]).sqrt().min(1)
+    size = z.square().sum((0, 2))[:, None]
+    silent = torch.where(sizes.sum(0) == 0, 0.0, torch.inf)  # of a head that is 0 on every probe
+    gaps, starts = torch.where(size > 0, left / size, silent).sqrt().min(1)
     return float(gaps.max()), starts
 
 
