@@ -305,6 +305,8 @@ def test_refused_edits():
         (torch.zeros(2, 32), "zeros only in direction 1"),
         ([torch.ones(32), torch.full((32,), torch.nan)], "NaN or infinite entries in direction 2"),
         ([], "no directions"),
+        (["honesty"], "no numbers, but an object of type str in direction 1"),
+        (3, "an object of type int"),
         (u, "Nothing of the reward would be left"),
         (rm.score_pairs(PAIRS), "a Result of score_pairs"),
         (bias_direction(rm, PAIRS, depth=1), "a direction at depth 1.*depth 3"),

@@ -128,6 +128,8 @@ def test_saved_drawn_and_without_traces(tmp_path):
         ({"vector": torch.ones(31)}, r"no direction.*shape \(31,\).*32 finite numbers"),
         ({"vector": torch.zeros(32)}, "zeros only"),
         ({"vector": torch.full((32,), torch.nan)}, "NaN or infinite"),
+        ({"vector": "honesty"}, "no numbers, but an object of type str"),
+        ({"vector": {"honesty": torch.ones(32)}}, "no numbers, but an object of type dict"),
         ({"strengths": (0.1,)}, "at least two different"),
         ({"strengths": (0.1, 0.1)}, "at least two different"),
         ({"nulls": -1}, "nulls=-1.*defaults are a good start"),
@@ -137,3 +139,11 @@ def test_saved_drawn_and_without_traces(tmp_path):
 def test_bad_input(changed, message):
     with pytest.raises(rl.DataError, match=message):
         rl.steer(model("llama"), PAIRS[:1], **({"vector": direction()} | changed))
+
+
+def test_a_direction_that_was_measured_is_a_vector():
+    rm = model("llama")
+    measured = rl.bias_direction(rm, rl.edited_pairs([rl.Pair(f"Say {i}", "Yes.", "No.") for i in range(6)], "hedge"))
+    expected = rl.steer(rm, PAIRS[:1], measured.value.values).value
+    for vector in (measured, measured.value, measured.value.values.tolist()):
+        assert rl.steer(rm, PAIRS[:1], vector).value.identical(expected)

@@ -31,6 +31,7 @@ from reward_lens.engine.intervention import add
 from reward_lens.engine.patching import patch_rows
 from reward_lens.errors import DataError
 from reward_lens.methods.shared.paired import margin_of, paired_result
+from reward_lens.methods.shared.vectors import unit_vector
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.scored import SIDES
 from reward_lens.model.sites import Site
@@ -58,7 +59,7 @@ def steer(
 
     Parameters
     ----------
-    vector: [d_model]; only its direction counts.
+    vector: [d_model], as a list, an array, a tensor or the Result of `bias_direction`; only its direction counts.
     strengths: at least two different ones, none twice; at 0 the reward is exactly the clean one.
     depth: the block whose input is changed, 0 to n_layers (then what the final norm reads). None: two thirds.
     unit: "resid_norm": of the mean norm of the run's own residuals there; "absolute": in the residual's own unit.
@@ -162,13 +163,7 @@ def _plain(x) -> float | None:
 
 
 def _direction(vector, width: int) -> Float[Tensor, " d"]:
-    given = torch.as_tensor(vector).detach().double().cpu()
-    wrong = (
-        f"shape {tuple(given.shape)}" if given.shape != (width,)
-        else "NaN or infinite entries" if not bool(given.isfinite().all())
-        else "zeros only" if not bool(given.any())
-        else None
-    )  # fmt: skip
+    row, wrong = unit_vector(vector.value if isinstance(vector, Result) else vector, width)
     if wrong:
         raise DataError(
             "The vector gives no direction to steer along",
@@ -176,8 +171,7 @@ def _direction(vector, width: int) -> Float[Tensor, " d"]:
             expected=f"{width} finite numbers (the width of the residual stream), not all zero",
             do="pass one vector of this model's residual stream",
         )
-    given = given / given.abs().max()  # so that squares neither overflow nor vanish
-    return given / given.norm()
+    return row
 
 
 def checked_doses(

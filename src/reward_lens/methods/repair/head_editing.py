@@ -18,7 +18,7 @@ Reference: for a linear head, the null-space projection of arXiv 2603.03291 and 
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from reward_lens.arguments import checked_arguments
 from reward_lens.engine.activations import captured
 from reward_lens.errors import DataError
 from reward_lens.methods.shared.paired import margin_of, paired_result
+from reward_lens.methods.shared.vectors import unit_vector
 from reward_lens.model.head import editable_readout, stored, trunk_name, with_row
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
@@ -136,21 +137,16 @@ def unit_directions(rm: RewardModel, directions) -> Float[Tensor, "k d_model"]:
         directions = [directions]
     if isinstance(directions, Mapping):
         raise _no_direction(rm, f"a mapping of {', '.join(map(repr, list(directions)[:3]))}")
+    if not isinstance(directions, Iterable):
+        raise _no_direction(rm, f"an object of type {type(directions).__name__}")
     given = list(directions)
     rows = []
     for number, item in enumerate(given, 1):
         source = _vector_of(rm, item) if isinstance(item, Result) else item
-        row = torch.as_tensor(np.asarray(source) if not isinstance(source, Tensor) else source.detach()).double().cpu()
-        wrong = (
-            f"shape {tuple(row.shape)}" if row.shape != (rm.d_model,)
-            else "NaN or infinite entries" if not bool(row.isfinite().all())
-            else "zeros only" if not bool(row.any())
-            else None
-        )  # fmt: skip
+        row, wrong = unit_vector(source, rm.d_model)
         if wrong:
             raise _no_direction(rm, f"{wrong} in direction {number}")
-        row = row / row.abs().max()  # so that squares neither overflow nor vanish
-        rows.append(row / row.norm())
+        rows.append(row)
     if not rows:
         raise _no_direction(rm, "no directions")
     return torch.stack(rows)
