@@ -75,6 +75,41 @@ def test_the_function_gets_what_was_given():
     assert sample(None, [3], drawn=iter([4])) == [4]
 
 
+@checked_arguments
+def handed(
+    n: int = 0, x: float = 0.0, ks: Sequence[int] = (), at: "Sequence[str] | np.ndarray" = (), names: object = 0
+):
+    return {"n": n, "x": x, "ks": ks, "at": at, "names": names}
+
+
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        ({"n": np.int64(3)}, 3), ({"n": torch.tensor(3)}, 3), ({"n": xr.DataArray(3)}, 3), ({"x": np.float32(2)}, 2.0),
+        ({"ks": np.arange(3)}, [0, 1, 2]), ({"ks": torch.arange(3)}, [0, 1, 2]), ({"ks": pd.Series([4], [9])}, [4]),
+        ({"ks": xr.DataArray([4])}, [4]), ({"at": pd.Index(["L0"])}, ["L0"]),
+        ({"at": xr.DataArray(["L0", "L1"], dims="component")}, ["L0", "L1"]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_numbers_arrays_and_columns_become_pythons(given, plain):
+    """Seeds are drawn from them and settings written to JSON: numpy's ended in a TypeError when the work was done."""
+    (name,) = given
+    taken = handed(**given)[name]
+    assert taken == plain and type(taken) is type(plain)
+
+
+def test_what_is_asked_for_as_an_array_stays_one():
+    for name, value in {"at": np.array(["L0"]), "names": np.arange(3)}.items():
+        assert handed(**{name: value})[name] is value
+
+
+def test_a_class_in_place_of_a_value_is_refused():
+    with pytest.raises(rl.DataError, match="`dtype` of `load`") as caught:
+        rl.load("folder", dtype=np.float32)
+    assert caught.value.found == "an object of type type"
+
+
 @pytest.mark.parametrize(
     ("refused", "found", "do"),
     [

@@ -115,6 +115,11 @@ def test_meta_is_copied_and_must_be_json():
         components(meta={"model": object()})
 
 
+def test_meta_has_numpys_numbers_and_arrays_as_pythons():
+    meta = {"seed": np.int64(3), "share": np.float32(0.5), "layers": np.arange(2), "ks": [np.int32(1)]}
+    assert components(meta=meta).meta == {"seed": 3, "share": 0.5, "layers": [0, 1], "ks": [1]}
+
+
 # Reading a result
 
 

@@ -1,9 +1,9 @@
 """Whether the arguments of a public function are of the types in its signature, asked before any work is done.
 
 A name in place of a loaded model, or a number in place of a list, would otherwise end in an error of Python's from deep
-inside a run, or in none. Nothing is converted: where numpy's numbers, or an array, a tensor or a column, are taken for
-Python's numbers and lists, the function gets what was given. Which words an option takes is left to the function, whose
-message lists them.
+inside a run, or in none. Numbers of numpy's, and arrays, tensors and columns that are not asked for as such, reach the
+function as Python's numbers and lists, which it can write down and draw seeds from; all else as it was given. Which
+words an option takes is left to the function, whose message lists them.
 """
 
 import functools
@@ -13,7 +13,7 @@ import re
 import reprlib
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -39,27 +39,40 @@ def checked_arguments(function: Callable[P, R]) -> Callable[P, R]:
     def admitted() -> dict[str, Any]:  # at the first call: an annotation may name what its module has below
         return {name: _admitted(hint) for name, hint in typing.get_type_hints(function).items()}
 
+    def taken(name: str, value: Any) -> Any:
+        hint = admitted().get(name, Any)
+        for form in _forms(value):
+            if _is_of(form, hint):
+                return form
+        raise _refusal(function, name, value)
+
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        hints = admitted()
-        for name, value in (*zip(names, args, strict=False), *kwargs.items()):
-            if name in hints and not _is_of(value, hints[name]):
-                raise _refusal(function, name, value)
-        return function(*args, **kwargs)
+        named = [taken(name, value) for name, value in zip(names, args, strict=False)]
+        return function(*named, *args[len(names) :], **{name: taken(name, value) for name, value in kwargs.items()})
 
     return checked
 
 
-def _admitted(hint: Any) -> Any:
-    """What a hint admits: any integer for int, any real for float, and for an option whatever is of a word's type."""
+def _admitted(hint: Any, inside: bool = False) -> Any:
+    """What a hint admits: whatever is of a word's type for an option; inside a list any integer or real number."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
         return typing.Union[tuple(type(word) for word in inner)]  # noqa: UP007
     if origin in (typing.Union, types.UnionType):
-        return typing.Union[tuple(_admitted(one) for one in inner)]  # noqa: UP007
+        return typing.Union[tuple(_admitted(one, inside) for one in inner)]  # noqa: UP007
     if origin in OF_MANY:
-        return origin[tuple(_admitted(one) for one in inner)]
-    return WIDER.get(hint, hint) if isinstance(hint, type) else hint
+        return origin[tuple(_admitted(one, inside=True) for one in inner)]
+    return WIDER.get(hint, hint) if inside and isinstance(hint, type) else hint
+
+
+def _forms(value: Any) -> Iterator[Any]:
+    """A value, then the same in Python's own types where it can say what it is in these."""
+    yield value
+    if not isinstance(value, type):
+        array = value.to_numpy() if hasattr(value, "to_numpy") else value
+        if hasattr(array, "tolist"):
+            yield array.tolist()
 
 
 def _is_of(value: Any, hint: Any) -> bool:
@@ -68,8 +81,7 @@ def _is_of(value: Any, hint: Any) -> bool:
     try:
         check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
     except TypeCheckError:
-        # A number, an array, a tensor or a column says what it is in Python's own types.
-        return hasattr(value, "tolist") and _is_of(value.tolist(), hint)
+        return False
     return True
 
 

@@ -83,7 +83,7 @@ class Result:
         self.dataset = xr.Dataset(given)
         self.name = name
         self.unit = unit
-        self.meta = json.loads(json.dumps(dict(meta or {})))
+        self.meta = json.loads(json.dumps(dict(meta or {}), default=_plain))
         self.checks = (*checks, *_undefined_cells(self.dataset["value"], undefined))
         for check in self.checks:
             if not check.passed:
@@ -301,6 +301,13 @@ def load_result(path: str | Path) -> Result:
     result.meta = head["meta"]
     result.checks = tuple(Check(**check) for check in head["checks"])
     return result
+
+
+def _plain(value: Any) -> Any:
+    """A setting in Python's types, where a caller gave a number of numpy's, an array, a tensor or a column."""
+    if not hasattr(value, "tolist"):
+        raise TypeError(f"meta holds an object of type {type(value).__name__}, which JSON has no form for")
+    return value.tolist()
 
 
 def _undefined_cells(value: xr.DataArray, reason: str | None) -> tuple[Check, ...]:
