@@ -335,6 +335,8 @@ def test_ranking_without_an_order(rm):
     assert np.isnan(ranking(rm, groups, scores).value).all()
     with pytest.raises(DataError, match="not of these inputs"):
         ranking(rm, [*groups, *groups], scores)
+    with pytest.raises(DataError, match=r"'groups\[0\]' cannot be used.*an rl.Group.*rl.load_groups"):
+        ranking(rm, [{"prompt": "a", "responses": ["b", "c"]}])
 
 
 # style

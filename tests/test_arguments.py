@@ -12,6 +12,7 @@ import torch
 import xarray as xr
 
 import reward_lens as rl
+from families import TEXT_PAIRS, tiny_model
 from reward_lens.arguments import checked_arguments
 
 FUNCTIONS = [name for name in rl.__all__ if inspect.isfunction(getattr(rl, name))]
@@ -146,3 +147,34 @@ def test_by_position_too():
     ranked = rl.Result("contributions", xr.DataArray([1.0], dims="component", coords={"component": ["embed"]}), unit="")
     with pytest.raises(rl.DataError, match="`n` of `Result.top`"):
         ranked.top(1.5)
+
+
+GONE_OVER_ONCE = {
+    "lens": rl.reward_lens, "contributions": rl.contributions, "integrated": rl.integrated_contributions,
+    "tuned": lambda rm, pairs: rl.tuned_lens(rm, (rl.Pair(f"Say {i}", "a", "b") for i in range(25)), pairs),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GONE_OVER_ONCE)
+def test_pairs_may_come_from_a_generator(name):
+    rm, method = rl.RewardModel(*tiny_model("llama")), GONE_OVER_ONCE[name]
+    pairs = [rl.Pair(*texts) for texts in TEXT_PAIRS]
+    assert method(rm, (pair for pair in pairs)).value.identical(method(rm, pairs).value)
+
+
+@pytest.mark.parametrize(
+    ("call", "parameter"),
+    [
+        (lambda rm: rl.capture(rm, 3), "texts_or_pairs"), (lambda rm: rl.capture(rm, [("a", "b")], 3), "sites"),
+        (lambda rm: rl.linear_probes(rm, None, "words"), "texts"), (lambda rm: rl.ranking(rm, None), "groups"),
+        (lambda rm: rl.golden_scores(rm, 3), "entries"),
+    ],
+)  # fmt: skip
+def test_what_is_no_list_is_refused(call, parameter):
+    with pytest.raises(rl.DataError, match=f"`{parameter}` of"):
+        call(rl.RewardModel(*tiny_model("llama")))
+
+
+def test_a_site_that_is_no_text_is_refused():
+    with pytest.raises(rl.StructureError, match="Found: 3"):
+        rl.capture(rl.RewardModel(*tiny_model("llama")), [("a", "b")], [3])

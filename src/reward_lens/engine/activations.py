@@ -67,7 +67,11 @@ class Activations:
 @checked_arguments
 @torch.no_grad()
 def capture(
-    rm: RewardModel, texts_or_pairs, sites: Any = "components", at: str | range = "final", batch_size: int | None = None
+    rm: RewardModel,
+    texts_or_pairs: data.Pair | Iterable,
+    sites: str | Iterable = "components",
+    at: str | range = "final",
+    batch_size: int | None = None,
 ) -> Activations:
     """Run texts or pairs through the model once and return what stands at the sites.
 
@@ -171,6 +175,11 @@ def _vectors(rm: RewardModel, site: Site) -> int:
     if site.kind == "expert" and (experts := rm.experts[site.block]) is not None:
         return experts.n
     return 4 if site.kind == "neuron" else 1
+
+
+def kept(inputs: Any) -> Activations | data.Pairs:
+    """Activations as they are, else the pairs: what can be gone over once, such as a generator, is gone over here."""
+    return inputs if isinstance(inputs, Activations) else data.as_pairs(inputs)
 
 
 def pairs_of(inputs: Any) -> data.Pairs:

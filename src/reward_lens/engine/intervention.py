@@ -1,12 +1,13 @@
 """Sources, and `intervene`: the reward with some sites changed. The arithmetic is in `engine.editing`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
 
+from reward_lens import data
 from reward_lens.arguments import checked_arguments
 from reward_lens.engine.activations import Activations, positions_of, runs_of
 from reward_lens.engine.attention_tap import AttentionTap
@@ -148,7 +149,7 @@ def from_run(source: Activations) -> Source:
 @torch.no_grad()
 def intervene(
     rm: RewardModel,
-    texts_or_pairs,
+    texts_or_pairs: data.Pair | Iterable,
     sources: Mapping["Site | str", Source],
     at: str | range = "final",
     mask: float = 1.0,

@@ -271,9 +271,7 @@ class RewardModel(OnTrunk):
         """
         return scored.pairs(self, pairs, batch_size, progress)
 
-    def score_many(
-        self, groups: Iterable["data.Group"], batch_size: int | None = None, progress: Progress | None = None
-    ) -> Result:
+    def score_many(self, groups: Iterable, batch_size: int | None = None, progress: Progress | None = None) -> Result:
         """Rewards of k responses a prompt; `batch_size` and `progress` as in `score_pairs`.
 
         Returns value (group, response) in reward units, padded with NaN past `n_responses`; the coordinate `label`

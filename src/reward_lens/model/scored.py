@@ -8,6 +8,7 @@ import numpy as np
 import xarray as xr
 
 from reward_lens import data
+from reward_lens.data.checks import malformed, shown
 from reward_lens.errors import DataError, named
 from reward_lens.model.tokens import Tokens
 from reward_lens.result import Check, Result
@@ -41,14 +42,16 @@ def pairs(rm: "RewardModel", pairs: Iterable["data.Pair"], batch_size: int | Non
     return Result("score_pairs", value, unit="reward", checks=_cut(flat), meta=meta)
 
 
-def groups(
-    rm: "RewardModel", groups: Iterable["data.Group"], batch_size: int | None, progress: Progress | None
-) -> Result:
+def groups(rm: "RewardModel", groups: Iterable, batch_size: int | None, progress: Progress | None) -> Result:
     """Value (group, response) of the rewards of every response of a prompt, padded with NaN."""
     groups = list(groups)
     if not groups:
         raise DataError("There are no groups to work on", found="an empty sequence",
                         expected="at least one rl.Group", do="pass groups, as load_groups gives them")  # fmt: skip
+    for index, group in enumerate(groups):
+        if not isinstance(group, data.Group):
+            do = "build each as rl.Group(prompt, responses), or read a file with rl.load_groups"
+            raise malformed(f"groups[{index}]", shown(group), "an rl.Group", do=do)
     tokens = [named(f"Group {g.id or i}", rm.tokenize, g.messages, r)
               for i, g in enumerate(groups, 1) for r in g.responses]  # fmt: skip
     rewards = iter(rm.rewards(tokens, batch_size, progress).tolist())

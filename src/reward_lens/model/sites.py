@@ -46,11 +46,11 @@ class Site:
             return text
         if text == "embed":
             return cls("embed")
-        if match := re.fullmatch(r"L(\d+)\.([A-Z])(\d+)", text):
+        if match := re.fullmatch(r"L(\d+)\.([A-Z])(\d+)", str(text)):
             layer, letter, index = match.groups()
             if letter in _LETTER:
                 return cls(_LETTER[letter], int(layer), int(index))
-        elif match := re.fullmatch(r"L(\d+)\.([a-z_]+)", text):
+        elif match := re.fullmatch(r"L(\d+)\.([a-z_]+)", str(text)):
             if match[2] in KINDS and match[2] != "embed":
                 return cls(match[2], int(match[1]))
         raise _unknown(repr(text))

@@ -17,6 +17,7 @@ Reference: Lambert et al. 2024, arXiv 2403.13787 (accuracy by subset); Guo et al
 import functools
 import itertools
 import warnings
+from collections.abc import Iterable
 
 import numpy as np
 import xarray as xr
@@ -195,7 +196,7 @@ def length_partial(rm: RewardModel, pairs, scores: Result | None = None) -> Resu
 
 
 @checked_arguments
-def ranking(rm: RewardModel, groups, scores: Result | None = None) -> Result:
+def ranking(rm: RewardModel, groups: Iterable, scores: Result | None = None) -> Result:
     """How well rewards order the k responses of a prompt.
 
     `groups` are `rl.Group`; `scores` is the Result of `rm.score_many(groups)`, where there is one already.

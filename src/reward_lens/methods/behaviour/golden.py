@@ -1,5 +1,8 @@
 """Does the loaded model give the scores that its authors printed?"""
 
+from collections.abc import Iterable
+from pathlib import Path
+
 import numpy as np
 import xarray as xr
 
@@ -14,7 +17,7 @@ QUANTITIES = ("expected", "found", "gap", "tolerance")
 
 
 @checked_arguments
-def golden_scores(rm: RewardModel, entries=None) -> Result:
+def golden_scores(rm: RewardModel, entries: str | Path | Iterable | None = None) -> Result:
     """Published scores of this model beside those it gives here.
 
         gap = |found - expected|,      a miss where gap > tolerance

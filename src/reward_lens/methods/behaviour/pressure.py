@@ -17,6 +17,7 @@ References: Gao, Schulman and Hilton 2023, arXiv 2210.10760; Beirami et al. 2024
 
 import importlib.metadata
 import platform
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ DIMS = ("prompt_id", "feature", "n")
 
 @checked_arguments
 def optimisation_pressure(
-    samples, rm=None, *, features=None, n_max: int | None = None, seed: int = 0, n_boot: int = 2000
+    samples, rm=None, *, features: Iterable | None = None, n_max: int | None = None, seed: int = 0, n_boot: int = 2000
 ) -> Result:
     """What goes up and what goes down as responses are chosen by their reward.
 

@@ -13,6 +13,8 @@ What this cannot show: that a drop is due to style rather than to length, which 
 Reference: Liu et al. 2024, RM-Bench, arXiv 2410.16184.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import xarray as xr
 
@@ -32,7 +34,7 @@ DIFFICULTIES = {
 
 
 @checked_arguments
-def style_matrix(rm: RewardModel, items) -> Result:
+def style_matrix(rm: RewardModel, items: Iterable) -> Result:
     """How often the chosen response wins, for each of its three styles against each of the rejected one's.
 
     `items` are `rl.StyleItem`, as `rl.load_style_items` reads them from RM-Bench's files.

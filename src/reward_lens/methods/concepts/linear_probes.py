@@ -20,7 +20,7 @@ Reference: Alain and Bengio 2016, arXiv 1610.01644 (probes by depth); Hewitt and
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,8 +51,8 @@ NOT_READ = "the reward does not depend on this state, or the state is the same i
 @checked_arguments
 def linear_probes(
     rm: RewardModel,
-    texts,
-    labels,
+    texts: Iterable,
+    labels: Iterable,
     depths: Sequence[int] | None = None,
     at: Sequence[str] = POSITIONS,
     groups: Sequence[str | int] | None = None,

@@ -23,7 +23,7 @@ Reference: Sofroniew et al. 2026, arXiv 2604.07729 (steering, read-write agreeme
 partial valuations and the intervals are our additions; the paper has no random-direction null.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,7 @@ def valuation(
     rm: RewardModel,
     vectors: Result,
     texts,
-    on=None,
+    on: data.Pair | Iterable | None = None,
     n_null: int = 200,
     strengths: Sequence[int | float] = (-0.1, -0.05, 0.0, 0.05, 0.1),
     n_texts: int = 20,

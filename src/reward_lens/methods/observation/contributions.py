@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from reward_lens.arguments import checked_arguments
-from reward_lens.engine.activations import Activations, captured, pairs_of
+from reward_lens.engine.activations import Activations, captured, kept, pairs_of
 from reward_lens.errors import DataError
 from reward_lens.methods.observation.expert_split import ExpertSplit
 from reward_lens.methods.observation.splits import ComponentSplit, HeadSplit, NeuronSplit, Split, component_coords
@@ -84,7 +84,7 @@ def contributions(
         from reward_lens.methods.observation.source_tokens import source_token_contributions
 
         return source_token_contributions(rm, pairs, scale)
-    split = SPLITS[by](rm)
+    split, pairs = SPLITS[by](rm), kept(pairs)
     parts = [
         _of_chunk(rm, rm.readout, rm.readout_inputs(acts.tokens), split, acts, scale)
         for acts in captured(rm, pairs, split.sites)
@@ -131,7 +131,7 @@ def objective_contributions(
     """
     _require(by, ("component", "head", "neuron"), scale)
     rm, readouts = with_every_objective(rm)
-    split = SPLITS[by](rm)
+    split, pairs = SPLITS[by](rm), kept(pairs)
     values, gaps = [], []
     for acts in captured(rm, pairs, split.sites):
         inputs = rm.readout_inputs(acts.tokens)

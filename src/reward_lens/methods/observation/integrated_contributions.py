@@ -23,7 +23,7 @@ from torch import Tensor
 
 from reward_lens import data
 from reward_lens.arguments import checked_arguments
-from reward_lens.engine.activations import captured, pairs_of
+from reward_lens.engine.activations import captured, kept, pairs_of
 from reward_lens.errors import DataError
 from reward_lens.methods.observation.splits import ComponentSplit, component_coords
 from reward_lens.methods.shared.paired import margin_of, paired_result
@@ -58,7 +58,7 @@ def integrated_contributions(rm: RewardModel, pairs, baseline: Baseline = "mean"
         raise DataError("The integration was asked for something it does not have",
                         found=f"baseline={baseline!r}, steps={steps}",
                         expected="baseline 'mean' or 'zero', and at least one step", do="pass these")  # fmt: skip
-    split = ComponentSplit(rm)
+    split, pairs = ComponentSplit(rm), kept(pairs)
     chunks = list(captured(rm, pairs, split.sites))
     runs = sum(len(acts.tokens) for acts in chunks)
     last = split.sites[-1]

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from reward_lens import data
 from reward_lens.arguments import checked_arguments
-from reward_lens.engine.activations import captured, pairs_of
+from reward_lens.engine.activations import captured, kept, pairs_of
 from reward_lens.engine.places import require_readings_along
 from reward_lens.errors import DataError
 from reward_lens.methods.shared.paired import margin_of, paired_result
@@ -59,7 +59,7 @@ def reward_lens(rm: RewardModel, pairs, norm: Norms = "own", at: Literal["final"
     if at == "all":
         return _lens_everywhere(rm, data.as_pairs(pairs), norm)
     sites = [Site("embed"), *(Site("resid_post", layer) for layer in range(rm.n_layers))]
-    values, gaps = [], []
+    values, gaps, pairs = [], [], kept(pairs)
     for acts in captured(rm, pairs, sites):
         h, inputs = acts[sites[-1]], rm.readout_inputs(acts.tokens)
         reward = rm.readout.reward(h, inputs)

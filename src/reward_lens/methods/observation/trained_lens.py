@@ -29,7 +29,7 @@ from torch import Tensor
 
 from reward_lens import data
 from reward_lens.arguments import checked_arguments
-from reward_lens.engine.activations import captured, pairs_of
+from reward_lens.engine.activations import captured, kept, pairs_of
 from reward_lens.errors import DataError, StructureError
 from reward_lens.methods.shared.paired import margin_of, paired_result
 from reward_lens.model.forward import Batch, at_rows
@@ -66,6 +66,7 @@ def tuned_lens(rm: RewardModel, train_pairs, pairs, alphas: Sequence[float] = AL
     if not len(alphas) or not all(0 <= alpha < np.inf for alpha in alphas):
         raise DataError("The tuned lens has no penalties to choose from", found=f"alphas={list(alphas)}",
                         expected="at least one, each 0 or more and finite", do="leave alphas out")  # fmt: skip
+    train_pairs, pairs = kept(train_pairs), kept(pairs)
     train_of, test_of = pairs_of(train_pairs), pairs_of(pairs)
     prompts = [p.prompt_key for p in train_of for _ in range(2)]
     _require_split(prompts, {p.prompt_key for p in test_of})

@@ -53,13 +53,13 @@ def evaluate_edit(
     there is no interval and no p). Rows of probes that change no text are NaN.
     Raises `DataError` for sets without pairs or models with different tokenizers.
     """
-    pairs = data.as_pairs(pairs)
+    pairs, sets = data.as_pairs(pairs), {name: data.as_pairs(some) for name, some in sets.items()}
     if before.tokenize(pairs[0].prompt, pairs[0].chosen).ids != after.tokenize(pairs[0].prompt, pairs[0].chosen).ids:
         raise DataError("The two models read texts differently", found="different token ids of the first pair",
                         expected="a model and an edit of it", do="pass the model that edit_head was given")  # fmt: skip
     rows = _probe_rows(before, after, pairs, probes, seed)
     for name, some in sets.items():
-        rows += _accuracy_rows(before, after, name, data.as_pairs(some), seed)
+        rows += _accuracy_rows(before, after, name, some, seed)
     p = np.array([row["p"] for row in rows])
     coords = {
         "measure": np.array([row["name"] for row in rows], dtype=object),
@@ -76,7 +76,7 @@ def evaluate_edit(
         "evaluate_edit", value, unit="SD or fraction", low=low, high=high, undefined="the probe changes no text here",
         meta=before.describe(
             "evaluate_edit", pairs, title="Before and after an edit", seed=seed, after=after.name,
-            settings={"sets": {name: len(data.as_pairs(some)) for name, some in sets.items()}},
+            settings={"sets": {name: len(some) for name, some in sets.items()}},
             interval={"level": 0.95, "unit": "prompt"},
             shows="What the edit changes: the reward bought by every probe, and accuracy, with paired differences.",
             cannot_show="Effects on other texts, or on a policy that is trained against the edited model.",

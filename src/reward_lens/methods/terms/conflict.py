@@ -28,7 +28,7 @@ is one average; terms may agree on both and part elsewhere.
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,7 +60,7 @@ def term_conflict(
     rm: RewardModel,
     terms,
     tests: Sequence[str] = TESTS,
-    responses=None,
+    responses: Iterable | None = None,
     regions: Mapping[str, float] | None = None,
     n_boot: int = 2000,
     seed: int = 0,

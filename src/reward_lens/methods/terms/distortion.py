@@ -19,6 +19,7 @@ Reference: Wang and Huang 2026, "Reward Hacking as Equilibrium under Finite Eval
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,13 @@ DIMS = ("dimension", "lam")
 
 @checked_arguments
 def distortion_index(
-    r, w, covered=None, lam: int | float = 1.0, normalise: bool = True, names=None, level: float = 0.95
+    r,
+    w,
+    covered=None,
+    lam: int | float = 1.0,
+    normalise: bool = True,
+    names: Iterable | None = None,
+    level: float = 0.95,
 ) -> Result:
     """The distortion index of N >= 2 dimensions, at `lam` and at .25, .5, .75 and 1.
 
