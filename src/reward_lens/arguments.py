@@ -34,6 +34,7 @@ OF_MANY: tuple[Any, ...] = (Sequence, Mapping)
 def checked_arguments(function: Callable[P, R]) -> Callable[P, R]:
     """`function`, which first refuses arguments that its annotations do not admit: DataError names the parameter."""
     names = list(inspect.signature(function).parameters)
+    run: Callable[..., R] = function
 
     @functools.cache
     def admitted() -> dict[str, Any]:  # at the first call: an annotation may name what its module has below
@@ -49,7 +50,7 @@ def checked_arguments(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         named = [taken(name, value) for name, value in zip(names, args, strict=False)]
-        return function(*named, *args[len(names) :], **{name: taken(name, value) for name, value in kwargs.items()})
+        return run(*named, *args[len(names) :], **{name: taken(name, value) for name, value in kwargs.items()})
 
     return checked
 
