@@ -199,12 +199,14 @@ def edit_weights(folder: Path, change: Callable[[State], State]) -> None:
 
 
 @torch.no_grad()
-def published_columns(folder: Path, name: str, ids: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+def published_columns(
+    folder: Path, name: str, ids: tuple[int, ...], dtype: torch.dtype = torch.float32, trunk=None
+) -> Tensor:
     """The published forward on one unpadded text: the trunk by transformers, the head by hand. The reward first, then
-    the objectives that are published beside it."""
+    the objectives that are published beside it. `trunk`: in place of the folder's."""
     from transformers import AutoModel
 
-    trunk = AutoModel.from_pretrained(folder, dtype=dtype).eval()
+    trunk = AutoModel.from_pretrained(folder, dtype=dtype).eval() if trunk is None else trunk
     states = trunk(input_ids=torch.tensor([ids])).last_hidden_state[0]
     config = json.loads((folder / "config.json").read_text())
     state = load_file(folder / "model.safetensors")

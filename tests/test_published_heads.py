@@ -254,6 +254,17 @@ def test_what_needs_no_row_is_answered_and_what_does_is_left_out_with_the_reason
 
 
 @every
+def test_the_base_under_every_part_of_the_head(folders, models, name):
+    rm = models[name]
+    trunk = copy.deepcopy(rm.module.base_model)
+    trunk.norm.weight.data.mul_(1.5)
+    found = rl.base_under_head(rm, trunk)
+    ids = rm.tokenize(*TEXT_PAIRS[0][:2]).ids
+    expected = published.published_columns(folders[name], name, ids, trunk=trunk)[0]
+    assert found.score(*TEXT_PAIRS[0][:2]) == pytest.approx(float(expected), abs=1e-5)
+
+
+@every
 def test_token_attribution_telescopes(models, name):
     for method in ("prefix", "truncate"):
         rl.token_attribution(models[name], PAIRS[:2], method=method)

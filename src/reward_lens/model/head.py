@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from reward_lens.errors import DataError
 from reward_lens.model.adapters import require_no_live_adapter
 from reward_lens.model.heads.linear import LinearScore
-from reward_lens.model.heads.own import head_of
+from reward_lens.model.heads.own import OwnHead, head_of
 from reward_lens.model.linear_maps import linear_bias, linear_weight
 from reward_lens.model.placement import require_all_there
 from reward_lens.model.readout import LinearReadout
@@ -124,7 +124,8 @@ def require_own_head(rm: RewardModel) -> None:
     paths = [rm.structure.head, rm.structure.pooler, *(n for n, part in rm.module.named_modules() if part is rm.head)]
     inside = tuple(f"{path}." for path in paths if path is not None)
     named = rm.module.named_parameters(remove_duplicate=False)
-    others = [name for name, p in named if id(p) in own and not name.startswith(inside)]
+    trunk = f"{rm.module.base_model_prefix}." if isinstance(rm.module, OwnHead) else ""  # its head has several parts
+    others = [name for name, p in named if id(p) in own and name.startswith(trunk) and not name.startswith(inside)]
     if others:
         raise DataError(
             "The head cannot be edited alone",
