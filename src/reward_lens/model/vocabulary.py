@@ -15,9 +15,10 @@ from reward_lens.model.tokens import Tokenizer, Tokens
 
 REASONS = (
     "special token", "byte fragment", "no text", "other tokens spell it", "merges with the template",
-    "changed by the template",
+    "changed by the template", "not taken as a response",
 )  # fmt: skip
-_REFERENCES = ("a", "A", "0", "x", "the")
+_REFERENCES = ("a", "A", "0", "x", "the", " a")
+"""Responses of one token to find the slot by; the last for templates with a space before it."""
 _ANCHOR = "."
 
 
@@ -83,24 +84,30 @@ class ResponseSlot:
                 expected="a prompt that leaves room for a token, and a tokenizer that reads a letter as one",
                 do="shorten the prompt, or load the model with truncation='left'",
             )
-        self.reference: Tokens = read[fitting[0]]
+        # Behind a space some references are read as another token, which takes the template's space with it.
+        alone = vocabulary.read(list(_REFERENCES))
+        itself = [i for i in fitting if [read[i].ids[read[i].response.start]] == alone[i]]
+        found = (itself or fitting)[0]
+        self.reference: Tokens = read[found]
         marker = f"response{uuid.uuid4().hex}"
         self._before, _, self._after = self._render(marker).partition(marker)
         # The whole conversation, also where the model is shown a truncated one.
-        whole = vocabulary.read([self._before + _REFERENCES[fitting[0]] + self._after])[0]
+        whole = vocabulary.read([self._before + _REFERENCES[found] + self._after])[0]
         stop = len(whole) - (len(self.reference.tail) if self._after else 0)
         self._head, self._tail = whole[: stop - 1], whole[stop:]
 
     def reasons(self, ids: Sequence[int], texts: Sequence[str]) -> list[str]:
         """For each token why no response consists of it alone (one of `REASONS`); "" where its text is read as
         exactly this token between the template's."""
-        rendered = [self._render(text) for text in texts]
-        read, alone = self.vocabulary.read(rendered), self.vocabulary.read(list(texts))
+        rendered = [self._taken(text) for text in texts]
+        read = self.vocabulary.read([text or "" for text in rendered])
+        alone = self.vocabulary.read(list(texts))
         out = []
         for i, text, whole, seen, own in zip(ids, texts, rendered, read, alone, strict=True):
             out.append(
                 "special token" if i in self.vocabulary.special
                 else "no text" if not text
+                else "not taken as a response" if whole is None
                 else "changed by the template" if whole != self._before + text + self._after
                 else "" if seen == [*self._head, i, *self._tail]
                 else "byte fragment" if "\ufffd" in text
@@ -116,6 +123,13 @@ class ResponseSlot:
         pieces = (*self.reference.pieces[:at], text, *self.reference.pieces[at + 1 :])
         end = self.vocabulary.tokenizer.reward_position(list(ids))
         return dataclasses.replace(self.reference, ids=ids, pieces=pieces, reward_pos=end)
+
+    def _taken(self, response: str) -> str | None:
+        """None for a text that the model's form refuses, such as a blank step of a solution."""
+        try:
+            return self._render(response)
+        except DataError:
+            return None
 
     def _render(self, response: str) -> str:
         return self.vocabulary.tokenizer.beside(self.messages, response)
