@@ -155,6 +155,15 @@ def test_effects_at_a_step_equal_a_change_in_the_whole_solution(name):
             assert float(effects.sel(side=side, component=component)) == pytest.approx(expected, abs=2e-4)
 
 
+def test_a_step_that_the_template_spells_as_well_is_found_where_it_stands():
+    """Turns end in "<|end|>\\n<|assistant|>\\n", which holds these steps too."""
+    rm = model("rlhflow")
+    for steps in (["x", "a"], ["s", "the end", "assistant"], ["user", "x"]):
+        tokens = rm.tokenizer.solution([{"role": "user", "content": "Q"}], steps).tokens
+        said = "".join(tokens.pieces[i] for i in tokens.response).strip()
+        assert said == "<|end|>\n<|assistant|>\n+<|end|>\n<|user|>\n".join(steps)
+
+
 def test_a_batch_and_padding_change_nothing():
     rm = model("math-shepherd")
     together = rl.step_rewards(rm, FEW).value

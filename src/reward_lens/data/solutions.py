@@ -109,10 +109,10 @@ def as_solutions(solutions: Any, separator: str) -> tuple[Solution, ...]:
 def step_pairs(chosen: Iterable[Solution], rejected: Iterable[Solution], step: int, separator: str) -> Pairs:
     """Pairs of two solutions of one prompt, each up to and with its `step`-th step (from 0; -1 is the last), for the
     methods that take pairs: on a model built by `step_model` they read that step's reward, `separator` being
-    `rm.steps.separator`.
+    `rm.module.steps.separator`.
 
-    Returns `Pairs`. Raises `DataError` where the numbers of solutions or the prompts differ, or a solution has no such
-    step.
+    Returns `Pairs`. Raises `DataError` where the numbers of solutions or the prompts differ, a solution has no such step,
+    or a step holds the separator.
     """
     pairs, firsts, seconds = [], list(chosen), list(rejected)
     if len(firsts) != len(seconds):

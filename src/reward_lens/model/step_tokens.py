@@ -121,6 +121,11 @@ class StepTokenizer(Tokenizer):
         place = f"answer{uuid.uuid4().hex}"
         return super().render([*messages, {"role": "assistant", "content": place}]).partition(place)[0]
 
+    def _behind_turn(self, messages: list[dict]) -> str:
+        """What the chat template writes between the last of these messages and its answer."""
+        place = f"turn{uuid.uuid4().hex}"
+        return self._before_answer([*messages[:-1], {**messages[-1], "content": place}]).rpartition(place)[2]
+
     def _raw_prompt(self, messages: list[dict]) -> str:
         if len(messages) > 1:
             raise DataError(
@@ -132,19 +137,21 @@ class StepTokenizer(Tokenizer):
         return messages[0]["content"]
 
     def _turns(self, messages: list[dict], steps: list[str]) -> _Written:
-        form, turns, reads, begins, before = self.form, [*messages[:-1]], [], 0, ""
+        form, turns, reads, before = self.form, [*messages[:-1]], [], ""
         texts = [messages[-1]["content"] + form.after_prompt + steps[0], *steps[1:]]
-        for i, text in enumerate(texts):
+        # By place: what the template writes behind a turn may spell a short step too.
+        behind = len(self._behind_turn([*turns, {"role": "user", "content": texts[0]}]))
+        for text in texts:
             turns.append({"role": "user", "content": text})
             before = self._before_answer(turns)
-            begins = before.rfind(steps[0]) if i == 0 else begins
             reads.append(len(before))
             turns.append({"role": "assistant", "content": form.marker})
-        whole = super().render(turns)
-        stop = whole.rfind(steps[-1], 0, reads[-1])
-        if min(begins, stop) < 0 or not whole.startswith(before + form.marker):
+        whole, first, stop = super().render(turns), reads[0] - behind, reads[-1] - behind
+        there = whole.endswith(steps[0], 0, first) and whole.endswith(steps[-1], 0, stop)
+        if not there or not whole.startswith(before + form.marker):
             raise _changed_by_template()
-        return _Written((before,), tuple(reads), begins, stop + len(steps[-1]), tuple(turns))
+        begins = first - len(steps[0])
+        return _Written((before,), tuple(reads), begins, stop, tuple(turns))
 
     def _whole(self, written: _Written) -> SolutionTokens:
         """The text tokenised at once, as the model's authors count markers: each is one token."""
