@@ -111,8 +111,8 @@ def step_pairs(chosen: Iterable[Solution], rejected: Iterable[Solution], step: i
     methods that take pairs: on a model built by `step_model` they read that step's reward, `separator` being
     `rm.module.steps.separator`.
 
-    Returns `Pairs`. Raises `DataError` where the numbers of solutions or the prompts differ, a solution has no such step,
-    or a step holds the separator.
+    Returns `Pairs`. Raises `DataError` where the numbers of solutions or the prompts differ, a solution has no such
+    step, or a step holds the separator.
     """
     pairs, firsts, seconds = [], list(chosen), list(rejected)
     if len(firsts) != len(seconds):
