@@ -64,7 +64,7 @@ def sample(
         {"vector": torch.zeros(3)}, {"seed": np.int32(3)}, {"seed": np.array(3)}, {"strength": 2},
         {"strength": np.float32(2)}, {"strength": torch.tensor(2.0)}, {"legacy": np.True_}, {"mode": "another"},
     ],
-    ids=str,
+    ids=lambda given: ",".join(given) if isinstance(given, dict) else "",
 )  # fmt: skip
 def test_what_is_taken(taken):
     assert sample(**taken) == []
@@ -91,7 +91,7 @@ def handed(
         ({"ks": xr.DataArray([4])}, [4]), ({"at": pd.Index(["L0"])}, ["L0"]),
         ({"at": xr.DataArray(["L0", "L1"], dims="component")}, ["L0", "L1"]),
     ],
-    ids=str,
+    ids=lambda given: ",".join(given) if isinstance(given, dict) else "",
 )  # fmt: skip
 def test_numbers_arrays_and_columns_become_pythons(given, plain):
     """Seeds are drawn from them and settings written to JSON: numpy's ended in a TypeError when the work was done."""
@@ -133,7 +133,7 @@ def test_a_class_in_place_of_a_value_is_refused():
         ({"legacy": "no"}, "'no', of type str", "help"),
         ({"mode": 3}, "3, of type int", "help"),
     ],
-    ids=str,
+    ids=lambda given: ",".join(given) if isinstance(given, dict) else "",
 )  # fmt: skip
 def test_what_is_refused(refused, found, do):
     with pytest.raises(rl.DataError, match="does not take") as caught:
