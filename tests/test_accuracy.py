@@ -17,6 +17,7 @@ from reward_lens.errors import DataError
 from reward_lens.methods.behaviour.accuracy import accuracy, calibration, length_partial, ranking
 from reward_lens.methods.behaviour.style import style_matrix, style_summary
 from reward_lens.methods.shared.paired_shares import paired_change
+from reward_lens.methods.shared.preference_weights import preference_weight
 from reward_lens.result import Result
 
 
@@ -209,7 +210,7 @@ def test_calibration_without_a_slope(rm):
 
 
 def test_length_partial_is_the_maximum_of_the_likelihood(rm):
-    """Against scipy's minimiser and the sandwich error written out."""
+    """Against scipy's minimiser and the clustered error written out."""
     rng = np.random.default_rng(2)
     lengths = rng.integers(-30, 30, 60)
     margins = 0.05 * lengths + rng.normal(0.3, 1, 60)
@@ -222,13 +223,22 @@ def test_length_partial_is_the_maximum_of_the_likelihood(rm):
     assert result.value["sd"].values == pytest.approx(sd)
     alone = minimize(lambda b: np.logaddexp(0, -design[:, :1] @ b).sum(), [0.0], tol=1e-12).x
     assert float(result.value["alone"][0]) == pytest.approx(alone[0], abs=1e-4)
-    # The sandwich, written out: CR1 with G = 30 clusters and t(29).
+    # The jackknife of the last step, written out: G = 30 clusters and t(29).
     residual = 1 - 1 / (1 + np.exp(-design @ best))
-    weight = residual * (1 - residual)
-    bread = np.linalg.inv((design * weight[:, None]).T @ design)
-    sums = (design * residual[:, None]).reshape(30, 2, 2).sum(1)
-    error = np.sqrt(np.diag(bread @ sums.T @ sums @ bread) * 30 / 29 * 59 / 58)
+    curved = design * np.sqrt(residual * (1 - residual))[:, None]
+    whole, scores = curved.T @ curved, (design * residual[:, None]).reshape(30, 2, 2).sum(1)
+    moves = [np.linalg.solve(whole - own.T @ own, s) for own, s in zip(curved.reshape(30, 2, 2), scores, strict=True)]
+    error = np.sqrt(29 / 30 * (np.array(moves) ** 2).sum(0))
     assert (result.high - result.value).values == pytest.approx(2.045230 * error, rel=1e-3)
+
+
+def test_size_of_a_preference_weight_where_one_prompt_has_half_of_the_pairs():
+    """Margins and lengths that prompts share and labels do not go with: CR1 rejects .11 of them."""
+    rng, prompts, p = np.random.default_rng(5), np.append(np.arange(20), np.zeros(20, int)), []
+    for _ in range(400):
+        margins, lengths = (rng.normal(size=20)[prompts] + rng.normal(size=40) for _ in range(2))
+        p.append(preference_weight(margins, lengths[:, None], prompts).p)
+    assert np.mean(np.array(p) <= 0.05) <= 0.06
 
 
 def test_length_partial_tells_quality_from_length(rm):

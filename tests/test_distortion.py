@@ -520,6 +520,13 @@ def test_labels_that_determine_no_weights_are_refused(pairs):
     with pytest.raises(rl.DataError, match="linear function"):
         twice = {"words": "words", "doubled": lambda p, r: 2 * text_features(p, r)["words"]}
         fitted_weights(preferences(40, [0.4, 0.8], 14), twice)
+    with pytest.raises(rl.DataError, match="exclamation_marks: one prompt alone"):
+        many = [
+            rl.Pair(p.prompt, p.chosen.replace("!", ""), p.rejected.replace("!", ""))
+            for p in preferences(40, [1, 0], 16)
+        ]
+        fitted_weights([*many, *(rl.Pair("q", "a" + "!" * i, "b" + "!" * (3 - i)) for i in range(4))],
+                       ["words", "exclamation_marks"])  # fmt: skip
     with pytest.raises(rl.DataError, match="names"):
         fitted_weights(pairs, "words")
 

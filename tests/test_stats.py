@@ -402,6 +402,15 @@ def test_size_of_the_partial_slope_of_few_prompts():
     assert 0.02 <= np.mean(np.array(p) <= 0.05) <= 0.09
 
 
+def test_size_of_the_logit_slope_where_one_prompt_has_most_rows():
+    """CR1 rejects .14 of slopes of zero."""
+    rng, clusters, p = np.random.default_rng(13), np.append(np.arange(20), np.zeros(40, int)), []
+    for _ in range(400):
+        y, x, control = (rng.normal(size=20)[clusters] + rng.normal(size=60) for _ in range(3))
+        p.append(partial_slope((y > 0).astype(float), x, control, clusters, "logit").p)
+    assert np.mean(np.array(p) <= 0.05) <= 0.08
+
+
 def test_a_slope_that_one_prompt_decides_has_no_interval(rng):
     alone = partial_slope(rng.normal(size=48), np.arange(48) == 3, np.zeros((48, 0)), np.arange(48))
     assert math.isfinite(alone.value) and math.isnan(alone.p) and "one prompt alone" in alone.reason

@@ -16,7 +16,6 @@ Reference: Lambert et al. 2024, arXiv 2403.13787 (accuracy by subset); Guo et al
 
 import functools
 import itertools
-import warnings
 from collections.abc import Iterable
 
 import numpy as np
@@ -27,6 +26,7 @@ from reward_lens.arguments import checked_arguments
 from reward_lens.errors import DataError
 from reward_lens.methods.shared.paired import given_scores
 from reward_lens.methods.shared.paired_shares import ends_of_change, won
+from reward_lens.methods.shared.preference_weights import preference_weight
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.result import Result
 
@@ -155,12 +155,11 @@ def calibration(rm: RewardModel, pairs, scores: Result | None = None, bins: int 
 def length_partial(rm: RewardModel, pairs, scores: Result | None = None) -> Result:
     """What the margin says about the label once the difference in length is accounted for, and the reverse.
 
-    Logistic regression logit P(a preferred to b) = alpha (r_a - r_b) + beta (n_a - n_b) without intercept.
-    Which response is written first is arbitrary, so a constant can mean nothing, and turning a pair round
-    leaves the likelihood as it is. Both regressors are in units of their own root mean square over the pairs.
+    Logistic regression logit P(a preferred to b) = alpha (r_a - r_b) + beta (n_a - n_b) without intercept
+    (`shared.preference_weights`). Both regressors are in units of their own root mean square over the pairs.
 
     Returns value (term,) in log-odds per SD: "margin_per_sd" and "length_per_sd", with intervals from the
-    error clustered by prompt (CR1, t(G - 1); none under 6 prompts); the coordinate `alone` is each term's
+    error clustered by prompt (CR3, t(G - 1); none under 6 prompts); the coordinate `alone` is each term's
     coefficient without the other, `sd` its SD (reward, tokens). Undefined (NaN, with the reason) where the
     fit has no maximum: some weighting of margin and length is right on every pair, or one of the two is a
     multiple of the other.
@@ -172,10 +171,11 @@ def length_partial(rm: RewardModel, pairs, scores: Result | None = None) -> Resu
     prompts = np.array([p.prompt_key for p in pairs])
     sd = np.sqrt(np.mean([margin**2, longer**2], axis=1))
     design = np.stack([margin, longer], 1) / np.where(sd > 0, sd, 1.0)
-    if _has_no_maximum(design):
-        reason, cells, p = NO_MAXIMUM, np.full((2, 3), np.nan), [None, None]
-    else:
-        reason, (cells, p) = None, _symmetric_logit(design, prompts)
+    reason, cells, p = NO_MAXIMUM, np.full((2, 3), np.nan), [None, None]
+    if not _has_no_maximum(design):
+        rows = [preference_weight(design[:, i], design[:, [1 - i]], prompts) for i in range(2)]
+        reason, cells = rows[0].reason or None, np.array([(row.value, row.low, row.high) for row in rows])
+        p = [None if np.isnan(row.p) else row.p for row in rows]
     alone = [_slope(design[:, i]) for i in range(2)]
     coords = {
         "term": np.array(["margin_per_sd", "length_per_sd"], dtype=object),
@@ -319,8 +319,7 @@ def _slope(x: np.ndarray) -> float | None:
     if not ((x > 0).any() and (x < 0).any()):
         return None
     sd = np.sqrt(np.mean(x**2))
-    cells, _ = _symmetric_logit(x[:, None] / sd, np.arange(len(x)))
-    return float(cells[0, 0] / sd)
+    return preference_weight(x / sd, np.zeros((len(x), 0)), np.arange(len(x))).value / sd
 
 
 def _has_no_maximum(design: np.ndarray) -> bool:
@@ -330,23 +329,3 @@ def _has_no_maximum(design: np.ndarray) -> bool:
         return True
     angles = np.sort(np.arctan2(rows[:, 1], rows[:, 0]))
     return bool(np.diff(np.append(angles, angles[0] + 2 * np.pi)).max() >= np.pi - 1e-9)
-
-
-def _symmetric_logit(design: np.ndarray, prompts: np.ndarray) -> tuple[np.ndarray, list[float | None]]:
-    """[term, (value, low, high)] and p values of the no-intercept fit, errors clustered by prompt."""
-    import statsmodels.api as sm
-
-    # Every other pair is turned round, so that both outcomes occur; the likelihood stays as it is.
-    turn = np.where(np.arange(len(design)) % 2 == 0, 1.0, -1.0)
-    codes = np.unique(prompts, return_inverse=True)[1]
-    clusters = int(codes.max()) + 1
-    settings: dict = {"disp": 0, "maxiter": 100}
-    if clusters >= stats.FEWEST:
-        settings |= {"cov_type": "cluster", "cov_kwds": {"groups": codes}, "use_t": True}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # steps may overflow on the way; that a maximum exists is known
-        fit = sm.Logit((turn > 0).astype(float), design * turn[:, None]).fit(**settings)
-    if clusters < stats.FEWEST:
-        nothing = np.full_like(fit.params, np.nan)
-        return np.stack([fit.params, nothing, nothing], 1), [None] * len(fit.params)
-    return np.column_stack([fit.params, fit.conf_int()]), [float(p) for p in fit.pvalues]

@@ -2,8 +2,9 @@
 
     P(chosen is preferred) = 1 / (1 + exp(-sum_i w_i d_i)),  d_i = (a_i(chosen) - a_i(rejected)) / SD of a_i over a pool
 
-w_i is in log-odds per SD, the other attributes held fixed; errors are clustered by prompt. Every pair enters twice, as
-it is and turned round, so that the order of its responses says nothing; the clustered errors are those of one entry.
+w_i is in log-odds per SD, the other attributes held fixed (`shared.preference_weights`), errors clustered by prompt:
+with H the information, H_g and s_g what prompt g adds to it and to the score, w without g is w - (H - H_g)^-1 s_g to
+first order.
 
 What these cannot show: that raters care for the attribute itself. Labels are not edited texts, and what goes with an
 attribute and is not among the others is credited to it. With few prompts an attribute the fit is too far from zero.
@@ -21,6 +22,7 @@ import xarray as xr
 from reward_lens import data, stats
 from reward_lens.arguments import checked_arguments
 from reward_lens.errors import DataError
+from reward_lens.methods.shared.preference_weights import preference_weight
 from reward_lens.methods.terms.attribute_scores import pool_spread, score_of
 from reward_lens.result import Check, Result
 
@@ -40,10 +42,10 @@ def fitted_weights(pairs, scores: Mapping[str, Any] | Sequence[str], pool=None, 
     level: of the intervals.
 
     Returns value (prompt_id, attribute): one value a prompt whose mean is w and whose spread is that of the estimate,
-    w + G H^-1 s_g (s_g the prompt's score, H the information, G prompts). mean is w in log-odds per SD, low and high
-    from errors clustered by prompt (none under 6 prompts). Coordinates `p`, `p_holm`, `attribute_sd`, `n_vary`
+    w + (G - 1) (H - H_g)^-1 s_g (G prompts), centred. mean is w in log-odds per SD, low and high from errors clustered
+    by prompt (CR3, `stats.partial_slope`; none under 6 prompts). Coordinates `p`, `p_holm`, `attribute_sd`, `n_vary`
     (responses of the pool away from the commonest score), `n_prompts`, `n_differ` (pairs). Raises `DataError` where the
-    labels are separable or an attribute is fixed by the others.
+    labels are separable or an attribute is fixed by the others, with or without one of the prompts.
     """
     pairs = data.as_pairs(pairs)
     if isinstance(scores, str) or not scores:
@@ -54,8 +56,10 @@ def fitted_weights(pairs, scores: Mapping[str, Any] | Sequence[str], pool=None, 
     sd, away = pool_spread(functions, pairs if pool is None else data.as_pairs(pool))
     names, keys = list(functions), [p.prompt_key for p in pairs]
     d = np.array([_difference(p, list(functions.values())) for p in pairs]) / sd
-    rows = [_weight(d, i, keys, level) for i in range(len(names))]
-    failed = {name: row.reason for name, row in zip(names, rows, strict=True) if np.isnan(row.value)}
+    rows = [preference_weight(d[:, i], np.delete(d, i, axis=1), keys, level) for i in range(len(names))]
+    # From so many prompts on each weight has an interval, unless one prompt alone decides it.
+    decided = [row.low if len(set(keys)) >= stats.FEWEST else row.value for row in rows]
+    failed = {name: row.reason for name, row, end in zip(names, rows, decided, strict=True) if np.isnan(end)}
     if failed:
         raise DataError(
             "The labels do not determine the weights",
@@ -104,21 +108,15 @@ def _difference(pair: data.Pair, scores: Sequence) -> list[float]:
     return [score(asked, pair.chosen) - score(asked, pair.rejected) for score in scores]
 
 
-def _weight(d: np.ndarray, i: int, keys: list[str], level: float) -> stats.Estimate:
-    both = np.concatenate([d, -d])
-    label = np.repeat([1.0, 0.0], len(d))
-    others = np.delete(both, i, axis=1)
-    return stats.partial_slope(label, both[:, i], others, [*keys, *keys], "logit", level)
-
-
 def _by_prompt(d: np.ndarray, w: np.ndarray, keys: list[str]) -> tuple[np.ndarray, float]:
     """w and each prompt's part in its error, [prompt, attribute]; and how far the scores are from adding up to zero."""
     units = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     codes = np.array([units[key] for key in keys])
     chance = 1 / (1 + np.exp(-d @ w))
-    information = d.T @ (d * (chance * (1 - chance))[:, None])
-    score = np.zeros((len(units), d.shape[1]))
+    information, score = np.zeros((len(units), d.shape[1], d.shape[1])), np.zeros((len(units), d.shape[1]))
+    np.add.at(information, codes, (chance * (1 - chance))[:, None, None] * d[:, :, None] * d[:, None, :])
     np.add.at(score, codes, (1 - chance)[:, None] * d)
     gap = float(np.abs(score.sum(0)).max() / max(np.abs(score).sum(0).max(), 1e-300))
-    score = score - score.mean(0)
-    return w + len(units) * np.linalg.solve(information, score.T).T, gap
+    left = information.sum(0) - information
+    moves = np.einsum("gij,gj->gi", np.linalg.pinv(left, rcond=1e-9, hermitian=True), score)
+    return w + (len(units) - 1) * (moves - moves.mean(0)), gap
