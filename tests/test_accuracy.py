@@ -87,6 +87,9 @@ def test_the_model_ahead_of_a_rule_is_a_paired_difference(rm):
     assert found[1] == pytest.approx([float(own[name]) - 0.5 for name in ("value", "low", "high")])
     assert found[2][0] == pytest.approx(2 / 3) and np.isnan(found[2][1:]).all()  # three prompts
     assert np.isnan(result.value["ahead"].sel(rule="reward model")).all()
+    few = some_pairs(8, prompts=[0, 0, 0, 1, 1, 2, 3, 4])
+    result = accuracy(rm, few, with_scores(rm, few, [1, -1, 0, 2, 3, -4, 5, 6], [1, 2, 3, 4, -1, -2, -3, 0]))
+    assert np.isnan(result.value["ahead_low"]).all() and np.isnan(result.value["ahead_high"]).all()
 
 
 def test_accuracy_counts_prompts(rm):

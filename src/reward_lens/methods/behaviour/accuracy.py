@@ -68,7 +68,10 @@ def accuracy(rm: RewardModel, pairs, scores: Result | None = None) -> Result:
     cube = np.array(cells)
     ahead = [[_ahead(credit[inside, 0] - credit[inside, i], prompts[inside]) for i in range(len(RULES))]
              for _, _, inside in rows[:-1]]  # fmt: skip
-    ahead = np.array([*ahead, np.tile(cube[-1, :1] - 0.5, (len(RULES), 1))])  # balanced: a length rule gets one half
+    balanced = cube[-1, 0] - 0.5  # a length rule gets one half
+    if len(set(prompts[rows[-1][2]])) < stats.FEWEST:
+        balanced[1:] = np.nan
+    ahead = np.array([*ahead, [balanced] * len(RULES)])
     ahead[:, 0] = np.nan  # of the model before itself
     labels, groups, members = zip(*rows, strict=True)
     coords = {
