@@ -54,11 +54,11 @@ def ensemble_rewards(models, pairs, scale: Scale = "sd", k: int | float = 1.0, s
         rewards as they are, for members that share a unit (top of the module).
     k: how many spreads "cautious" takes off the mean.
 
-    Returns value (pair, reading) in reward_sd (reward with scale="raw"), with mean, low and high over prompts; reading
-    = the members' names, then "mean", "spread", "least", "cautious". Coordinates of both dims `chosen` and `rejected`:
-    raw rewards of the members, NaN for the ensemble; of `reading`: `kind` ("member", "ensemble") and `unit_of_one`,
-    the rewards that one unit of the value is. Check: "squares"
-    (mean square of the members = mean^2 + spread^2 (n - 1) / n).
+    Returns value (pair, reading) in reward_sd (reward with scale="raw"), with mean, low and high over prompts (the SDs
+    taken as known); reading = the members' names, then "mean", "spread", "least", "cautious". Coordinates of both dims
+    `chosen` and `rejected`: raw rewards of the members, NaN for the ensemble; of `reading`: `kind` ("member",
+    "ensemble") and `unit_of_one`, the rewards that one unit of the value is. Check: "squares" (mean square of the
+    members = mean^2 + spread^2 (n - 1) / n).
 
     Raises `DataError` for fewer than two models, a name twice or one of the readings', a model whose rewards do not
     differ within any prompt, a negative `k`; and what loading raises. Cannot show who is right: see `ensemble_summary`

@@ -73,7 +73,8 @@ def crosscoder_latents(
     estimator: None is "direct" at the last sites, read at the reward position, and "gradient" elsewhere.
     at: the positions whose latents count: "final" (the reward position) or "response" (through the reward position).
     scale: how a direct margin treats the two runs' norm scales, "shared" or "own"; None is "shared" there.
-    unit: "reward", or "reward_sd": each model's rewards in SDs of its own rewards within prompts.
+    unit: "reward", or "reward_sd": each model's rewards in SDs of its own rewards within prompts. Intervals and p take
+        these SDs as known, so that p also finds what they differ by chance on these pairs.
     top: keep the latents largest in |share|; the others are summed in the row "other latents". None: all.
     sites: where either model is read, if the crosscoder does not say so itself.
 

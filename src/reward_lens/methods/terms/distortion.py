@@ -10,7 +10,8 @@ r is what the signal pays per unit, w > 0 what it is worth. With log production 
 `normalise` multiplies r by sum |w| / sum |r| over the covered dimensions, for the two have different units. lam, the
 share of behaviour that the signal drives, cannot be read off a reward model: every number is given over lam.
 
-Ours, beside the paper (which is theory only): estimated r and w, Fieller's intervals of D, K estimated from slopes.
+Ours, beside the paper (which is theory only): estimated r and w, Fieller's intervals of D, K estimated from slopes. The
+SDs that estimates are in are taken as known.
 
 What this cannot show: that the dimensions are the right ones (their number is the analyst's, and K / N moves with it),
 or that a policy trained on the signal would end there.

@@ -43,9 +43,10 @@ def fitted_weights(pairs, scores: Mapping[str, Any] | Sequence[str], pool=None, 
 
     Returns value (prompt_id, attribute): one value a prompt whose mean is w and whose spread is that of the estimate,
     w + (G - 1) (H - H_g)^-1 s_g (G prompts), centred. mean is w in log-odds per SD, low and high from errors clustered
-    by prompt (CR3, `stats.partial_slope`; none under 6 prompts). Coordinates `p`, `p_holm`, `attribute_sd`, `n_vary`
-    (responses of the pool away from the commonest score), `n_prompts`, `n_differ` (pairs). Raises `DataError` where the
-    labels are separable or an attribute is fixed by the others, with or without one of the prompts.
+    by prompt (CR3, `stats.partial_slope`; none under 6 prompts), the attributes' SDs taken as known. Coordinates
+    `p`, `p_holm`, `attribute_sd`, `n_vary` (responses of the pool away from the commonest score), `n_prompts`,
+    `n_differ` (pairs). Raises `DataError` where the labels are separable or an attribute is fixed by the others, with
+    or without one of the prompts.
     """
     pairs = data.as_pairs(pairs)
     if isinstance(scores, str) or not scores:

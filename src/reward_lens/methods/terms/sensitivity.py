@@ -79,7 +79,8 @@ def sensitivity_slopes(
     pool: pairs whose responses give the SDs of reward and attributes; by default `pairs`.
 
     Returns value (prompt_id, attribute) in reward SD per attribute SD, NaN where no edit changes the attribute. mean,
-    low and high (attribute,) over prompts (`stats.mean_interval`: none under 6 prompts). Coordinates of `attribute`:
+    low and high (attribute,) over prompts (`stats.mean_interval`: none under 6 prompts), both SDs taken as known: they
+    say nothing of how well these pairs or this pool measure an SD. Coordinates of `attribute`:
     `p` (sign flips of the prompts' slopes; its null is symmetry about zero), `p_holm`, `n_prompts`, `n_edits` (texts
     that an edit changes), `contrast` (exact, double, single), `attribute_sd`, `n_vary`
     (responses of the pool away from the commonest score: a few make a poor SD), `per_unit` (reward per unit of the
