@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from scipy.stats import t
 
 import reward_lens as rl
 from families import tiny_model
@@ -13,7 +14,7 @@ from reward_lens.errors import DataError
 from reward_lens.methods.causation.steering import steer
 from reward_lens.methods.repair.bias_direction import bias_direction
 from reward_lens.methods.repair.head_editing import edit_head
-from reward_lens.methods.repair.transfer import _share, transfer_matrix
+from reward_lens.methods.repair.transfer import transfer_matrix
 
 WORDS = "cat dog sun tree red old sea hat run it you and is on".split()
 
@@ -104,13 +105,23 @@ def test_orthogonal_directions_leave_each_other_alone(monkeypatch):
     assert (result.mean.flagged == 0).all() and all(c["present"] for c in result.meta["control"].values())
 
 
-def test_share_by_hand():
-    """Two prompts of changes -1, -2 and -3 over margins 2, 2 and 4: -6 / 8."""
-    change, margin = np.array([-1.0, -2.0, -3.0]), np.array([2.0, 2.0, 4.0])
-    assert _share(change, margin, ["a", "a", "b"], 0)[0] == -0.75
-    keys = [f"{i}" for i in range(8)]
-    value, low, high = _share(-0.5 * np.arange(1.0, 9.0), np.arange(1.0, 9.0), keys, 0)
-    assert abs(value + 0.5) < 1e-12 and abs(low + 0.5) < 1e-12 and abs(high + 0.5) < 1e-12
+def test_the_ends_of_a_share_are_where_change_less_share_times_bias_is_told_from_nothing():
+    """Fieller's: at either end D of share, t of the prompts' sums of change - D margin is that of its quantile."""
+    result = transfer_matrix(model(), directions(), SETS, alpha=0.5)
+    defined = [bias for bias in SETS if result.mean.share.sel(bias=bias).notnull().all()]
+    assert defined
+    for bias in defined:
+        inside = result.value["pair_set"].values == bias
+        _, codes = np.unique(result.value["prompt_id"].values[inside], return_inverse=True)
+        margin = np.bincount(codes, result.value["margin"].values[inside])
+        for direction in directions():
+            change = np.bincount(codes, result.value.sel(direction=direction).values[inside])
+            cell = result.mean.sel(direction=direction, bias=bias)
+            assert float(cell.share) == pytest.approx(change.sum() / margin.sum())
+            for end in (float(cell.share_low), float(cell.share_high)):
+                rest = change - end * margin
+                off = abs(rest.mean()) - t.ppf(0.975, len(rest) - 1) * rest.std(ddof=1) / np.sqrt(len(rest))
+                assert abs(off) < 1e-6 * np.abs(margin).mean()
 
 
 def test_rescaling_the_reward_changes_no_share():

@@ -33,6 +33,7 @@ from reward_lens import data, stats
 from reward_lens.arguments import checked_arguments
 from reward_lens.errors import DataError
 from reward_lens.methods.repair.head_editing import edited_row, margins_read, unit_directions
+from reward_lens.methods.shared.prompt_ratios import prompt_ratio
 from reward_lens.model.head import editable_readout, stored
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.scored import pair_coords
@@ -67,7 +68,7 @@ def transfer_matrix(
     `margin` (before) on `pair`. Mean and interval over prompts are (direction, bias), with the coordinates, where the
     last three are on `bias`:
 
-    - `share`, `share_low`, `share_high`: the mean over bias j before; NaN where the interval of bias j holds 0.
+    - `share`, `share_low`, `share_high` (Fieller): the mean over bias j before; NaN where bias j's interval holds 0.
     - `p` (sign flips of the prompts' mean changes) and `p_holm`, over the cells off the diagonal.
     - `flagged`: 1 where the row has no positive control, so that its other cells say nothing.
     - `shared_prompts`: prompts that the direction was taken from and that the set has too.
@@ -127,7 +128,7 @@ def transfer_matrix(
     meta = rm.describe(
         "transfer_matrix", together, seed=seed, title="Transfer between biases",
         settings={"op": op, "alpha": float(alpha)} if op == "null" else {"op": op, "strength": float(strength)},
-        interval={"level": 0.95, "unit": "prompt", "method": "stats.mean_interval; shares: its jackknife values"},
+        interval={"level": 0.95, "unit": "prompt", "method": "stats.mean_interval; shares: Fieller"},
         n={name: {"n_pairs": len(p), "n_prompts": p.n_prompts} for name, p in sets.items()},
         positive_control="the diagonal: a direction's effect on the bias of its own name", control=control,
         noise_floor=rm.noise_floor,
@@ -170,23 +171,12 @@ def _cells(sets, changes, margins, floor: float, seed: int) -> tuple[dict[str, n
         for key, end in zip(before, (was.mean, was.low, was.high), strict=True):
             before[key].append(end)
         defined = was.low > 0 or was.high < 0
-        shares = [_share(c, margins[name], keys, seed) if defined else [np.nan] * 3 for c in change.T]
-        for key, column in zip(("share", "share_low", "share_high"), np.transpose(shares), strict=True):
-            cells[key].append(column)
+        shares = prompt_ratio(change, margins[name], keys)
+        for key, column in zip(("share", "share_low", "share_high"), shares, strict=True):
+            cells[key].append(column if defined else np.full(len(column), np.nan))
         heard = np.where(np.abs(change) > floor, change, 0.0)  # rounding has a sign too
         cells["p"].append([stats.sign_flip_test(c, keys, seed=seed).p for c in heard.T])
     return {k: np.stack(v, axis=1) for k, v in cells.items()}, {k: np.array(v, float) for k, v in before.items()}
-
-
-def _share(change: Float[np.ndarray, " pair"], margin: Float[np.ndarray, " pair"], keys, seed: int) -> list[float]:
-    """Sum of the changes over sum of the margins, with the interval of its jackknife values."""
-    _, codes = np.unique(keys, return_inverse=True)
-    tops, bottoms = np.bincount(codes, change), np.bincount(codes, margin)
-    whole = tops.sum() / bottoms.sum()
-    left_out = (tops.sum() - tops) / (bottoms.sum() - bottoms)
-    values = whole - (len(tops) - 1) * (left_out - left_out.mean())
-    over = stats.mean_interval(values, np.arange(len(tops)), seed=seed)
-    return [float(whole), float(over.low), float(over.high)]
 
 
 def _control(
