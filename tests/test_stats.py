@@ -3,6 +3,7 @@
 A simulated rate of N runs is held to a band of about four of its standard errors, sqrt(p (1 - p) / N).
 """
 
+import itertools
 import math
 import time
 
@@ -232,6 +233,17 @@ def test_spearman_says_why_it_has_no_number():
     perfect = spearman(np.arange(9.0), np.arange(9.0) ** 3)
     assert perfect.value == pytest.approx(1.0) and math.isnan(perfect.low) and "perfect" in perfect.reason
     assert perfect.p == 2 / math.factorial(9)
+
+
+@pytest.mark.parametrize(
+    ("x", "p"),
+    [([1, 2, 3, 4, 5, 6], 2 / 720), ([0, 0, 0, 1, 1, 1], 2 * 36 / 720), ([0, 0, 0, 0, 0, 1], 1 / 6),
+     ([1, 1, 2, 3, 3, 4], 4 / 720)],
+)  # fmt: skip
+def test_p_of_a_perfect_spearman_counts_orders(x, p):
+    rho = [np.corrcoef(scipy.stats.rankdata(x), scipy.stats.rankdata(list(y)))[0, 1] for y in itertools.permutations(x)]
+    assert np.mean(np.abs(rho) > 1 - 1e-9) == pytest.approx(p)
+    assert spearman(x, np.exp(x)).p == pytest.approx(p)
 
 
 def test_coverage_of_the_spearman_interval():

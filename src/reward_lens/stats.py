@@ -7,7 +7,7 @@ clusters no interval of a mean is given: a bootstrap of 5 covers .83 where it cl
 
 import dataclasses
 import warnings
-from math import factorial
+from math import factorial, prod
 
 import numpy as np
 
@@ -144,8 +144,8 @@ def spearman(x, y, level: float = 0.95) -> Estimate:
     """Spearman's rank correlation of `x` and `y` [n]; rows with a NaN are left out, ties get mean ranks.
 
     Interval: tanh(atanh(rho) +- z sqrt((1 + rho^2 / 2) / (n - 3))) (Bonett and Wright 2000). NaN, with a reason, for n
-    < 6, for a constant input and, the interval alone, for a perfect correlation (p = 2 / n!). Rows count as
-    independent: pass one row a prompt. Cannot show that the relation is linear, or that either causes the other.
+    < 6, for a constant input and, the interval alone, for a perfect correlation (p: its share of all orders). Rows
+    count as independent: pass one row a prompt. Cannot show a linear relation, or a cause.
     """
     from scipy.stats import norm, spearmanr
 
@@ -158,10 +158,11 @@ def spearman(x, y, level: float = 0.95) -> Estimate:
     if n < FEWEST:
         return Estimate(rho, np.nan, np.nan, np.nan, n, n, f"{n} points; an interval needs {FEWEST}")
     if abs(rho) > 1 - 1e-12:
-        return Estimate(rho, np.nan, np.nan, 2 / factorial(n), n, n, "a perfect correlation has no Fisher interval")
+        ties = np.unique(x, return_counts=True)[1].tolist()
+        p = prod(map(factorial, ties)) * (1 + (ties == ties[::-1])) / factorial(n)  # of rho, and of a possible -rho
+        return Estimate(rho, np.nan, np.nan, p, n, n, "a perfect correlation has no Fisher interval")
     half = norm.ppf((1 + level) / 2) * np.sqrt((1 + rho**2 / 2) / (n - 3))
-    low, high = np.tanh([np.arctanh(rho) - half, np.arctanh(rho) + half]).tolist()
-    return Estimate(rho, low, high, p, n, n)
+    return Estimate(rho, *np.tanh([np.arctanh(rho) - half, np.arctanh(rho) + half]).tolist(), p, n, n)
 
 
 def wilson(successes: int | float, n: int | float, level: float = 0.95) -> tuple[float, float]:
@@ -224,12 +225,12 @@ def partial_slope(y, x, control, clusters, model: str = "ols", level: float = 0.
     """Coefficient of `x` [n] in `y` [n] ~ 1 + x + control ([n] or [n, k]), errors clustered by prompt.
 
     ``"ols"`` is least squares, in units of y per unit of x, its error the jackknife's (CR3, as in `mean_interval`);
-    ``"logit"`` a logistic regression of y in {0, 1}, in log-odds per unit of x, its error the same of the fit's last
-    step, which is one of least squares. Interval and p from t(G - 1); none under 6 clusters, none where y is constant
-    or where without one cluster x would be a linear function of the control. Rows with a NaN are left out. The value is
-    NaN, with a reason, where x is such a function or the logistic fit has no maximum (separable data). CR1 rejects an
-    OLS slope of 0 in .15 of cases at 6 clusters, a logit one in .10 to .24 where one of 20 to 60 clusters has half of
-    the rows or more; CR3 in .05. Where x differs in few clusters both reject too often (of 48: .14 with 2, .08 with 5).
+    ``"logit"`` a logistic regression of y in {0, 1}, in log-odds per unit of x, its error that of the fit's last step,
+    which is one of least squares. Interval and p from t(G - 1); none under 6 clusters, for a constant y or where x less
+    one cluster is a linear function of the control. Rows with a NaN are left out. The value is NaN, with a reason,
+    where x is such a function or the logistic fit has no maximum (separable data). CR1 rejects an OLS slope of 0 in .15
+    of cases at 6 clusters, a logit one in .10 to .24 where one of 20 to 60 clusters has half of the rows or more; CR3
+    in .05. Where x differs in few clusters both reject too often (of 48: .14 with 2, .08 with 5).
 
     Cannot show an effect net of what is not among the controls, nor one that is not linear in them.
     """
@@ -305,9 +306,9 @@ def _logit_slope(y: np.ndarray, design: np.ndarray, codes: np.ndarray, groups: i
             return np.nan, np.nan
     if not fit.mle_retvals["converged"]:
         return np.nan, np.nan
-    line, chance = fit.fittedvalues, fit.predict()
+    chance = fit.predict()  # the last step is least squares of a working response on the weighted design
     weight = np.sqrt(np.maximum(chance * (1 - chance), np.finfo(float).tiny))
-    working = weight * line + (y - chance) / weight  # least squares of it on the weighted design is the fit's last step
+    working = weight * fit.fittedvalues + (y - chance) / weight
     return float(fit.params[1]), _ols_slope(working, design * weight[:, None], codes, groups)[1]
 
 
