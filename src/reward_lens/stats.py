@@ -162,7 +162,8 @@ def spearman(x, y, level: float = 0.95) -> Estimate:
         p = prod(map(factorial, ties)) * (1 + (ties == ties[::-1])) / factorial(n)  # of rho, and of a possible -rho
         return Estimate(rho, np.nan, np.nan, p, n, n, "a perfect correlation has no Fisher interval")
     half = norm.ppf((1 + level) / 2) * np.sqrt((1 + rho**2 / 2) / (n - 3))
-    return Estimate(rho, *np.tanh([np.arctanh(rho) - half, np.arctanh(rho) + half]).tolist(), p, n, n)
+    low, high = np.tanh([np.arctanh(rho) - half, np.arctanh(rho) + half]).tolist()
+    return Estimate(rho, low, high, p, n, n)
 
 
 def wilson(successes: int | float, n: int | float, level: float = 0.95) -> tuple[float, float]:
@@ -172,8 +173,7 @@ def wilson(successes: int | float, n: int | float, level: float = 0.95) -> tuple
     if not 0 <= successes <= n or n == 0:
         found = f"{successes} successes of {n}"
         raise DataError("No share to speak of", found=found, expected="0 <= successes <= n, n > 0", do="check both")
-    ends = np.array(proportion_confint(successes, n, alpha=1 - level, method="wilson"))
-    low, high = np.clip(ends, 0.0, 1.0).tolist()
+    low, high = np.clip(np.array(proportion_confint(successes, n, 1 - level, "wilson")), 0.0, 1.0).tolist()
     return (0.0 if successes == 0 else low), (1.0 if successes == n else high)  # exact, and rounded by the formula
 
 
