@@ -34,7 +34,8 @@ def compared_curves(result: Result, of: Literal["lens", "contributions", "effect
     - "contributions", "effects": (curve, part, depth), the same share of what attention and MLP blocks write or cause,
       summed in bins of relative depth (`depth` is the middle). The embedding and the norm's row are not in it.
     - "states": (models, states, depth), debiased CKA of prompts and of differences, like depths compared.
-    - "probes": (curve, probe), mean shift in SDs of the model's rewards within prompts (that SD taken as known).
+    - "probes": (curve, probe), mean shift in SDs of the model's rewards within prompts. That SD is taken as known, so
+      an interval of "a minus b" also leaves 0 where the two SDs differ by chance; `evaluate_edit` counts their error.
 
     Raises `DataError` for curves that the comparison was not asked for.
     """
