@@ -69,7 +69,7 @@ def compare(
     pairs: preference pairs. A pair with the texts of an earlier one is left out (check "repeated pairs").
     profiles: any of "lens", "contributions", "states" (one pass each model) and "effects" (of all components, noise and
         denoise at the reward position: a sweep a pair). () compares rewards alone.
-    probes: edits as in `probe_hacking`, whose shifts are put side by side; None: no probes.
+    probes: edits as in `probe_hacking`, whose shifts `compared_curves` puts side by side; None: no probes.
     n_permutations: of the null of CKA (prompts of one side in random order); 0: none. None: 199, or as many as let a p
         adjusted over all of the result come under .05.
 

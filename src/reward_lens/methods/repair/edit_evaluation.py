@@ -50,7 +50,8 @@ def evaluate_edit(
     Returns value (measure, state), state = before, after, change (after - before), with low and high over prompts;
     `kind` = probe or accuracy (of a set, and of its subsets where it has several), `unit_of` = within-prompt SD or
     fraction; coordinates `p` and `p_holm` of the change, `n_prompts` (of a probe, those whose texts it changes; under 6
-    there is no interval and no p). Rows of probes that change no text are NaN.
+    there is no interval and no p). Rows of probes that change no text are NaN. SDs are each model's own. The interval
+    of a change in accuracy has a width where no pair changes, so it may hold 0 beside a small p.
     Raises `DataError` for sets without pairs or models with different tokenizers.
     """
     pairs, sets = data.as_pairs(pairs), {name: data.as_pairs(some) for name, some in sets.items()}

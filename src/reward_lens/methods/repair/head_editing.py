@@ -56,6 +56,9 @@ def edit_head(rm: RewardModel, directions, alpha: int | float = 1.0) -> RewardMo
     the directions, norms of the row, `constant_shift` of every reward (reward units), and `left`, the largest
     |u' . v - (1 - alpha) u . v| / (|u| |v|) that rounding the row to the head's precision leaves.
 
+    Whatever else the texts differ in along the directions goes with them, quality too: see `evaluate_edit`.
+    `erase_concept` takes the edit out at the least change of the states, and may cost less where the two overlap.
+
     Raises `DataError` for directions that are no directions or that the head cannot read (constant vectors under a
     LayerNorm), for a gain near 0 (under 1e-3 of the median), and where nothing of the reward would be left.
     """
