@@ -527,6 +527,16 @@ def test_an_incomplete_edit_is_refused(fields, found):
         TextEdit(**{"name": "own", "changes": "x", "apply": lambda _, r: r, **fields})
 
 
+@pytest.mark.parametrize(
+    ("field", "found"), [("name", "no name"), ("apply", "no function"), ("inverse", "no function")]
+)
+def test_fields_of_other_types_are_refused(field, found):
+    edit = object.__new__(TextEdit)  # past the check of annotations, which tests alone have
+    vars(edit).update({**vars(EDITS["hedge"]), field: 3})
+    with pytest.raises(DataError, match="no name" if field == "name" else "no function"):
+        edit.__post_init__()
+
+
 def test_an_edit_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         EDITS["hedge"].name = "other"  # type: ignore[misc]

@@ -102,6 +102,16 @@ def test_flips_and_correction():
     np.testing.assert_allclose(result.sel(probe="add"), 2.0)
 
 
+def test_an_edit_that_says_it_is_exact_has_to_be():
+    """Held to its word where it changes a response; a response that it leaves alone is not edited back."""
+    edit = TextEdit("add", "!", lambda _, r: r if "!" in r else r + "!", lambda _, e: e.replace("!", ""), exact=True)
+    kept = rl.probe_hacking(Ruled(noise(3)), [rl.Pair("q", "yes!", "no")], [edit]).value
+    assert np.isfinite(kept.sel(response="rejected")) and np.isnan(kept.sel(response="chosen"))
+    wrong = TextEdit("add", "!", edit.apply, lambda _, e: e.upper(), exact=True)
+    with pytest.raises(rl.DataError, match="'add' is not exact. Found: 'NO!' for 'no!' edited back"):
+        rl.probe_hacking(Ruled(noise(3)), [rl.Pair("q", "yes!", "no")], [wrong])
+
+
 def test_few_prompts_give_no_interval_and_no_p(pairs):
     rm = Ruled(noise(3))
     for n in (1, 5):

@@ -32,7 +32,8 @@ _OTHER = frozenset(
 class TextEdit:
     """A function on text that changes one property of a response.
 
-    Raises `DataError` for an empty name, for `exact` without an inverse, and for a dose without a family.
+    Raises `DataError` for an empty name, for what is no function, for `exact` without an inverse, and for a dose
+    without a family.
     """
 
     name: str
@@ -51,7 +52,8 @@ class TextEdit:
 
     def __post_init__(self):
         wrong = {
-            "no name": not self.name.strip(),
+            "no name": not (isinstance(self.name, str) and self.name.strip()),
+            "no function": not callable(self.apply) or not (self.inverse is None or callable(self.inverse)),
             "exact=True and no inverse": self.exact and self.inverse is None,
             "a family without a dose, or a dose without a family": (self.family is None) != (self.dose is None),
         }
@@ -60,7 +62,8 @@ class TextEdit:
                 raise DataError(
                     f"The edit '{self.name}' is not complete",
                     found=found,
-                    expected="a name; an inverse where exact is True; family and dose together or neither",
+                    expected="a name; functions (prompt, response) -> response as apply and inverse, which may be left "
+                    "out unless exact is True; family and dose together or neither",
                     do="give what is missing to reward_lens.edits.TextEdit",
                 )
 

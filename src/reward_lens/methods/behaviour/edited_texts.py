@@ -11,7 +11,7 @@ import numpy as np
 from reward_lens import data
 from reward_lens.edits import TextEdit
 from reward_lens.engine.continuations import rewards_by_beginning
-from reward_lens.errors import named
+from reward_lens.errors import DataError, named
 from reward_lens.model.reward_model import RewardModel
 
 SIDES = ("chosen", "rejected")
@@ -53,10 +53,7 @@ def scored_edits(models: Sequence[RewardModel], pairs: data.Pairs, edits: Sequen
         asked, group = pair.messages[-1]["content"], groups.setdefault(pair.prompt_key, [])
         for response in pair.responses:
             edited = [e.apply(asked, response) for e in edits]
-            back = [
-                e.inverse(asked, t) if e.inverse is not None and not e.exact else t
-                for e, t in zip(edits, edited, strict=True)
-            ]
+            back = [_back(e, asked, response, t) for e, t in zip(edits, edited, strict=True)]
             texts = (response, *edited, *back)
             tokens = [named(f"Pair {pair.id}", first.tokenize, pair.prompt, text) for text in texts]
             rows.append([(pair.prompt_key, len(group) + i) for i in range(len(tokens))])
@@ -76,6 +73,19 @@ def scored_edits(models: Sequence[RewardModel], pairs: data.Pairs, edits: Sequen
         plain, edited, back = cells[..., 0], cells[..., 1 : 1 + len(edits)], cells[..., 1 + len(edits) :]
         out.append(EditedRewards(plain, edited, back, was, back_again, added))
     return out
+
+
+def _back(edit: TextEdit, asked: str, response: str, edited: str) -> str:
+    """The text edited back; as it is where nothing was edited, or without a way back, or where that leads to the
+    response itself, which an exact edit has to show."""
+    if edit.inverse is None or edited == response:
+        return edited
+    back = edit.inverse(asked, edited)
+    if edit.exact and back != response:
+        raise DataError(f"The edit '{edit.name}' is not exact", found=f"{back!r} for {edited!r} edited back",
+                        expected=f"the response, {response!r}",
+                        do="leave exact=False: the text edited back is then what it is compared with")  # fmt: skip
+    return edited if edit.exact else back
 
 
 def within_prompt_sd(rewards: np.ndarray, prompts: Sequence[str], texts: Sequence[Sequence[str]]) -> float:
