@@ -118,6 +118,11 @@ class TestInterventions:
         np.testing.assert_allclose(without, same, atol=1e-5)
         with pytest.raises(rl.DataError, match=r"basis does not fit L1.resid_pre.*vectors of 3"):
             rl.intervene(rm, PAIRS, {"L1.resid_pre": rl.project_out(torch.ones(1, 3))})
+        one, row = (rl.intervene(rm, PAIRS, {"L1.resid_pre": rl.project_out(v)}).value for v in (basis[0], basis[:1]))
+        assert one.equals(row)
+        for odd in (basis[None], basis / 0):
+            with pytest.raises(rl.DataError, match="no set of vectors"):
+                rl.project_out(odd)
 
     def test_steering_is_linear_at_the_last_residual_with_a_frozen_direction(self, rm):
         vector = torch.randn(rm.d_model, generator=torch.Generator().manual_seed(1))

@@ -72,9 +72,14 @@ def pattern(rows: Tensor) -> Source:
 
 @checked_arguments
 def project_out(basis: Tensor) -> Source:
-    """The current value without its part in the span of `basis` [k, d] (rows need not be independent)."""
-    rows = torch.linalg.svd(basis.double(), full_matrices=False).Vh
-    orthonormal = rows[: int(torch.linalg.matrix_rank(basis.double(), rtol=1e-6))]
+    """The current value without its part along `basis` [d], or in the span of [k, d] (rows need not be independent)."""
+    span = torch.atleast_2d(basis.double())
+    if span.ndim > 2 or not span.isfinite().all():
+        raise DataError("A basis is no set of vectors", found=f"shape {tuple(basis.shape)}, "
+                        f"{int((~basis.isfinite()).sum())} numbers that are not finite",
+                        expected="finite numbers, one vector or one a row", do="check the vectors")  # fmt: skip
+    rows = torch.linalg.svd(span, full_matrices=False).Vh
+    orthonormal = rows[: int(torch.linalg.matrix_rank(span, rtol=1e-6))]
 
     def give(x: Tensor, site: Site, run: int, positions: range) -> Tensor:
         q = orthonormal.to(x.device)
