@@ -186,6 +186,20 @@ def test_pairs_is_a_sequence_and_slices_to_pairs():
     assert repr(pairs).splitlines()[0] == "<Pairs 3 from here, prompts 2>"
 
 
+def test_a_split_keeps_prompts_and_order():
+    pairs = Pairs([Pair(f"p{i % 10}", "a", f"b{i}") for i in range(30)], "here")
+    parts = pairs.split(0.3, 0.5)
+    assert [part.n_prompts for part in parts] == [3, 5, 2] and [len(part) for part in parts] == [9, 15, 6]
+    assert not {p.prompt for p in parts[0]} & {p.prompt for p in parts[1]} and parts[0].source == "here"
+    assert sorted(int(p.id) for part in parts for p in part) == list(range(1, 31))
+    assert all([int(p.id) for p in part] == sorted(int(p.id) for p in part) for part in parts)
+    assert [list(part) for part in pairs.split(0.3, 0.7)] == [list(parts[0]), [p for p in pairs if p not in parts[0]]]
+    assert list(pairs.split(0.3, 0.5)[0]) == list(parts[0]) != list(pairs.split(0.3, 0.5, seed=1)[0])
+    for shares in ((), (0.0,), (0.6, 0.6), (0.01,), (1.0, 0.5), (float("nan"),), (-0.5,)):
+        with pytest.raises(DataError, match="cannot be split so"):
+            pairs.split(*shares)
+
+
 def test_what_is_odd_is_kept_and_noted():
     pairs = Pairs(
         [

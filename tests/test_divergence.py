@@ -346,7 +346,7 @@ def test_too_little_data_is_refused_with_the_number_needed(planted):
 
 
 def test_natural_pairs_of_the_same_prompt_are_refused(planted):
-    refused(planted, "share prompts.*1 shared prompts.*split the pairs by prompt_key", natural=[*NATURAL, PAIRS[2]])
+    refused(planted, "share prompts.*1 shared prompts.*split the pairs by prompt", natural=[*NATURAL, PAIRS[2]])
 
 
 def test_what_cannot_be_asked_is_refused(planted):

@@ -3,9 +3,11 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import numbers
+import random
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, no_type_check, overload
@@ -191,6 +193,24 @@ class Pairs(Sequence):
     def __getitem__(self, index: slice) -> "Pairs": ...
     def __getitem__(self, index):
         return Pairs(self._pairs[index], self.source) if isinstance(index, slice) else self._pairs[index]
+
+    def split(self, *shares: float, seed: int = 0) -> tuple["Pairs", ...]:
+        """Parts with these shares of the prompts, drawn by `seed`, and one of what is left; no prompt is in two.
+
+        ``fit, dev, guard = pairs.split(0.3, 0.1)``. The pairs keep their order. Raises `DataError` for shares that are
+        not above 0 or add up to more than 1, and where a part would have no prompt.
+        """
+        prompts = list(dict.fromkeys(pair.prompt_key for pair in self._pairs))
+        random.Random(seed).shuffle(prompts)
+        ends = [0]
+        if shares and all(isinstance(share, numbers.Real) and 0 < share <= 1 for share in shares):
+            ends = [round(len(prompts) * math.fsum(shares[:i])) for i in range(len(shares) + 1)]
+            ends += [len(prompts)] * (ends[-1] < len(prompts))
+        if len(ends) == 1 or ends != sorted(set(ends)) or ends[-1] > len(prompts):
+            raise DataError("The pairs cannot be split so", found=f"shares {shares} of {len(prompts)} prompts",
+                            expected="shares above 0 that add up to at most 1, and a prompt for every part",
+                            do="pass fewer or other shares")  # fmt: skip
+        return tuple(by_prompt(self, set(prompts[a:b]))[0] for a, b in itertools.pairwise(ends))
 
     def __repr__(self) -> str:
         lines = [f"<Pairs {len(self)} from {self.source}, prompts {self.n_prompts}>", *self.notes]

@@ -83,7 +83,7 @@ def require_apart(pairs: data.Pairs, natural: data.Pairs) -> None:
             "The natural pairs share prompts with the pairs that are intervened on",
             found=f"{len(shared)} shared prompts (pairs {', '.join(map(str, names[:4]))})",
             expected="natural pairs of other prompts: a state is always close to states of its own prompt",
-            do="split the pairs by prompt_key and pass one part as pairs, the other as natural_pairs",
+            do="split the pairs by prompt (pairs.split) and pass one part as pairs, the other as natural_pairs",
         )
 
 

@@ -173,7 +173,7 @@ def _require_split(train_prompts: list[str], test_prompts: set[str]) -> None:
             "The tuned lens would be tested on prompts it was fitted to",
             found=f"{shared} prompts in both train_pairs and pairs",
             expected="disjoint prompts",
-            do="split by prompt (Pair.prompt_key), so that all pairs of a prompt are on one side",
+            do="split by prompt, so that all pairs of a prompt are on one side: pairs.split(0.5)",
         )
     if len(train_prompts) < FEWEST_RESPONSES:
         raise DataError(

@@ -142,7 +142,7 @@ def _require(dev: data.Pairs, guard: data.Pairs, margin: float) -> None:
             "The two sets share prompts",
             found=f"{len(both)} prompts in dev and in guard",
             expected="pairs of different prompts: alpha is chosen on one set and held back by the other",
-            do="split by prompt (pair.prompt_key)",
+            do="split the original pairs by prompt, before they are edited: pairs.split(0.2)",
         )
     if dev.n_prompts < stats.FEWEST:
         raise DataError(

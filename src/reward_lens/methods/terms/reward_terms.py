@@ -203,7 +203,7 @@ def _require(name: str, given: Result | RewardModel | data.Pairs, pool: Pool | N
             f"The term {name!r} is fitted on prompts that it then scores",
             found=f"{len(shared)} prompts in its pairs and in the responses",
             expected="different prompts: the noise of a direction is found again in the texts it was taken from",
-            do="split by prompt (pair.prompt_key)",
+            do="split by prompt (pairs.split)",
         )
 
 
