@@ -11,8 +11,9 @@ at a time is left out of mean and SD together, T_g, the interval is T +- t sqrt(
 test flips T - (G - 1) (T_g - mean T_g), which for a known SD would be the prompt means. With the SDs held, a shift of 1
 SD that neither model changes is called a change in .6 of cases, at any number of prompts; so in .05.
 
-What this cannot show: effects on texts unlike these, or on what is trained against the edited model. The prompts should
-be ones that neither the directions nor alpha were chosen on.
+What this cannot show: effects on texts unlike these, or on what is trained against the edited model. A shift that is
+gone where the edit was made may be there where texts differ in the property by themselves: `margin_features` of both
+models tells. The prompts should be ones that neither the directions nor alpha were chosen on.
 
 Reference: arXiv 2605.27996 (bias substitution after single-axis edits).
 """

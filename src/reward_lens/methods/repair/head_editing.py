@@ -57,7 +57,8 @@ def edit_head(rm: RewardModel, directions, alpha: int | float = 1.0) -> RewardMo
     |u' . v - (1 - alpha) u . v| / (|u| |v|) that rounding the row to the head's precision leaves.
 
     Whatever else the texts differ in along the directions goes with them, quality too: see `evaluate_edit`.
-    `erase_concept` takes the edit out at the least change of the states, and may cost less where the two overlap.
+    `erase_concept` takes the edit out at the least change of the states: it may cost less where the two overlap, and
+    leave more of the property in texts that nobody edited.
 
     Raises `DataError` for directions that are no directions or that the head cannot read (constant vectors under a
     LayerNorm), for a gain near 0 (under 1e-3 of the median), and where nothing of the reward would be left.
