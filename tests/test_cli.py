@@ -426,6 +426,9 @@ def test_concepts_prints_a_row_a_concept_and_position(model, labels, tmp_path):
     few = (str(texts), "--null", "3", "--steered", "3")
     printed = run("concepts", model, *few).output
     assert "joy" in printed and "agree over 3 concepts" in printed
+    texts.write_text("\n".join(json.dumps(row) for row in lines if row["concept"] != "neutral"))
+    assert "denoise_var=0" in run("concepts", model, *few, code=1).output
+    few = (*few, "--denoise-var", "0")
     body = json.loads(run("concepts", labels, *few, "--objective", "1 - 0", "--json").stdout)
     assert body["meta"]["objective"] == "LABEL_1 - LABEL_0"
 
@@ -454,6 +457,11 @@ def test_distortion_takes_weights(model):
     assert swapped == printed  # a weight belongs to its name, not to its place
     assert "twice" in run("distortion", model, "demo", *options, "words=1,words=2", code=2).output
     assert "expected name=number" in run("distortion", model, "demo", *options, "words=many", code=2).output
+    some = ("--attributes", "words,hedges_per_100_words")
+    assert run("distortion", model, "demo", *options, "hedges_per_100_words=2,words=1", *some).output == printed
+    assert "expected" in run("distortion", model, "demo", *options, "words=1", *some, code=2).output
+    fitted = run("distortion", model, "demo", "--truncation", "right", *some).output
+    assert "hedges_per_100_words" in fitted and "list_items" not in fitted
     refused = run("distortion", model, "demo", "--truncation", "right", "--limit", "12", code=1).output
     assert "DataError" in refused  # twelve pairs do not determine five weights
 

@@ -65,12 +65,15 @@ def concepts(
     null: Annotated[int, typer.Option(help="Random directions to steer along.", min=0)] = 200,
     steered: Annotated[int, typer.Option(help="Texts to steer on.", min=1)] = 20,
     depth: Annotated[int | None, typer.Option(help="Residual entering this block; default: two thirds.")] = None,
+    denoise_var: Annotated[
+        float, typer.Option(help="Share of the neutral texts' variance taken out of the vectors; 0 needs none of them.")
+    ] = 0.5,
     objective: Objective = None, as_json: AsJson = False, save: Save = None,
 ):  # fmt: skip
     """Directions of concepts, which way the reward pays for each, and whether reading and steering agree."""
     given, rm = rl.load_concepts(texts), load(model, objective)
     with err.status(f"Reading {len(given)} texts"):
-        vectors = rl.concept_vectors(rm, given, depth=depth)
+        vectors = rl.concept_vectors(rm, given, depth=depth, denoise_var=denoise_var)
     with err.status("Steering"):
         result = rl.valuation(rm, vectors, given, n_null=null, n_texts=steered)
     if as_json:
@@ -123,6 +126,7 @@ def cascade(
 def distortion(
     model: Model = "demo", pairs: PairsFile = "demo",
     weights: Annotated[str, typer.Option(help="name=number by commas; default: fitted to the pairs' labels.")] = "",
+    attributes: Annotated[str, typer.Option(help="Names by commas; default: those of --weights, or all.")] = "",
     lam: Annotated[float, typer.Option(help="Share of behaviour that the reward drives.", min=0, max=1)] = 1.0,
     split: Split = None, limit: Limit = None, objective: Objective = None, truncation: Truncation = None,
     as_json: AsJson = False, save: Save = None,
@@ -132,8 +136,12 @@ def distortion(
     given = dict(parts)
     if len(given) < len(parts):
         raise typer.BadParameter(f"{weights!r}: a name comes twice")
+    names = set(filter(None, attributes.split(","))) or set(given) or set(rl.DEFAULT_EDITS)
+    if not names <= set(rl.DEFAULT_EDITS) or (given and names != set(given)):
+        expected = f"the names in --weights or, without these, some of {', '.join(rl.DEFAULT_EDITS)}"
+        raise typer.BadParameter(f"{attributes!r}: expected {expected}")
     rm, data = load_both(model, pairs, split, limit, objective, truncation)
-    chosen = {name: edits for name, edits in rl.DEFAULT_EDITS.items() if not given or name in given}
+    chosen = {name: edits for name, edits in rl.DEFAULT_EDITS.items() if name in names}
     with err.status(f"Editing and scoring {2 * len(data)} responses"):
         slopes = rl.sensitivity_slopes(rm, chosen, data)
     worth = [given[name] for name in chosen] if given else rl.fitted_weights(data, list(chosen))
