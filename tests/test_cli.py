@@ -423,9 +423,9 @@ def test_concepts_prints_a_row_a_concept_and_position(model, labels, tmp_path):
         for polarity, word in zip(("positive", "negative"), words if c != "neutral" else ("fine",), strict=False)
     ]
     texts.write_text("\n".join(json.dumps(row) for row in lines))
-    few = (str(texts), "--null", "3", "--steered", "3")
+    few = (str(texts), "--null", "8", "--steered", "3")
     printed = run("concepts", model, *few).output
-    assert "joy" in printed and "agree over 3 concepts" in printed
+    assert "joy" in printed and "agree over 3 concepts" in printed and "random directions agree with r" in printed
     texts.write_text("\n".join(json.dumps(row) for row in lines if row["concept"] != "neutral"))
     assert "denoise_var=0" in run("concepts", model, *few, code=1).output
     few = (*few, "--denoise-var", "0")

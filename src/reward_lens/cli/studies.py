@@ -82,6 +82,9 @@ def concepts(
     columns = ["causal", "low", "high", "direct", "read", "sign", "sign_share", "auc"]
     say(table[columns].to_string(float_format=lambda x: f"{x:.3g}"))
     typer.echo(f"\n{result.meta['shows']}")
+    chance = result.meta["agreement"]["response"]["direct"]["null"]["median"]
+    if chance is not None:
+        typer.echo(f"Half of the sets of as many random directions agree with r of {chance:.2f} or more.")
     if save is not None:
         result.save(save)
 
