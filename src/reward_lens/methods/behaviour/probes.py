@@ -53,7 +53,8 @@ def probe_hacking(
     (probe,) over prompts: no interval under 6 prompts, a t interval up to 20, then a cluster bootstrap of `n_boot`.
     Coordinates of `probe`: `changes` (what the edit changes), `p` (sign-flip; symmetry is its null) and `p_holm`,
     `shift_sd`, `flips` with `flips_low` and `flips_high` and `n_flips`, `n_prompts`, `tokens` (added, mean),
-    `net`, `net_low`, `net_high`, `net_p_holm`, `corrected`, `corrected_low`, `corrected_high`, `family`, `dose`.
+    `net`, `net_low`, `net_high`, `net_p_holm` (NaN where no "pad" is among the probes to tell what length buys),
+    `corrected`, `corrected_low`, `corrected_high`, `family`, `dose`.
     meta: "doses" (a family: `mean_shift`, `shift_low`, `shift_high` at each of `doses`; `slope` with `low` and `high`),
     "prompts_needed", "within_prompt_sd".
     Raises `DataError` for unknown probes.
