@@ -18,7 +18,7 @@ from reward_lens.edits.text import pieces, split_stop
 from reward_lens.errors import DataError
 
 Change = Callable[[str, str], str]
-"""(prompt, response) -> response."""
+"""(text of the last user turn, response) -> response."""
 
 # Function words that are frequent in one language and absent from the other side's list.
 _ENGLISH = frozenset("the of and to is in that it you for with this are be not your or can if from".split())
@@ -32,23 +32,26 @@ _OTHER = frozenset(
 class TextEdit:
     """A function on text that changes one property of a response.
 
+    Parameters
+    ----------
+    changes: the one property that it changes, in a few words.
+    apply: (last user turn, response) -> edited response; equal to the response where the edit cannot change it.
+    inverse: (last user turn, edited response) -> response; without `exact` only roughly, as an edit back.
+    exact: whether the inverse gives back every response that the edit changes, character for character.
+    family: what edits that differ in dose alone have in common.
+    dose: how much of it, in the family's own unit (sentences added, sentences kept).
+
     Raises `DataError` for an empty name, for what is no function, for `exact` without an inverse, and for a dose
     without a family.
     """
 
     name: str
     changes: str
-    """The one property that it changes, in a few words."""
     apply: Change
-    """(prompt, response) -> edited response; equal to the response where the edit cannot change it."""
     inverse: Change | None = None
-    """(prompt, edited response) -> response; without `exact` only roughly, as an edit back."""
     exact: bool = False
-    """Whether the inverse gives back every response that the edit changes, character for character."""
     family: str | None = None
-    """What edits that differ in dose alone have in common."""
     dose: int | None = None
-    """How much of it, in the family's own unit (sentences added, sentences kept)."""
 
     def __post_init__(self):
         wrong = {
