@@ -499,6 +499,8 @@ def test_an_alpha_is_allowed_where_the_interval_of_its_change_ends_within_the_ma
         result = select_alpha(rm, vectors(3), dev, guard, [0.5, 1, 2], float(margin))
         np.testing.assert_array_equal(result.value["allowed"], low > -margin)
         assert (result.meta["alpha"] is None) == (not (low > -margin).any())
+    with_none = select_alpha(rm, vectors(3), dev, guard, [0, 0.5, 1, 2], 0.06)
+    assert with_none.meta["alpha"] == 0 and "no alpha that changes the head is allowed" in with_none.meta["reason"]
 
 
 def test_the_interval_of_a_change_in_accuracy():

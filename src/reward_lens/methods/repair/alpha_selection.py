@@ -116,6 +116,8 @@ def _choice(grid, mean, low, allowed, margin: float) -> tuple[float | None, str]
         )
     order = np.lexsort((np.abs(grid), np.abs(mean)))
     best = next(int(i) for i in order if allowed[i])
+    if not (allowed & (grid != 0)).any():
+        return 0.0, f"no alpha that changes the head is allowed: the shift stays as it is, {mean[best]:.4g}"
     return float(grid[best]), (
         f"of {int(allowed.sum())} allowed of {len(grid)}, the mean shift is nearest to 0 at alpha {grid[best]:g}: "
         f"{mean[best]:.4g}; the lower end of the change in accuracy there is {low[best]:.3f}"
