@@ -1,10 +1,12 @@
 """The command line on a tiny saved model: what it prints, what it writes, and how it refuses."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
+import typer
 from rich.cells import cell_len
 from typer.testing import CliRunner
 
@@ -12,6 +14,7 @@ import reward_lens as rl
 from families import TEXT_PAIRS, tiny_model
 from reward_lens.analysis import questions
 from reward_lens.cli import app, reporting
+from reward_lens.cli.common import SOURCES
 
 COMMANDS = (
     "check",
@@ -73,6 +76,36 @@ def run(*arguments: str, code: int = 0):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example(command):
     assert f"Example: reward-lens {command}" in " ".join(run(command, "--help").output.split())
+
+
+def test_every_argument_and_option_says_what_it_is():
+    def unsaid(command, path=()):
+        for name, sub in getattr(command, "commands", {}).items():
+            yield from unsaid(sub, (*path, name))
+        if not hasattr(command, "commands"):
+            yield from ((*path, p.name) for p in command.params if not p.help)
+
+    assert list(unsaid(typer.main.get_command(app))) == []
+
+
+def test_the_sets_that_come_with_the_library_are_named():
+    assert all(name in SOURCES for name in ("'demo'", "'diagnostic'", "'misalignment'"))
+
+
+def test_a_reader_that_has_seen_enough_is_no_error_of_a_file(model, monkeypatch):
+    def closed(*args, **kwargs):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("reward_lens.cli.looking.rl.RewardModel.score", closed)
+    result = CliRunner().invoke(app, ["score", "a", "b", "--model", model])
+    assert "could not be used" not in result.output and isinstance(result.exception, BrokenPipeError | SystemExit)
+
+
+def test_what_the_terminal_cannot_write_is_an_escape(model):
+    run = [sys.executable, "-m", "reward_lens", "words", "Say it", "caf\u00e9 \U0001f389", "--model", model]
+    done = subprocess.run(run, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert rb"caf\xe9 \U0001f389" in done.stdout
 
 
 def test_check_prints_every_test_of_the_load_report(model):

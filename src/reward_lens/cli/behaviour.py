@@ -9,6 +9,7 @@ import typer
 import reward_lens as rl
 from reward_lens.analysis import halves
 from reward_lens.cli.common import (
+    MODELS,
     SAVED,
     AsJson,
     Limit,
@@ -113,7 +114,8 @@ def edit(
 def pressure(
     samples: Annotated[Path, typer.Argument(help="Columns prompt, response, reward and, if there is one, gold.")],
     model: Annotated[str | None, typer.Option(help="Scores the samples where there is no column reward.")] = None,
-    n_max: int | None = None, objective: Objective = None, as_json: AsJson = False, save: Save = None,
+    n_max: Annotated[int | None, typer.Option(help="Largest n; default: the fewest samples of a prompt.")] = None,
+    objective: Objective = None, as_json: AsJson = False, save: Save = None,
 ):  # fmt: skip
     """What choosing the best of n by this reward chooses besides: length, layout, hedging, and the gold score."""
     rm = load(model, objective) if model else None
@@ -127,7 +129,7 @@ def pressure(
 @app.command(epilog="Example: reward-lens benchmark demo demo diagnostic --styles rm_bench.jsonl")
 @refusals
 def benchmark(
-    model: Annotated[str, typer.Argument(help="'demo', a hub id, a folder or a PEFT adapter.")],
+    model: Annotated[str, typer.Argument(help=MODELS)],
     sources: Annotated[list[str], typer.Argument(help="Sets of pairs: names, files or hub ids.")],
     styles: Annotated[list[str] | None, typer.Option(help="RM-Bench-shaped sets, three responses a side.")] = None,
     split: Split = None, limit: Limit = None, objective: Objective = None, truncation: Truncation = None,

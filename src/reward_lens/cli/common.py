@@ -1,7 +1,9 @@
 """What all commands share: the application, options, loading, printing, and errors as sentences."""
 
 import dataclasses
+import io
 import json
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import wraps
@@ -19,8 +21,8 @@ from reward_lens.cli.loading import given, quietly, readout_of, with_loading
 from reward_lens.report.sections import interval_words
 
 app = typer.Typer(
-    help="Look inside reward models. MODEL is 'demo', a hub id, a folder or a PEFT adapter; PAIRS is 'demo', a JSONL, "
-    "Parquet or CSV file, a folder of `save_to_disk`, or a hub id.",
+    help="Look inside reward models. MODEL is 'demo', a hub id, a folder or a PEFT adapter; PAIRS is 'demo', "
+    "'diagnostic' or 'misalignment', a JSONL, Parquet or CSV file, a folder of `save_to_disk`, or a hub id.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -31,13 +33,21 @@ COLUMNS = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeE
 LEFT = (*COLUMNS, TimeRemainingColumn(), TextColumn("left"))  # where every step costs about the same
 
 
-Model = Annotated[str, typer.Argument(help="'demo', a hub id, a folder or a PEFT adapter.")]
-SOURCES = "'demo', a .jsonl, .json, .parquet or .csv file, a folder of save_to_disk, or a hub id."
+MODELS = "'demo', a hub id, a folder or a PEFT adapter."
+Model = Annotated[str, typer.Argument(help=MODELS)]
+ModelOption = Annotated[str, typer.Option(help=MODELS)]
+Prompt = Annotated[str, typer.Argument(help="What the user asks.")]
+Response = Annotated[str, typer.Argument(help="The response that is judged.")]
+SOURCES = (
+    "'demo', 'diagnostic', 'misalignment', a .jsonl, .json, .parquet or .csv file, a folder of save_to_disk, or a hub "
+    "id."
+)
 PairsFile = Annotated[str, typer.Argument(help=SOURCES)]
 Objective = Annotated[str | None, typer.Option(help="Row of a head with several, or one less another: 'good - bad'.")]
 Limit = Annotated[int | None, typer.Option(help="Use only the first N pairs.", min=1)]
 Split = Annotated[str | None, typer.Option(help="Split of a data set that has several.")]
 Truncation = Annotated[str | None, typer.Option(help="'left' or 'right' cuts over-long texts; default: refuse them.")]
+Seed = Annotated[int, typer.Option(help="Of what is drawn at random.")]
 Part = Annotated[
     str | None, typer.Option(help="'2/8': ask the second eighth of the pairs alone; see `reward-lens join`.")
 ]
@@ -80,9 +90,14 @@ def refusals(command: Callable) -> Callable:
 
     @wraps(command)
     def run(*args, **kwargs):
+        for stream in (sys.stdout, sys.stderr):  # of another encoding than UTF-8: what it lacks is written as an escape
+            if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+                stream.reconfigure(errors="backslashreplace")
         try:
             with pd.option_context("display.unicode.east_asian_width", True):  # columns of Chinese stand in line
                 return command(*args, **kwargs)
+        except BrokenPipeError:  # `| head` has seen enough: no error of a file, and left to Click, which goes silently
+            raise
         except (rl.RewardLensError, OSError) as error:
             said = str(error) if isinstance(error, rl.RewardLensError) else _of_file(error)
             err.print(f"{type(error).__name__}: {said}", style="red", markup=False, highlight=False, soft_wrap=True)

@@ -10,11 +10,13 @@ from rich.progress import Progress
 import reward_lens as rl
 from reward_lens.cli.common import (
     COLUMNS,
+    MODELS,
     SAVED,
     SOURCES,
     AsJson,
     Limit,
     Objective,
+    Seed,
     Split,
     Truncation,
     app,
@@ -35,7 +37,7 @@ sae = typer.Typer(
 app.add_typer(sae, name="sae")
 
 STORE, TRAINING = "activations", "training"
-MODEL = typer.Argument(help="'demo', a hub id, a folder or a PEFT adapter.")
+MODEL = typer.Argument(help=MODELS)
 PairsOption = Annotated[str, typer.Option(help=SOURCES)]
 Folder = Annotated[str, typer.Argument(help="A dictionary's folder, or a hub id.")]
 Subfolder = Annotated[str | None, typer.Option(help="Of a release of many: the dictionary's folder in it.")]
@@ -59,11 +61,12 @@ def train(
     ],
     k: Annotated[int, typer.Option("--k", help="Active latents of a sample.", min=1)] = 32,
     pairs: PairsOption = "demo",
-    variant: Annotated[Literal["batchtopk", "topk", "jumprelu", "matryoshka"], typer.Option()] = "batchtopk",
+    variant: Annotated[Literal["batchtopk", "topk", "jumprelu", "matryoshka"], typer.Option(
+        help="How latents are chosen to be active.")] = "batchtopk",
     positions: Annotated[Literal["reward", "response", "all"], typer.Option(help="Of a text.")] = "response",
     n_train: Annotated[int | None, typer.Option("--n-train", help="Samples to train on, repeats included.")] = None,
     held_out: Annotated[float, typer.Option(help="Share of the prompts kept for the report.", min=0, max=0.9)] = 0.2,
-    seed: int = 0, split: Split = None, limit: Limit = None, objective: Objective = None,
+    seed: Seed = 0, split: Split = None, limit: Limit = None, objective: Objective = None,
     truncation: Truncation = None, as_json: AsJson = False, save: SaveFile = None,
 ):  # fmt: skip
     """Store activations, train a dictionary on them, and measure it on prompts that had no part in it.
@@ -78,7 +81,8 @@ def train(
     fit, test = _halves(data, held_out)
     estimate = rl.estimate_store(rm, fit, site, positions)
     size = f"{estimate.n_samples:,} samples of {estimate.n_texts:,} texts, {estimate.bytes / 2**20:,.1f} MiB"
-    err.print(f"Activations at {site}: {'' if estimate.exact else 'about '}{size}, in {output / STORE}", markup=False)
+    size = f"{'' if estimate.exact else 'about '}{size}, in {output / STORE}"
+    err.print(f"Activations at {site}: {size}", markup=False, soft_wrap=True)
     with err.status("Storing activations"):
         store = rl.store_activations(rm, fit, site, positions, output / STORE, seed=seed)
     with Progress(*COLUMNS, console=err) as bar:
@@ -107,7 +111,7 @@ def evaluate(
     model: Annotated[str, MODEL], folder: Folder, pairs: PairsOption = "demo",
     seeds: Annotated[list[str] | None, typer.Option(help="Dictionary of another seed; may be repeated.")] = None,
     subfolder: Subfolder = None, revision: Revision = None, site: SiteOption = None, split: Split = None,
-    limit: Limit = None, objective: Objective = None, truncation: Truncation = None, seed: int = 0,
+    limit: Limit = None, objective: Objective = None, truncation: Truncation = None, seed: Seed = 0,
     as_json: AsJson = False, save: SaveFile = None,
 ):  # fmt: skip
     """How well a dictionary stands in for what it reads: variance, rewards, margins, and other seeds."""
@@ -135,7 +139,7 @@ def explore(
     contexts: Annotated[int, typer.Option(help="Texts shown of each.", min=1)] = 8,
     at: Annotated[Literal["final", "response"], typer.Option(help="Where latents count.")] = "final",
     subfolder: Subfolder = None, revision: Revision = None, site: SiteOption = None, split: Split = None,
-    limit: Limit = None, objective: Objective = None, truncation: Truncation = None, seed: int = 0,
+    limit: Limit = None, objective: Objective = None, truncation: Truncation = None, seed: Seed = 0,
     save: Annotated[
         Path | None, typer.Option("--save", help="Also save the Results in this folder.", file_okay=False)
     ] = None,

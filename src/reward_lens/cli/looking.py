@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.progress import Progress
@@ -13,9 +13,12 @@ from reward_lens.cli.common import (
     AsJson,
     Limit,
     Model,
+    ModelOption,
     Objective,
     PairsFile,
     Part,
+    Prompt,
+    Response,
     Save,
     Split,
     Top,
@@ -80,7 +83,7 @@ def _print_golden(scores: "rl.Result") -> None:
 @app.command(epilog="Example: reward-lens score 'What is 2 + 2?' 'It is 4.' --model demo")
 @refusals
 def score(
-    prompt: str, response: str, model: Annotated[str, typer.Option()] = "demo", objective: Objective = None,
+    prompt: Prompt, response: Response, model: ModelOption = "demo", objective: Objective = None,
     as_json: AsJson = False,
 ):  # fmt: skip
     """Score one response to a prompt."""
@@ -117,27 +120,31 @@ def accuracy(
         result.save(save)
 
 
+Norm = Annotated[Literal["own", "frozen"], typer.Option(help="Scale of the final norm: of each depth or the last.")]
+By = Annotated[Literal["component", "head", "neuron", "expert", "token"], typer.Option(help="What gets a share.")]
+
+
 @app.command(epilog="Example: reward-lens lens demo demo --norm frozen")
 @refusals
 def lens(
-    model: Model = "demo", pairs: PairsFile = "demo", norm: str = "own", split: Split = None, limit: Limit = None,
+    model: Model = "demo", pairs: PairsFile = "demo", norm: Norm = "own", split: Split = None, limit: Limit = None,
     objective: Objective = None, truncation: Truncation = None, as_json: AsJson = False, save: Save = None,
 ):  # fmt: skip
     """The reward read off the residual stream at every depth."""
     rm, data = load_both(model, pairs, split, limit, objective, truncation)
-    show(rl.reward_lens(rm, data, norm=cast(Any, norm)), as_json, save)
+    show(rl.reward_lens(rm, data, norm=norm), as_json, save)
 
 
 @app.command(epilog="Example: reward-lens attribute demo demo --by head --top 10")
 @refusals
 def attribute(
-    model: Model = "demo", pairs: PairsFile = "demo", by: str = "component", top: Top = 10, split: Split = None,
+    model: Model = "demo", pairs: PairsFile = "demo", by: By = "component", top: Top = 10, split: Split = None,
     limit: Limit = None, objective: Objective = None, truncation: Truncation = None, as_json: AsJson = False,
     save: Save = None,
 ):  # fmt: skip
     """Split rewards and margins exactly over components, heads, neurons or source tokens."""
     rm, data = load_both(model, pairs, split, limit, objective, truncation)
-    show(rl.contributions(rm, data, by=cast(Any, by)), as_json, save, top)
+    show(rl.contributions(rm, data, by=by), as_json, save, top)
 
 
 At = Annotated[Literal["final", "response", "all"], typer.Option(help="Positions that are changed.")]

@@ -9,6 +9,7 @@ import typer
 
 import reward_lens as rl
 from reward_lens.cli.common import (
+    SOURCES,
     AsJson,
     Limit,
     Model,
@@ -33,7 +34,7 @@ from reward_lens.cli.common import (
 @refusals
 def compare(
     models: Annotated[list[str], typer.Argument(help="Two or more: 'demo', hub ids, folders or PEFT adapters.")],
-    pairs: Annotated[str, typer.Option(help="'demo', a file, or a hub id.")] = "demo",
+    pairs: Annotated[str, typer.Option(help=SOURCES)] = "demo",
     split: Split = None, limit: Limit = None, objective: Objective = None, as_json: AsJson = False, save: Save = None,
 ):  # fmt: skip
     """Where models agree: preferences, rewards, where in depth the margin arises, and states. All by one objective."""
@@ -57,7 +58,7 @@ def join(
     show(rl.join_results(parts), as_json, save, top)
 
 
-@app.command(epilog="Example: reward-lens concepts demo concepts --null 20 --steered 5")
+@app.command(epilog="Example: reward-lens concepts demo concepts --null 20 --steered 8")
 @refusals
 def concepts(
     model: Model = "demo",

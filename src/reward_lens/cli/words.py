@@ -9,7 +9,22 @@ from rich.text import Text
 import reward_lens as rl
 from reward_lens.charts.strip import Block, blocks, colour_limit
 from reward_lens.charts.theme import LIGHT
-from reward_lens.cli.common import AsJson, Objective, Save, app, err, load, out, refusals, say, show, writable
+from reward_lens.cli.common import (
+    AsJson,
+    ModelOption,
+    Objective,
+    Prompt,
+    Response,
+    Save,
+    app,
+    err,
+    load,
+    out,
+    refusals,
+    say,
+    show,
+    writable,
+)
 from reward_lens.report.numbers import number
 
 Method = Literal["prefix", "truncate", "gradient", "integrated", "leave_one_out"]
@@ -19,7 +34,7 @@ MORE, LESS = (bytes.fromhex(colour.removeprefix("#")) for colour in (LIGHT.posit
 @app.command(epilog="Example: reward-lens words 'What is 2 + 2?' 'It is 4, of course.' --model demo --html words.html")
 @refusals
 def words(
-    prompt: str, response: str, model: Annotated[str, typer.Option()] = "demo",
+    prompt: Prompt, response: Response, model: ModelOption = "demo",
     method: Annotated[Method, typer.Option(help="How a share is found; 'leave_one_out' removes a unit and runs the "
                                                 "rest again.")] = "leave_one_out",
     by: Annotated[Literal["token", "word", "sentence"], typer.Option(help="What gets a share.")] = "word",
