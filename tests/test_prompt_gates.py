@@ -106,6 +106,41 @@ def test_gate_attribution_sums_to_the_weights(models, name):
     assert by_token.isel(pair=0, position=lengths[0] - 1).piece.item() == "<|end|>"
 
 
+END = "<|end|>\n<|assistant|>\n"  # the tokens that end a user turn; the published search takes their last place
+REPEATS = rl.Pairs([rl.Pair("Say it.", f"Hello.{END}q", "Hello there", id="one")])
+
+
+def test_a_response_that_repeats_the_end_of_the_user_turn_has_weights_of_its_own(folders, models):
+    rm = models["armo"]
+    text, other = rm.tokenize_pairs(REPEATS)[0]
+    assert rm.readout.gate_position(text) in text.response and rm.readout.gate_position(other) in other.prompt
+    expected = published.published_columns(folders["armo"], "armo", text.ids)[0]
+    assert rm.score(REPEATS[0].prompt, REPEATS[0].chosen) == pytest.approx(float(expected), abs=1e-5)
+    for ask in (rl.gate_weights, rl.gate_attribution):
+        with pytest.raises(rl.DataError, match="responses of pair one are read with different weights"):
+            ask(rm, REPEATS)
+
+
+def test_attributions_move_a_gate_that_is_read_in_the_response(models):
+    """Start and slope against interventions, in which the gate answers; a token at which it reads cannot be hidden."""
+    rm = models["armo"]
+    text = rm.tokenize(REPEATS[0].prompt, REPEATS[0].chosen)
+    side = {"pair": "one", "side": "chosen"}
+
+    def reward(mask: float) -> float:
+        found = rl.intervene(rm, [text], {"embed": rl.zeros()}, at=text.response, mask=mask)
+        return float(found.value.sel(state="intervened")[0])
+
+    slope = rl.token_attribution(rm, REPEATS, method="gradient", baseline="zero").value.sel(side)
+    assert float(slope.sum()) == pytest.approx((reward(0.0) - reward(2e-3)) / 2e-3, rel=0.05)
+    whole = rl.token_attribution(rm, REPEATS, method="integrated", baseline="zero").value.sel(side)
+    assert float(whole.start) == pytest.approx(reward(1.0), abs=1e-5)
+    assert float(whole.sum()) == pytest.approx(reward(0.0) - reward(1.0), abs=0.05)
+    hidden = rl.token_attribution(rm, REPEATS, method="leave_one_out", removal="mask").value.sel(side)
+    gone = hidden.isnull()[: len(text.response)].values.nonzero()[0] + text.response.start
+    assert gone.tolist() == [rm.readout.gate_position(text)]
+
+
 @gated
 def test_a_reading_without_the_state_of_the_prompt_is_refused(models, name):
     for ask in (models[name].readout.reward, models[name].readout.direction):

@@ -20,7 +20,7 @@ the nodes is this library's.
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -28,7 +28,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reward_lens.model.forward import Batch, at_rows
+from reward_lens.engine.gate_states import pooled_and_gate
+from reward_lens.engine.hooks import Hook
+from reward_lens.engine.places import reaches_gate
+from reward_lens.model.forward import Batch
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.tokens import Tokens
 
@@ -249,14 +252,18 @@ def _walk(
     n_rules = 0 if weights is None else weights.shape[2]
     values = [np.zeros((n_rules, len(t.response))) for t in tokens]
     size = None if weights is None else max(1, GRADIENT_TOKENS // max(len(t) for t in tokens))
-    gates = rm.readout_inputs(tokens)  # only the response is moved
+    fixed = rm.readout_inputs(rows)  # holds unless the response itself has the tokens that a prompt gate reads at
+    moves_gate = [len(t.response) > 0 and reaches_gate(rm, t, t.response) for t in tokens for _ in range(count)]
+
+    def ends(batch: Batch, moved: Hook) -> tuple[Tensor, Tensor | None]:
+        return pooled_and_gate(rm, batch, rows, fixed, moves_gate, moved)
+
     for batch in rm.batches(rows, size):
         which = [divmod(row, count) for row in batch.rows]
         alphas = torch.tensor([nodes[at] for at in which])
         spans = _response_positions(batch, [tokens[text] for text, _ in which])
         with torch.set_grad_enabled(weights is not None):
-            inputs = None if gates is None else gates[[text for text, _ in which]]
-            reward, pulled = _on_the_line(rm, batch, base, alphas, spans, weights is not None, inputs)
+            reward, pulled = _on_the_line(rm, batch, base, alphas, spans, weights is not None, ends)
         rewards[list(batch.rows)] = reward
         if weights is not None:
             for i, (text, node) in enumerate(which):
@@ -265,11 +272,12 @@ def _walk(
 
 
 def _on_the_line(
-    rm: RewardModel, batch: Batch, base: Tensor, alphas: Tensor, spans: Tensor, gradient: bool, inputs: Tensor | None
-) -> tuple[np.ndarray, Tensor]:
-    """One pass: rewards [batch] and, if asked, (x - x') . gradient [batch, pos], on the CPU in float64."""
+    rm: RewardModel, batch: Batch, base: Tensor, alphas: Tensor, spans: Tensor, gradient: bool,
+    ends: Callable[[Batch, Hook], tuple[Tensor, Tensor | None]],
+) -> tuple[np.ndarray, Tensor]:  # fmt: skip
+    """One pass: rewards [batch] and, if asked, (x - x') . gradient [batch, pos], on the CPU in float64. `ends` gives
+    what the head reads of the pass with a hook."""
     points: list[tuple[Tensor, Tensor]] = []
-    ends: list[Tensor] = []
 
     def move(x: Tensor) -> Tensor:
         own = x.detach().to(base)
@@ -280,10 +288,7 @@ def _on_the_line(
         points.append((point, own - origin))
         return point.clone()  # some classes add in place, which a leaf does not allow
 
-    pick = at_rows(batch.reward_pos)
-    read = rm.trunk.read_residual(rm.n_layers, lambda x: ends.append(pick(x)))
-    rm.trunk.run(batch, rm.trunk.edit_residual(0, move), read)
-    reward = rm.readout.reward(ends[0], inputs)
+    reward = rm.readout.reward(*ends(batch, rm.trunk.edit_residual(0, move)))
     pulled = torch.empty(0)
     if gradient:
         point, difference = points[0]

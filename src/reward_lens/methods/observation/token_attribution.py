@@ -89,7 +89,7 @@ def token_attribution(
         "mean" of the vocabulary, "zero", or the "pad" token's.
     removal: "delete" closes the gap; "mask" blocks attention to the unit and keeps every position id (a model
         that counts positions off the attention mask, as ALiBi in Bloom does, closes the gap in both). A unit
-        at which the reward itself is read cannot be masked: undefined.
+        at which the reward itself is read, or a prompt gate, cannot be masked: undefined.
     seed: recorded; nothing here is random.
 
     Returns value (pair, side, position) in reward units, `position` counting units of the response (prefix:
@@ -131,7 +131,7 @@ def token_attribution(
         rm, "token_attribution", pairs, values, ("pair", "side", "position"), coords, seed=seed,
         interval=False,
         checks=_checks(rm, method, shares, baseline, tolerance),
-        undefined="the reward is read at this unit's own position, so attention to it cannot be blocked",
+        undefined="the head reads at this unit's own position, so attention to it cannot be blocked",
         forward_rows=shares.forward_rows, backward_rows=shares.backward_rows, settings=settings,
         **_words(method, by, baseline, removal),
     )  # fmt: skip

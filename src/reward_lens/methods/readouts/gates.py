@@ -27,7 +27,7 @@ from reward_lens.errors import DataError
 from reward_lens.methods.observation.source_tokens import placed, source_runs
 from reward_lens.methods.observation.splits import ComponentSplit, HeadSplit, component_coords
 from reward_lens.methods.shared.paired import paired_result
-from reward_lens.model.heads.gated import require_gated
+from reward_lens.model.heads.gated import GatedReadout, require_gated
 from reward_lens.model.heads.local import LocalReadout
 from reward_lens.model.readout import LOCAL
 from reward_lens.model.reward_model import RewardModel
@@ -46,17 +46,19 @@ def gate_weights(rm: RewardModel, pairs) -> Result:
     Parameters
     ----------
     rm: a model whose readout is prompt-gated (ArmoRM, QRM), loaded for its reward.
-    pairs: preference pairs; a weight depends on the prompt alone.
+    pairs: preference pairs; a weight depends on what is read up to the gate's position alone, the prompt.
 
     Returns value (pair, objective, weight) in units of reward per unit of an objective's reward; weight = "transformed"
     (what the gate gives, g) and "own" (M g: of the objectives before the transform). Mean and interval over prompts.
     Check "weighted sum": the objectives' rewards times their own weights are both responses' rewards (1e-5 of the sum
-    of their sizes; 1e-2 in 16 bits). Raises `StructureError` for a head without a prompt gate.
+    of their sizes; 1e-2 in 16 bits). Raises `StructureError` for a head without a prompt gate, `DataError` for a pair
+    whose responses have different weights (one repeats the tokens that end a user turn, or truncation cut the prompts).
     What it cannot show: how far an objective moves the margin, which depends on how its reward differs as well.
     """
     readout = require_gated(rm.readout)
     pairs = data.as_pairs(pairs)
     both = [t for two in rm.tokenize_pairs(pairs) for t in two]
+    _prompts(readout, pairs, both)
     last = Site("resid_post", rm.n_layers - 1)
     h, inputs = capture(rm, both, [last])[last], rm.readout_inputs(both)
     assert inputs is not None
@@ -93,7 +95,7 @@ def gate_attribution(rm: RewardModel, pairs, by: Literal["component", "token"] =
     Returns value (pair, objective, component), or (pair, objective, position) with coordinates `constant` (what no
     position wrote), `token`, `piece` and `n_positions`; both in the unit of a weight, and both sum to g (by token: with
     the constant). Mean and interval over prompts by component. Checks "completeness" and, by token, "finer split":
-    1e-5 of the sum of sizes, 1e-2 in 16 bits. Raises `StructureError` for a head without a prompt gate.
+    1e-5 of the sum of sizes, 1e-2 in 16 bits. Raises as `gate_weights`.
     What it cannot show: what a weight would be without a component (`gate_routes` takes it out); the gate is a network,
     and its slope is local.
     """
@@ -102,8 +104,7 @@ def gate_attribution(rm: RewardModel, pairs, by: Literal["component", "token"] =
         raise DataError("The attribution was asked for something it does not have", found=f"by={by!r}",
                         expected="'component' or 'token'", do="pass one of these")  # fmt: skip
     pairs = data.as_pairs(pairs)
-    chosen = [a for a, _ in rm.tokenize_pairs(pairs)]
-    beginnings = [t.first(readout.gate_position(t) + 1) for t in chosen]
+    beginnings = _prompts(readout, pairs, [t for two in rm.tokenize_pairs(pairs) for t in two])
     different = {t.ids: t for t in beginnings}
     place = {ids: i for i, ids in enumerate(different)}
     where = [place[t.ids] for t in beginnings]
@@ -123,6 +124,20 @@ def gate_attribution(rm: RewardModel, pairs, by: Literal["component", "token"] =
         shows="What was written at the gate's position along the slope of each objective's weight.",
         cannot_show="What the weight would be if a part were not there: later parts read its write. " + LOCAL,
     )  # fmt: skip
+
+
+def _prompts(readout: GatedReadout, pairs: data.Pairs, both: Sequence[Tokens]) -> list[Tokens]:
+    """What the gate reads of each pair, which both responses have to share."""
+    chosen, rejected = ([t.first(readout.gate_position(t) + 1) for t in both[side::2]] for side in (0, 1))
+    for pair, a, b in zip(pairs, chosen, rejected, strict=True):
+        if a.ids != b.ids:
+            raise DataError(
+                f"The two responses of pair {pair.id} are read with different weights",
+                found=f"a gate that reads {len(a)} tokens of the chosen conversation and {len(b)} of the rejected one",
+                expected="one prompt: the gate reads where the tokens that end a user turn stand last",
+                do="leave out pairs with a response that repeats these tokens; shorten prompts that truncation cuts",
+            )
+    return chosen
 
 
 def _by_component(rm: RewardModel, texts: Sequence[Tokens], weights: Sequence[LocalReadout]):

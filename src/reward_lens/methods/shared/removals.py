@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reward_lens.engine.continuations import rewards_of_variants
 from reward_lens.engine.gate_states import pooled_and_gate
-from reward_lens.engine.places import reaches_gate
+from reward_lens.engine.places import gate_inside, reaches_gate
 from reward_lens.errors import DataError
 from reward_lens.methods.shared.units import Unit
 from reward_lens.model.prefix import NO_PREFIX
@@ -68,7 +68,8 @@ def _keep(rm: RewardModel, text: Tokens, kept: Sequence[int]) -> Tokens:
 def rewards(rm: RewardModel, groups: Sequence[Sequence[Variant]]) -> tuple[list[np.ndarray], int]:
     """Rewards of each text's variants and how many rows they took (equal ones are scored once).
 
-    NaN where the position at which the reward is read is hidden: its own token would still be seen there.
+    NaN where a position is hidden at which the head reads, for the reward or for a prompt gate: its own token would
+    still be seen there.
     """
     read: dict[tuple, float] = {}
     known, n_rows, before = NO_PREFIX, 0, groups[0][-1][0]
@@ -87,12 +88,17 @@ def rewards(rm: RewardModel, groups: Sequence[Sequence[Variant]]) -> tuple[list[
             values = _whole(rm, distinct)
         n_rows += len(distinct)
         for one, value in zip(distinct, values.double().tolist(), strict=True):
-            read[_key(one)] = np.nan if one[0].reward_pos in one[1] else value
+            read[_key(one)] = np.nan if _hides_what_is_read(rm, one) else value
     return [np.array([read[_key(one)] for one in group]) for group in groups], n_rows
 
 
 def _key(variant: Variant) -> tuple:
     return variant[0].ids, variant[1]
+
+
+def _hides_what_is_read(rm: RewardModel, variant: Variant) -> bool:
+    text, hidden = variant
+    return text.reward_pos in hidden or gate_inside(rm, text, 0) in hidden
 
 
 def _moves_gate(rm: RewardModel, variant: Variant) -> bool:

@@ -4,7 +4,8 @@
 
 R has a row an objective (QRM: the mean of its quantiles' rows), M is the `reward_transform_matrix`, h the residual at
 the reward position and h_p the one at the token that ends the last user turn. What stands there depends on the prompt
-alone, so for one prompt the reward is an exact linear read-out of h. An objective by itself has no gate.
+alone (unless a response repeats the tokens that end a user turn: their last place is read, as published), so for one
+prompt the reward is an exact linear read-out of h. An objective by itself has no gate.
 
 References: Wang et al. 2024, arXiv 2406.12845 (ArmoRM); Dorka 2024, arXiv 2409.10164 (QRM).
 """
