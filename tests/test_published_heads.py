@@ -24,7 +24,7 @@ KINDS = {"inf_orm": "mlp", "qwen_math": "mlp", "grm": "mlp", "armo": "prompt_gat
 GATED = ("armo", "qrm")
 LOCAL = tuple(name for name in HEADS if name not in GATED)
 SLOW = ("conflict", "slopes", "dictionary", "calibration")
-ONE_ROW = ("conflict", "transfer", "vocabulary", "ov")
+ONE_ROW = ("transfer", "vocabulary", "ov")
 every = pytest.mark.parametrize("name", HEADS)
 
 
@@ -224,8 +224,28 @@ def test_what_asks_for_one_row_is_refused(models, name):
     for ask in (rl.vocab_alignment, rl.ov_pull):
         with pytest.raises(rl.StructureError, match="What the weights alone say has no answer"):
             ask(rm)
-    with pytest.raises(rl.DataError, match="no head row to edit"):
-        rl.edit_head(rm, torch.ones(1, rm.d_model))
+    for one in (rm, *([rm.for_objective(1)] if len(rm.objectives) > 1 else [])):  # others are made of its row too
+        with pytest.raises(rl.DataError, match="no head row to edit.*rl.project_out"):
+            rl.edit_head(one, torch.ones(1, rm.d_model))
+
+
+def test_what_reads_states_and_no_row_is_answered(models):
+    """Terms of edited pairs are compared in the residual; a steered state is read by the head as it is."""
+    edited = {name: rl.edited_pairs(NATURAL, name) for name in ("add_emoji", "hedge")}
+    one_trunk = [models["armo"].for_objective(1), models["armo"], models["urm"], models["inf_orm"]]
+    linear, *others = (rl.term_conflict(rm, edited, ["direction"]).value.values for rm in one_trunk)
+    assert all(np.array_equal(linear, found, equal_nan=True) for found in others) and np.nanmax(np.abs(linear)) > 0.1
+    rm, pair, last = models["urm"], edited["hedge"][0], "L2.resid_post"
+    v = torch.eye(rm.d_model)[3]
+    steered = rl.transfer_matrix(rm, {"hedge": v}, {"hedge": edited["hedge"]}, op="steer").value[0, 0]
+    acts = rl.capture(rm, [pair], [last])[rl.Site.parse(last)]
+    moved = []
+    for response, h in zip((pair.chosen, pair.rejected), acts, strict=True):
+        change = rl.intervene(rm, [(pair.prompt, response)], {last: rl.add(v, 0.1 * float(h.norm()))}).value
+        moved.append(float(change.sel(state="change")[0]))
+    assert float(steered) == pytest.approx(moved[0] - moved[1], abs=1e-4)
+    with pytest.raises(rl.StructureError, match="weights of this reward depend on the prompt"):
+        rl.transfer_matrix(models["armo"], {"hedge": v}, {"hedge": edited["hedge"]}, op="steer")
 
 
 @pytest.mark.parametrize("name", ["armo", "urm"])

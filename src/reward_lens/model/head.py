@@ -33,13 +33,15 @@ def trunk_name(rm: RewardModel) -> str:
 
 def editable_readout(rm: RewardModel) -> LinearReadout:
     """The linear readout, or a `DataError` for a reward that is no row of a linear head."""
-    if isinstance(rm.readout, LinearReadout):
+    if isinstance(rm.readout, LinearReadout) and not isinstance(rm.head, nn.ModuleList):
         return rm.readout
+    gated = f", objective {rm.readout.objective!r} of a head of several parts" if len(rm.objectives) > 1 else ""
     raise DataError(
         "This reward has no head row to edit",
-        found=f"a readout of kind {rm.readout.kind!r}",
-        expected="one row of a linear head behind the final norm",
-        do="load a model with a linear head, or one objective of a gated one (objective=), whose row is fixed",
+        found=f"a readout of kind {rm.readout.kind!r}{gated}",
+        expected="one row of a linear head behind the final norm, which no other reward is made of",
+        do="load a model with a linear head; or take directions out of the residual at run time (rl.intervene with "
+        "rl.project_out at the last resid_post)",
     )
 
 

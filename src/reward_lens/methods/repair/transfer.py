@@ -149,7 +149,7 @@ def _nulled(rm: RewardModel, vectors: Float[torch.Tensor, "k d_model"], alpha: i
 
 def _steered(rm: RewardModel, vectors: Float[torch.Tensor, "k d_model"], strength: int | float):
     """Rewards of states as they are and moved along each direction."""
-    readout = editable_readout(rm)
+    readout = rm.readout
 
     def rewards(h):
         steps = strength * h.norm(dim=-1, keepdim=True)

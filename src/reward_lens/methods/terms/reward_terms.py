@@ -21,7 +21,6 @@ from reward_lens import data, stats
 from reward_lens.engine.activations import capture, captured
 from reward_lens.errors import DataError
 from reward_lens.methods.terms.direction_cosines import Moves, moves_of, whitening
-from reward_lens.model.head import editable_readout
 from reward_lens.model.readout import require_linear
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.model.sites import Site
@@ -186,9 +185,9 @@ def _term(rm: RewardModel, name: str, given: Any, pool: Pool | None, states) -> 
         raise DataError(f"The term {name!r} moves nothing", found="equal states of chosen and rejected responses",
                         expected="pairs whose chosen response is what the term wants", do="check them")  # fmt: skip
     if pool is None:
-        return Term(name, "pairs", moves, both[:, 1], None, None, None, editable_readout(rm))
+        return Term(name, "pairs", moves, both[:, 1], None, None, None, rm.readout)
     h, whiten = states(rm)
-    return Term(name, "pairs", moves, None, h, None, whiten, editable_readout(rm))
+    return Term(name, "pairs", moves, None, h, None, whiten, rm.readout)
 
 
 def _require(name: str, given: Result | RewardModel | data.Pairs, pool: Pool | None) -> None:
