@@ -463,7 +463,7 @@ def test_a_suffix_is_searched_for_inside_the_pair(name):
 
 
 ALONG = ("lens, all", "prefix")
-ONE_ROW = ("direction", "conflict", "transfer", "compare", "vocabulary", "ov")
+ONE_ROW = ("direction", "transfer", "compare", "vocabulary", "ov")
 """What asks for one row of a head, which a pooler is not: some of these refuse, none answers something else."""
 
 
