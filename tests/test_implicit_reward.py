@@ -210,6 +210,8 @@ def test_the_same_model_twice_gives_zero_and_half_the_accuracy():
     result = rl.implicit_reward(policy, policy, PAIRS)
     assert float(np.abs(result.value).max()) == 0
     assert result.meta["accuracy"]["sum"]["value"] == 0.5
+    assert "policy and reference are the same: 1 (both models read every token alike" in str(result.checks[-1])
+    assert len(rl.implicit_tokens(*models("llama"), PAIRS[:2]).checks) == 3
 
 
 def test_accuracy_and_intervals_are_over_prompts():

@@ -208,5 +208,16 @@ def implicit_result(
         "n_pairs": len(pairs), "n_prompts": pairs.n_prompts, "inputs_hash": data.inputs_hash(pairs), "seed": seed,
         "settings": settings, "sides": list(SIDES),
     }  # fmt: skip
-    return Result(name, value, unit="reward", checks=[policy.own, reference.own, *checks], meta=provenance | meta,
-                  undefined=undefined, **summary)  # fmt: skip
+    checks = [policy.own, reference.own, *checks, *_one_network(policy, reference)]
+    return Result(name, value, unit="reward", checks=checks, meta=provenance | meta, undefined=undefined,
+                  **summary)  # fmt: skip
+
+
+def _one_network(policy: Reading, reference: Reading) -> list[Check]:
+    """A recorded fact where no token tells the two models apart."""
+    if not all(np.array_equal(a, b) for a, b in zip(policy.values, reference.values, strict=True)):
+        return []
+    note = (
+        "both models read every token alike, so every reward is 0; the module inside a PeftModel still runs its adapter"
+    )
+    return [Check("policy and reference are the same", 1.0, np.inf, note)]
