@@ -6,9 +6,10 @@
 
 Positive in noise and denoise: the site supports the preference. Nothing is frozen (`path="total"`, `norm="live"`)
 unless asked for: `path="direct"` changes the site in what the reward head reads alone (see `direct`), `norm="frozen"`
-holds the final norm's scale at its value in the clean run. A prompt-gated head's weights answer to a change of the
-prompt like everything else; `gate_routes` takes that route apart. Every row is compared with a clean row of its own
-batch.
+holds the final norm's scale at its value in the clean run, and with it the slope of a head that is a network (URM, LDL,
+INF-ORM: `meta["exactness"]` is "local"), so that effects are along the clean run's direction. A prompt-gated head's
+weights answer to a change of the prompt like everything else; `gate_routes` takes that route apart. Every row is
+compared with a clean row of its own batch.
 
 What this cannot show: that the changed state is one the network ever reaches by itself (see `divergence`); and a small
 effect of one site is no proof that it does nothing, since others may stand in for it.
@@ -81,6 +82,7 @@ def effects(
         range of positions in the changed run} for all pairs or one such mapping a pair (a dim `span` of all names; NaN
         where a pair lacks one). Ablations change both runs at these; by position their margin has those that the two
         runs begin with in common.
+    norm: "live"; or "frozen", the final norm's scale (and the slope of a head that is a network) as in the clean run.
     reference: pairs of other prompts whose responses mean and resample take values from; None: the other prompts among
         `pairs`. Both ablations respect a token's role (prompt, response, template tail); at "final" their values are
         those of the references' reward positions.

@@ -4,8 +4,9 @@
 
 `c` runs over the vectors written to the residual stream at the reward position: `embed` (what enters block 0), then
 each block's attention and MLP write (after any post-norm). Heads, neurons and source tokens are finer splits of the
-same writes. The final norm's scale s(h), and in sandwich-norm blocks the post-norm's scale, are frozen at their
-values in the run. A margin is split by
+same writes. The final norm's scale s(h), in sandwich-norm blocks the post-norm's scale, and the weights of a gate that
+reads the prompt are frozen at their values in the run; w is the weighted row there, and the slope at the run's state
+where the head is a network. A margin is split by
 
     scale="shared":  margin_c = (u+ + u-)/2 . (c+ - c-),  and one row `norm` = (u+ - u-)/2 . (h+ + h-)
     scale="own":     margin_c = u+ . c+ - u- . c-
@@ -104,7 +105,8 @@ def contributions(
         shows="What each part writes along the effective reward direction; the rows sum to the reward, and their "
         "margins to the margin.",
         cannot_show="Whether removing a part would change the reward by that much: later parts read its write, and the "
-        "norm rescales. That is a total effect.",
+        "norm rescales. That is a total effect."
+        + (" The weights that the prompt gives the objectives are held." if rm.readout.kind == "prompt_gated" else ""),
     )  # fmt: skip
 
 
