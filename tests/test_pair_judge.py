@@ -149,6 +149,19 @@ def test_every_method_takes_a_pair_judge_or_refuses_in_words(name):
         assert isinstance(result, rl.Result)
 
 
+def test_a_store_of_pairs_holds_both_orders():
+    rm, site = judge(), "L2.resid_post"
+    store = rl.store_activations(rm, [*SINGLE, SINGLE[0]], site, "reward")
+    seen = rl.capture(rm, SINGLE, [site])[rl.Site.parse(site)]
+    held = store.tensor()
+    torch.testing.assert_close(held, seen, atol=1e-5, rtol=1e-5)
+    assert store.meta["left_out"]["duplicates"] == 2
+    one = rl.store_activations(rm, [(SINGLE[0].prompt, (SINGLE[0].chosen, SINGLE[0].rejected))], site, "reward")
+    assert one.meta["n_samples"] == 1
+    with pytest.raises(rl.DataError, match=ONE_RESPONSE):
+        rl.store_activations(rm, [(SINGLE[0].prompt, SINGLE[0].chosen)], site)
+
+
 def test_what_is_no_pair_is_refused():
     rm = judge()
     for response in ("one", ("one",), ("one", "two", "three")):

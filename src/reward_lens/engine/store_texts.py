@@ -19,8 +19,8 @@ from reward_lens.model.tokens import Tokens
 
 WINDOW_TOKENS = 16384
 
-Source = tuple[str | list[dict[str, str]] | None, str]
-"""A prompt (None: a raw text without one) and a response."""
+Source = tuple[str | list[dict[str, str]] | None, str | tuple[str, str]]
+"""A prompt (None: a raw text without one) and a response, or for a judge of pairs two in order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +52,9 @@ class Known:
 NOTHING = Known()
 
 
-def source_texts(inputs: Any) -> Iterator[Source]:
-    """Every text of pairs, groups, style items, (prompt, response) tuples or raw strings, in order and lazily."""
+def source_texts(inputs: Any, compares: bool = False) -> Iterator[Source]:
+    """Every text of pairs, groups, style items, (prompt, response) tuples or raw strings, in order and lazily; of pairs
+    for a judge that `compares`, both orders."""
     if isinstance(inputs, tuple) and inputs and all(isinstance(part, str) for part in inputs):
         raise _unusable("The inputs are", inputs, "put the tuple in a list")
     if isinstance(inputs, str) or hasattr(inputs, "responses"):
@@ -61,22 +62,25 @@ def source_texts(inputs: Any) -> Iterator[Source]:
     if not isinstance(inputs, Iterable):
         raise _unusable("The inputs are", inputs, "pass rl.Pairs, or a list or generator of these")
     for index, item in enumerate(inputs):
-        if hasattr(item, "responses"):
+        if compares and isinstance(item, data.Pair):
+            yield item.messages, (item.chosen, item.rejected)
+            yield item.messages, (item.rejected, item.chosen)
+        elif hasattr(item, "responses"):
             for response in item.responses:
                 yield item.messages, response
         elif isinstance(item, str):
             yield None, item
-        elif isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], str):
+        elif isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], (str, tuple) if compares else str):
             yield data.as_messages(item[0]), item[1]
         else:
             raise _unusable(f"Item {index} of the inputs is", item, "correct or leave out the item")
 
 
-def new_texts(inputs: Any) -> Iterator[tuple[Source, bool, Any]]:
+def new_texts(inputs: Any, compares: bool = False) -> Iterator[tuple[Source, bool, Any]]:
     """Every text with whether it is the first of its kind, and the running SHA-256 of all texts so far."""
     seen: set[bytes] = set()
     running = hashlib.sha256()
-    for source in source_texts(inputs):
+    for source in source_texts(inputs, compares):
         digest = hashlib.blake2b(json.dumps(source).encode(), digest_size=16).digest()
         running.update(digest)
         yield source, digest not in seen, running
@@ -91,7 +95,7 @@ def windows(rm: RewardModel, inputs: Any, batch_size: int | None = None, known: 
     start, stop, repeated, length, digest = known.start, 0, 0, 0, hashlib.sha256()
     numbers: list[int] = []
     tokens: list[Tokens] = []
-    for number, (source, new, digest) in enumerate(new_texts(inputs)):
+    for number, (source, new, digest) in enumerate(new_texts(inputs, rm.tokenizer.compares)):
         stop = number + 1
         if stop == known.n_texts and digest.hexdigest() != known.inputs_hash:
             raise _other_inputs(f"other texts among the first {stop}", known)
@@ -122,12 +126,12 @@ def measured(rm: RewardModel, inputs: Any, most: int) -> tuple[list[Tokens], int
     texts as a multiple of those of the tokenised ones."""
     tokens: list[Tokens] = []
     new_count = repeated = read = characters = 0
-    for source, new, _ in new_texts(inputs):
+    for source, new, _ in new_texts(inputs, rm.tokenizer.compares):
         if not new:
             repeated += 1
             continue
         new_count += 1
-        size = len(source[1]) + 1
+        size = len("".join(source[1])) + 1
         characters += size
         if len(tokens) < most:
             tokens.append(tokens_of(rm, source))
