@@ -1,7 +1,9 @@
 """Which pairs the standard analysis asks its questions of."""
 
+import published_heads
 import reward_lens as rl
 from families import tiny_model
+from language_models import PAIR_JUDGE, tiny_language_model
 from reward_lens.analysis import SHOWN, halves, questions, spread_over_subsets
 from reward_lens.data import by_prompt
 
@@ -26,6 +28,18 @@ def test_pairs_are_spread_over_subsets_and_then_over_prompts():
     same = spread_over_subsets(pairs_of("a1", "a1", "a1", "a2", "a3", "b1"), 4)
     assert [p.prompt for p in same] == ["a1", "a2", "a3", "b1"]
     assert len(spread_over_subsets(pairs_of("a1", "a1"), 6)) == 2
+
+
+def test_a_judge_of_pairs_and_a_gated_head_are_asked_what_only_they_have(tmp_path):
+    module, tokenizer = tiny_language_model("llama")
+    judge = rl.RewardModel(module, tokenizer, readout=rl.VocabReadout("A", "B", template=PAIR_JUDGE))
+    gated, plain = rl.load(published_heads.save(tmp_path, "armo")), rl.RewardModel(*tiny_model("llama"))
+    pairs = pairs_of("a", "b")
+    for rm, own in ((judge, "pair_judge"), (gated, "gate_weights"), (plain, None)):
+        ask = questions(rm, pairs, rm.score_pairs(pairs))
+        assert {"pair_judge", "gate_weights"} & set(ask) == ({own} if own else set())
+        if own:
+            assert own in rl.write_report([ask[own]()], tmp_path / f"{own}.html").read_text(encoding="utf-8")
 
 
 def test_tokens_are_read_of_as_many_pairs_as_a_page_shows(monkeypatch):

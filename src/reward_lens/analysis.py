@@ -26,6 +26,10 @@ def questions(rm: "rl.RewardModel", pairs: "rl.Pairs", scores: "rl.Result", few:
         "accuracy": lambda: rl.accuracy(rm, pairs, scores=scores),
         "scores": lambda: scores,
     }
+    if rm.tokenizer.compares:
+        ask["pair_judge"] = lambda: rl.pair_judge(rm, pairs)
+    if rm.readout.kind == "prompt_gated":
+        ask["gate_weights"] = lambda: rl.gate_weights(rm, pairs)
     if len(pairs) >= 20:
         ask["calibration"] = lambda: rl.calibration(rm, pairs, scores=scores)
     held = len(pairs) * 2 * 4 * rm.d_model * (3 * rm.n_layers + 1)
