@@ -63,3 +63,38 @@ def test_a_missing_head_is_refused(tmp_path):
             rl.load_step_model(tmp_path, rl.STEP_READOUTS[name])
     with pytest.raises(rl.LoadError, match="could not be loaded"):
         rl.load_step_model(tmp_path / "nowhere", rl.STEP_READOUTS["trl"])
+
+
+@pytest.mark.parametrize("name", ["trl", "math-shepherd"])
+def test_an_adapter_live_and_saved_with_its_head_or_without(name, tmp_path):
+    """TRL's PRMTrainer over a language model: peft wraps the trunk and saves the new head whole."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+
+    module, tokenizer, readout = published(name)
+    base = AutoModelForCausalLM.from_config(module.config).eval()
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+
+    def adapted(task: str | None):
+        torch.manual_seed(1)
+        kind = AutoModelForTokenClassification if name == "trl" else AutoModelForCausalLM
+        settings = LoraConfig(r=2, task_type=task, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        return get_peft_model(kind.from_pretrained(tmp_path / "base"), settings).eval()
+
+    live = adapted("TOKEN_CLS" if name == "trl" else "CAUSAL_LM")
+    live.save_pretrained(tmp_path / "adapter")
+    rm = rl.step_model(live, tokenizer, readout)
+    ids = rm.tokenizer.solution([{"role": "user", "content": "Q"}], ["One."]).tokens.ids
+    with torch.no_grad():
+        logits = live(input_ids=torch.tensor([ids])).logits[0, -1]
+    rows = [1, 0] if name == "trl" else [tokenizer.encode(token)[-1] for token in "+-"]
+    assert rm.score("Q", "One.") == pytest.approx(float(logits[rows[0]] - logits[rows[1]]), abs=1e-4)
+    loaded = rl.load_step_model(tmp_path / "adapter", readout)
+    assert loaded.score("Q", "One.") == pytest.approx(rm.score("Q", "One."), abs=1e-4)
+    if name == "trl":
+        adapted(None).save_pretrained(tmp_path / "headless")  # a head that is drawn anew every time it is loaded
+        with pytest.raises(rl.LoadError, match="no trained process reward model.*the checkpoint lacks score"):
+            rl.load_step_model(tmp_path / "headless", readout)
+    with pytest.raises(rl.LoadError, match="takes no such setting.*objective"):
+        rl.load(tmp_path / "adapter", readout=readout, objective=0)

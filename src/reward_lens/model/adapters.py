@@ -21,6 +21,14 @@ def network_in(module: Any) -> Any:
     return module.get_base_model() if hasattr(module, "peft_config") and hasattr(module, "get_base_model") else module
 
 
+def saved_whole(module: Any) -> Any:
+    """What stands now in the place of a module that adapters save whole (`modules_to_save`); others themselves."""
+    if not hasattr(module, "modules_to_save") or not hasattr(module, "original_module"):
+        return module
+    used = [a for a in module.active_adapters if a in module.modules_to_save]
+    return module.original_module if module.disable_adapters or not used else module.modules_to_save[used[0]]
+
+
 def is_adapted(module: nn.Module) -> bool:
     """Whether the module is a plain linear map with low-rank adapters around it."""
     given: Any = module

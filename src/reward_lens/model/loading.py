@@ -141,7 +141,7 @@ def load(
 
 
 def _refuse(title: str, expected: str, do: str, **settings: Any) -> None:
-    given = [name for name, value in settings.items() if value]
+    given = [name for name, value in settings.items() if value is not None and value is not False]
     if given:
         raise LoadError(title, found=", ".join(given), expected=expected, do=do)
 

@@ -13,7 +13,7 @@ from reward_lens.model.checkpoint_files import adapter_shapes, require_places, s
 from reward_lens.model.heads.local import ValueHeadScore
 
 HEAD_SUFFIXES = ("score.weight", "classifier.weight", "v_head.weight", "regression_head.weight")
-_IN_PEFT = "base_model.model."  # what an adapter's file puts before the names of its base
+IN_PEFT = "base_model.model."  # what an adapter's file puts before the names of its base
 
 
 def is_adapter(path: str, revision: str | None) -> bool:
@@ -42,7 +42,7 @@ def load_adapter(path: str, options: dict, settings: dict):
 
     adapter = PeftConfig.from_pretrained(path, revision=options["revision"])
     base = str(adapter.base_model_name_or_path)
-    saved = _saved_shapes(path, options["revision"])
+    saved = saved_shapes(path, options["revision"])
     of_heads = [shape[0] for key, shape in saved.items() if key.endswith(HEAD_SUFFIXES)]
     rows = {"num_labels": of_heads[0]} if of_heads else rows_in(base, adapter.revision)
     base_options = {"trust_remote_code": options["trust_remote_code"], "revision": adapter.revision}
@@ -53,7 +53,7 @@ def load_adapter(path: str, options: dict, settings: dict):
             module, info = AutoModelForSequenceClassification.from_pretrained(
                 base, output_loading_info=True, **rows, **base_options, **settings
             )
-    missing = sorted(k for k in info["missing_keys"] if _IN_PEFT + k not in saved)
+    missing = sorted(k for k in info["missing_keys"] if IN_PEFT + k not in saved)
     if missing:
         raise LoadError(
             f"The adapter {path} has no trained reward head",
@@ -72,7 +72,7 @@ def load_adapter(path: str, options: dict, settings: dict):
     )
 
 
-def _saved_shapes(path: str, revision: str | None) -> dict[str, list[int]]:
+def saved_shapes(path: str, revision: str | None) -> dict[str, list[int]]:
     """Shapes of an adapter's tensors by name; a part of the base that was trained whole has the base's name."""
     whole = re.compile(r"\.modules_to_save\.default|\.original_module")
     return {whole.sub("", key): shape for key, shape in adapter_shapes(path, revision).items()}
@@ -83,8 +83,8 @@ def merged(module: Any, path: str, revision: str | None) -> Any:
     it has no place for: either leaves another model than the one that was trained."""
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
-    base = {_IN_PEFT + name for name in module.state_dict()}
-    shapes = _saved_shapes(path, revision)
+    base = {IN_PEFT + name for name in module.state_dict()}
+    shapes = saved_shapes(path, revision)
     whole = _whole_embedding(module, shapes)
     rows = {shapes[name][0] for name in whole}
     if rows - {module.get_input_embeddings().weight.shape[0]}:  # tokens were added before training
@@ -115,7 +115,7 @@ def _whole_embedding(module: Any, saved: Iterable[str]) -> set[str]:
     """Names under which an adapter holds all rows of the embedding: peft saves them where tokens were added, or where
     it adapts the embedding, within the wrappers that it put around it."""
     table = module.get_input_embeddings()
-    at = _IN_PEFT + next(name for name, part in module.named_modules() if part is table)
+    at = IN_PEFT + next(name for name, part in module.named_modules() if part is table)
     inside = re.compile(re.escape(at) + r"(\.token_adapter)?(\.base_layer|\.modules_to_save)?\.weight")
     return {name for name in saved if inside.fullmatch(name)}
 

@@ -16,8 +16,10 @@ from transformers.modeling_outputs import TokenClassifierOutput
 from reward_lens.arguments import checked_arguments
 from reward_lens.errors import LoadError
 from reward_lens.model.checkpoint_files import require_places, tensors_in
+from reward_lens.model.loading import tokenizer_of
 from reward_lens.model.precision import require_precision
 from reward_lens.model.reward_model import RewardModel
+from reward_lens.model.saved_adapters import HEAD_SUFFIXES, IN_PEFT, is_adapter, merged, saved_shapes
 from reward_lens.model.step_readout import StepReadout
 from reward_lens.model.step_scorer import step_model
 from reward_lens.model.structure import Structure
@@ -47,19 +49,18 @@ def load_step_model(
     path: str | Path, steps: StepReadout, *, revision: str | None = None, device: Any = None, dtype: Any = None,
     device_map: Any = None, attn_implementation: str | None = None, structure: Structure | None = None,
 ) -> RewardModel:  # fmt: skip
-    """A process reward model as a `RewardModel`; arguments as for `load`, `steps` as for `step_model`.
+    """A process reward model as a `RewardModel`; arguments as for `load`, `steps` as for `step_model`. A PEFT adapter is
+    merged into its base, with a token classifier's head from either.
 
     Returns what `step_model` returns. Raises `LoadError` where the checkpoint cannot be loaded or lacks weights, its
     head's included, and what `step_model` raises.
     """
-    from transformers import AutoTokenizer
-
     require_precision(dtype)
     settings = {"dtype": dtype or "auto", "device_map": device_map, "attn_implementation": attn_implementation}
     settings = {k: v for k, v in settings.items() if v is not None}
     try:
-        module, missing = _load(str(path), steps, revision, settings)
-        tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision)
+        module, missing, base = _load(str(path), steps, revision, settings)
+        tokenizer = tokenizer_of(str(path), base, {"revision": revision})
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise LoadError(
             f"{path} could not be loaded as a process reward model",
@@ -81,25 +82,42 @@ def load_step_model(
     )  # fmt: skip
 
 
-def _load(path: str, steps: StepReadout, revision: str | None, settings: dict) -> tuple[Any, list[str]]:
+def _load(path: str, steps: StepReadout, revision: str | None, settings: dict) -> tuple[Any, list[str], str | None]:
+    """The module, the weights that are nowhere, and the base of an adapter."""
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForTokenClassification
 
     auto: Any = AutoModelForCausalLM if isinstance(steps.positive, str) else AutoModelForTokenClassification
+    if not steps.head and is_adapter(path, revision):
+        return _load_adapter(auto, path, revision, settings)
     auto = AutoModel if steps.head else auto
     module, info = auto.from_pretrained(path, revision=revision, output_loading_info=True, **settings)
     missing = sorted(info["missing_keys"])
     require_places(path, module, info["unexpected_keys"])
     if not steps.head:
-        return module, missing
+        return module, missing, None
     parts = {part: f"{steps.head}{part}" for part in ("", ".0", ".2")}
     saved = tensors_in(path, revision, tuple(f"{p}.{kind}" for p in parts.values() for kind in ("weight", "bias")))
     like = next(module.parameters()).device
     linear = {part: _linear(saved, name, like) for part, name in parts.items() if f"{name}.weight" in saved}
     if set(linear) == {""}:
-        return HeadBeside(module, steps.head, linear[""]), missing
+        return HeadBeside(module, steps.head, linear[""]), missing, None
     if set(linear) == {".0", ".2"}:
-        return HeadBeside(module, steps.head, nn.Sequential(linear[".0"], nn.ReLU(), linear[".2"])), missing
-    return module, [*missing, f"{steps.head}.weight"]
+        return HeadBeside(module, steps.head, nn.Sequential(linear[".0"], nn.ReLU(), linear[".2"])), missing, None
+    return module, [*missing, f"{steps.head}.weight"], None
+
+
+def _load_adapter(auto: Any, path: str, revision: str | None, settings: dict) -> tuple[Any, list[str], str]:
+    """A PEFT adapter merged into its base; a head that neither of them holds is missing."""
+    from peft import PeftConfig
+
+    adapter = PeftConfig.from_pretrained(path, revision=revision)
+    base, saved = str(adapter.base_model_name_or_path), saved_shapes(path, revision)
+    of_heads = [shape[0] for key, shape in saved.items() if key.endswith(HEAD_SUFFIXES)]
+    rows = {"num_labels": of_heads[0]} if of_heads else {}
+    module, info = auto.from_pretrained(base, revision=adapter.revision, output_loading_info=True, **rows, **settings)
+    missing = sorted(key for key in info["missing_keys"] if IN_PEFT + key not in saved)
+    require_places(base, module, info["unexpected_keys"])
+    return module if missing else merged(module, path, revision), missing, base
 
 
 def _linear(saved: dict[str, Tensor], name: str, device: torch.device) -> nn.Linear:

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from reward_lens.arguments import checked_arguments
 from reward_lens.engine import hooks
 from reward_lens.errors import LoadError, StructureError
+from reward_lens.model.adapters import network_in, saved_whole
 from reward_lens.model.checks import PROBES
 from reward_lens.model.linear_maps import is_linear, linear_bias, linear_weight
 from reward_lens.model.own_output import own_output
@@ -148,8 +149,8 @@ def _head(module: Any, steps: StepReadout) -> nn.Module:
         paths = [steps.head]
     else:
         paths = [] if isinstance(steps.positive, str) else list(HEADS)
-    named = dict(module.named_modules())
-    head = next((named[path] for path in paths if path in named), None)
+    named = dict(module.named_modules()) | dict(network_in(module).named_modules())
+    head = next((saved_whole(named[path]) for path in paths if path in named), None)
     if head is None and not steps.head and isinstance(steps.positive, str):
         head = module.get_output_embeddings()
     if head is None or not (is_linear(head) or is_hidden(head)):
