@@ -49,8 +49,8 @@ def load_step_model(
     path: str | Path, steps: StepReadout, *, revision: str | None = None, device: Any = None, dtype: Any = None,
     device_map: Any = None, attn_implementation: str | None = None, structure: Structure | None = None,
 ) -> RewardModel:  # fmt: skip
-    """A process reward model as a `RewardModel`; arguments as for `load`, `steps` as for `step_model`. A PEFT adapter is
-    merged into its base, with a token classifier's head from either.
+    """A process reward model as a `RewardModel`; arguments as for `load`, `steps` as for `step_model`. A PEFT adapter
+    is merged into its base, with a token classifier's head from either.
 
     Returns what `step_model` returns. Raises `LoadError` where the checkpoint cannot be loaded or lacks weights, its
     head's included, and what `step_model` raises.
