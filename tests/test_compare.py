@@ -23,7 +23,7 @@ from reward_lens.methods.comparison.compare import compare, compare_checkpoints,
 from reward_lens.methods.comparison.compared_curves import compared_curves
 from reward_lens.methods.comparison.model_summary import summaries
 from reward_lens.model.head import with_row
-from ruled import Ruled, noise
+from ruled import Ruled, noise, text_of
 
 CORRELATIONS = ["reward pearson", "reward spearman", "margin pearson", "margin spearman"]
 INSIDE = ["lens", "contributions", "cka prompts", "cka differences", "reward angle"]
@@ -265,6 +265,24 @@ def test_probes_of_as_many_prompts_as_are_resampled():
     alone = rl.probe_hacking(models["a"], pairs, ["pad_4"])
     np.testing.assert_allclose(curves.value.sel(curve="a"), alone.value["shift_sd"], rtol=1e-6)
     assert (curves.low < curves.value).sel(curve="b").all()
+
+
+def test_a_difference_of_probes_counts_what_the_models_sds_differ_by_chance():
+    """Bold is worth 1 to every model, the rest is noise of the text: with the SDs held no interval holds 0."""
+
+    def model(salt: int) -> Ruled:
+        def rule(tokens) -> float:
+            text = text_of(tokens)
+            return ("**" in text) + float(np.random.default_rng([salt, *text.replace("**", "").encode()]).normal())
+
+        return Ruled(rule)
+
+    pairs, held = rl.load_pairs("demo")[:16], 0
+    for i in range(4):
+        result = compare({"a": model(2 * i), "b": model(2 * i + 1)}, pairs, (), ["add_bold"])
+        difference = compared_curves(result, "probes").sel(curve="a minus b", probe="add_bold")
+        held += bool(difference.low <= 0 <= difference.high)
+    assert held >= 3
 
 
 def trained(llama, size, seed=0):

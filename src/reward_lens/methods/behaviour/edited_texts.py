@@ -7,8 +7,9 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float, Int
 
-from reward_lens import data
+from reward_lens import data, stats
 from reward_lens.edits import TextEdit
 from reward_lens.engine.continuations import rewards_by_beginning
 from reward_lens.errors import DataError, named
@@ -100,3 +101,48 @@ def within_prompt_squares(rewards: np.ndarray, prompts: Sequence[str], texts: Se
     for key, some, values in zip(prompts, texts, rewards, strict=True):
         of_prompt.setdefault(key, {}).update(zip(some, map(float, values), strict=True))
     return np.array([(np.var(list(v.values())) * len(v), len(v) - 1) for v in of_prompt.values()], dtype=float)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaledShifts:
+    """Mean shifts in SDs of the rewards within prompts, by probe; or two models' difference."""
+
+    value: Float[np.ndarray, " probe"]
+    without: Float[np.ndarray, "prompt probe"]
+    """The same with one prompt left out of mean and SD together."""
+    n: Int[np.ndarray, " probe"]
+    """Prompts whose texts the probe changes."""
+
+    def __sub__(self, other: "ScaledShifts") -> "ScaledShifts":
+        return ScaledShifts(self.value - other.value, self.without - other.without, self.n)
+
+    def ends(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of the 95% interval, value +- t(n - 1) jackknife error; NaN under 6 prompts."""
+        from scipy.stats import t
+
+        groups = len(self.without)
+        error = np.sqrt((groups - 1) / groups * ((self.without - self.value) ** 2).sum(0))
+        half = t.ppf(0.975, np.where(self.n >= stats.FEWEST, self.n - 1, np.nan)) * error
+        return self.value - half, self.value + half
+
+
+def scaled_shifts(
+    shift: Float[np.ndarray, "pair 2 probe"],
+    rewards: Float[np.ndarray, "pair 2"],
+    prompts: Sequence[str],
+    texts: Sequence[Sequence[str]],
+) -> ScaledShifts:
+    """Of shifts (NaN where a probe changes nothing) and the unedited rewards; NaN where these have no spread."""
+    place = {key: i for i, key in enumerate(dict.fromkeys(prompts))}
+    there = np.isfinite(shift)
+    sums, counts = np.zeros((2, len(place), shift.shape[-1]))
+    for out, cells in ((sums, np.where(there, shift, 0.0)), (counts, there)):
+        np.add.at(out, [place[key] for key in prompts], cells.sum(1))
+    squares = within_prompt_squares(rewards, prompts, texts)
+    every = squares.sum(0)
+    left = every - squares
+    left[left[:, 0] <= 1e-12 * every[0]] = np.nan  # one prompt has all the spread, or none has any
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = sums.sum(0) / counts.sum(0) / np.sqrt(every[0] / every[1] if every[0] > 0 else np.nan)
+        without = (sums.sum(0) - sums) / (counts.sum(0) - counts) / np.sqrt(left[:, :1] / left[:, 1:])
+    return ScaledShifts(value, without, (counts > 0).sum(0))

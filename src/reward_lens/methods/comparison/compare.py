@@ -108,7 +108,7 @@ def compare(
     if "states" in profiles:
         curves["states"] = curves_of.state_curves(read)
     if probes is not None:
-        curves["probes"] = curves_of.probe_curves(read, pairs, seed)
+        curves["probes"] = curves_of.probe_curves(read)
     return _result(
         "compare", read, pairs, repeated, "models", coords, cells, compared.UNITS, seed, unit="share or correlation",
         settings={"profiles": list(profiles), "n_permutations": n_permutations, "n_bins": n_bins},

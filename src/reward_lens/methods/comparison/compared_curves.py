@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import xarray as xr
 
-from reward_lens import data, stats
+from reward_lens import data
 from reward_lens.arguments import checked_arguments
 from reward_lens.errors import DataError
 from reward_lens.methods.comparison import compared_scores as scores
@@ -34,8 +34,8 @@ def compared_curves(result: Result, of: Literal["lens", "contributions", "effect
     - "contributions", "effects": (curve, part, depth), the same share of what attention and MLP blocks write or cause,
       summed in bins of relative depth (`depth` is the middle). The embedding and the norm's row are not in it.
     - "states": (models, states, depth), debiased CKA of prompts and of differences, like depths compared.
-    - "probes": (curve, probe), mean shift in SDs of the model's rewards within prompts. That SD is taken as known, so
-      an interval of "a minus b" also leaves 0 where the two SDs differ by chance; `evaluate_edit` counts their error.
+    - "probes": (curve, probe), mean shift in SDs of the model's rewards within prompts; the jackknife's
+      interval, which leaves a prompt out of mean and SD together.
 
     Raises `DataError` for curves that the comparison was not asked for.
     """
@@ -108,13 +108,11 @@ def state_curves(summaries: Sequence[Summary]) -> dict[str, Any]:
     return packed(["models", "states", "depth"], {**coords, "depth": DEPTHS.round(3).tolist()}, cells, "cka")
 
 
-def probe_curves(summaries: Sequence[Summary], pairs: data.Pairs, seed: int) -> dict[str, Any]:
+def probe_curves(summaries: Sequence[Summary]) -> dict[str, Any]:
     """Mean shift under each edit in SDs of the model's rewards within prompts, and paired differences of models."""
-    both = [p.prompt_key for p in pairs for _ in range(2)]
-    shifts = [np.asarray(s.shifts).reshape(len(both), -1) for s in summaries]
-    stacked = np.stack([*shifts, *(shifts[i] - shifts[j] for i, j in two_of(summaries))], 1)
-    over = stats.mean_interval(stacked, both, seed=seed)
-    cells = np.stack([over.mean, over.low, over.high])
+    shifts = [s.shifts for s in summaries if s.shifts is not None]
+    curves = [*shifts, *(shifts[i] - shifts[j] for i, j in two_of(summaries))]
+    cells = np.array([(one.value, *one.ends()) for one in curves]).swapaxes(0, 1)
     coords = {"curve": curve_names(summaries), "probe": summaries[0].about["probes"]}
     return packed(["curve", "probe"], coords, cells, "within_prompt_sd")
 

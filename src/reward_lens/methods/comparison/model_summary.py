@@ -24,7 +24,7 @@ from reward_lens import data
 from reward_lens.edits import edits_of
 from reward_lens.engine.activations import captured, component_sites
 from reward_lens.errors import DataError
-from reward_lens.methods.behaviour.edited_texts import scored_edits, within_prompt_sd
+from reward_lens.methods.behaviour.edited_texts import ScaledShifts, scaled_shifts, scored_edits, within_prompt_sd
 from reward_lens.methods.causation.effects import effects
 from reward_lens.methods.observation.contributions import contributions
 from reward_lens.methods.observation.lens import reward_lens
@@ -72,8 +72,7 @@ class Summary:
     effects: np.ndarray | None = None
     """[pair, kind, layer], of margins, the mean of noise and denoise"""
     states: States | None = None
-    shifts: np.ndarray | None = None
-    """[pair, response, probe], in SDs of the model's rewards within prompts"""
+    shifts: ScaledShifts | None = None
 
     @property
     def margins(self) -> np.ndarray:
@@ -177,7 +176,7 @@ def _summary(name: str, rm: RewardModel, pairs: data.Pairs, profiles: Sequence[s
         edits = edits_of(probes)
         (edited,) = scored_edits([rm], pairs, edits)
         about["probes"] = [edit.name for edit in edits]
-        out.shifts = edited.shifts() / (sd if sd > 0 else np.nan)
+        out.shifts = scaled_shifts(edited.shifts(), rewards, [p.prompt_key for p in pairs], texts)
     return out
 
 

@@ -28,7 +28,7 @@ from reward_lens import data, stats
 from reward_lens.arguments import checked_arguments
 from reward_lens.edits import TextEdit, edits_of
 from reward_lens.errors import DataError
-from reward_lens.methods.behaviour.edited_texts import scored_edits, within_prompt_sd, within_prompt_squares
+from reward_lens.methods.behaviour.edited_texts import scaled_shifts, scored_edits, within_prompt_sd
 from reward_lens.methods.shared.paired_shares import ends_of_change, won
 from reward_lens.model.reward_model import RewardModel
 from reward_lens.result import Result
@@ -89,53 +89,18 @@ def evaluate_edit(
 def _probe_rows(before: RewardModel, after: RewardModel, pairs: data.Pairs, probes, seed: int) -> list[dict[str, Any]]:
     edits, prompts = edits_of(probes), [pair.prompt_key for pair in pairs]
     found, texts = scored_edits([before, after], pairs, edits), [pair.responses for pair in pairs]
+    first, second = (scaled_shifts(one.shifts(), one.plain, prompts, texts) for one in found)
+    change = second - first
     sds = [within_prompt_sd(one.plain, prompts, texts) for one in found]
-    first, second = (_scaled(one.shifts(), prompts, within_prompt_squares(one.plain, prompts, texts)) for one in found)
-    there = _by_prompt(np.isfinite(found[0].shifts()), prompts) > 0
     floor = max(rm.noise_floor / sd if sd > 0 else 0.0 for rm, sd in zip((before, after), sds, strict=True))
-    rows = []
-    for i, edit in enumerate(edits):
-        states = [(value[i], left[:, i]) for value, left in (first, second)]
-        states.append((states[1][0] - states[0][0], states[1][1] - states[0][1]))
-        rows.append(_probe_row(f"probe: {edit.name}", states, int(there[:, i].sum()), seed, floor))
-    return rows
-
-
-def _by_prompt(values: np.ndarray, prompts: list[str]) -> np.ndarray:
-    """[prompt, probe] sums over a prompt's pairs and responses, in order of first appearance."""
-    place = {key: i for i, key in enumerate(dict.fromkeys(prompts))}
-    out = np.zeros((len(place), values.shape[-1]))
-    np.add.at(out, [place[key] for key in prompts], values.sum(1))
-    return out
-
-
-def _scaled(shift: np.ndarray, prompts: list[str], squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean shift over the SD within prompts [probe], and the same without each prompt [prompt, probe]."""
-    there = np.isfinite(shift)
-    sums, counts = (_by_prompt(values, prompts) for values in (np.where(there, shift, 0.0), there))
-    every = squares.sum(0)
-    left = every - squares
-    left[left[:, 0] <= 1e-12 * every[0]] = np.nan  # one prompt has all the spread, or none has any
-    with np.errstate(divide="ignore", invalid="ignore"):
-        value = sums.sum(0) / counts.sum(0) / np.sqrt(every[0] / every[1] if every[0] > 0 else np.nan)
-        without = (sums.sum(0) - sums) / (counts.sum(0) - counts) / np.sqrt(left[:, :1] / left[:, 1:])
-    return value, without
-
-
-def _probe_row(name: str, states: list[tuple[float, np.ndarray]], n: int, seed: int, floor: float) -> dict[str, Any]:
-    """Cells and p of a probe from each state's value and its replicates, each without one prompt."""
-    from scipy.stats import t
-
-    cells, p = [], np.nan
-    for value, without in states:
-        groups = len(without)
-        se = np.sqrt((groups - 1) / groups * ((without - value) ** 2).sum())
-        half = t.ppf(0.975, n - 1) * se if n >= stats.FEWEST else np.nan
-        cells.append([value, value - half, value + half])
-        flipped = value - (groups - 1) * (without - without.mean())
-    if n >= stats.FEWEST:  # a change of at most `floor` is none: rounding has a sign too
-        p = stats.sign_flip_test(np.where(np.abs(flipped) <= floor, 0.0 * flipped, flipped), seed=seed).p
-    return {"name": name, "kind": "probe", "cells": cells, "p": p, "n_prompts": n}
+    flipped = change.value - (len(change.without) - 1) * (change.without - change.without.mean(0))
+    flipped[np.abs(flipped) <= floor] = 0.0  # rounding has a sign too
+    cells = np.array([(some.value, *some.ends()) for some in (first, second, change)])
+    return [
+        {"name": f"probe: {edit.name}", "kind": "probe", "cells": cells[..., i], "n_prompts": int(n),
+         "p": stats.sign_flip_test(flipped[:, i], seed=seed).p if n >= stats.FEWEST else np.nan}
+        for i, (edit, n) in enumerate(zip(edits, change.n, strict=True))
+    ]  # fmt: skip
 
 
 def _accuracy_rows(
