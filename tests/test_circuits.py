@@ -164,6 +164,8 @@ def test_bad_input():
         rl.ablation_curve(rm, PAIRS[:1], mode="zero")
     with pytest.raises(rl.DataError, match="no reference response"):
         rl.minimal_circuit(rm, PAIRS[0])
+    with pytest.raises(rl.DataError, match=r"out of reference=\.$"):  # one pair has no others
+        rl.minimal_circuit(rm, PAIRS[0], reference=PAIRS)
     with pytest.raises(rl.DataError, match="one pair, 0 < threshold"):
         rl.minimal_circuit(rm, PAIRS[0], threshold=1.5)
     with pytest.raises(rl.DataError, match="a larger threshold"):  # a share within the noise floor: of no site

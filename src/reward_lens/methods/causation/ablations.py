@@ -81,7 +81,8 @@ def prepare_ablation(
                 "The reference set overlaps the pairs it is to stand in for",
                 found=f"{len(shared)} reference pairs with a prompt of the pairs ({', '.join(map(str, shared[:3]))})",
                 expected="responses to other prompts",
-                do="take those pairs out of reference=, or leave it away: then each pair's own prompt is excluded",
+                do="take those pairs out of reference="
+                + (", or leave it away: then each pair's own prompt is excluded" if len(own) > 1 else ""),
             )
     lonely = [p.id for p in pairs if all(r.prompt_key == p.prompt_key for r in held)]
     if lonely:
