@@ -108,7 +108,7 @@ def test_an_edit_that_says_it_is_exact_has_to_be():
     kept = rl.probe_hacking(Ruled(noise(3)), [rl.Pair("q", "yes!", "no")], [edit]).value
     assert np.isfinite(kept.sel(response="rejected")) and np.isnan(kept.sel(response="chosen"))
     wrong = TextEdit("add", "!", edit.apply, lambda _, e: e.upper(), exact=True)
-    with pytest.raises(rl.DataError, match="'add' is not exact. Found: 'NO!' for 'no!' edited back"):
+    with pytest.raises(rl.DataError, match="'add' is not exact. Found: str 'NO!' for str 'no!' edited back"):
         rl.probe_hacking(Ruled(noise(3)), [rl.Pair("q", "yes!", "no")], [wrong])
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from reward_lens import data, stats
+from reward_lens.data.checks import shown
 from reward_lens.edits import TextEdit
 from reward_lens.engine.continuations import rewards_by_beginning
 from reward_lens.errors import DataError, named
@@ -83,8 +84,8 @@ def _back(edit: TextEdit, asked: str, response: str, edited: str) -> str:
         return edited
     back = edit.inverse(asked, edited)
     if edit.exact and back != response:
-        raise DataError(f"The edit '{edit.name}' is not exact", found=f"{back!r} for {edited!r} edited back",
-                        expected=f"the response, {response!r}",
+        raise DataError(f"The edit '{edit.name}' is not exact", found=f"{shown(back)} for {shown(edited)} edited back",
+                        expected=f"the response, {shown(response)}",
                         do="leave exact=False: the text edited back is then what it is compared with")  # fmt: skip
     return edited if edit.exact else back
 

@@ -269,8 +269,8 @@ def _value_map(rm: RewardModel, layer: int, seen: _Seen, fresh: _Seen) -> ValueM
     size = torch.einsum("hid,pd->phi", weight.abs(), x.abs()) + bias.abs()
     z = fresh.z.to(like).unflatten(1, (rm.n_heads, -1))
     share = ((z * values).sum(-1, True) / values.square().sum(-1, True)).nan_to_num(0.0).clamp(0, 1)
-    gap = ((z - share * values).abs() / size).nan_to_num(0.0, posinf=math.inf)  # 0 / 0: a row of zeros
-    return ValueMap(weight, bias, norm, float(gap.max()))
+    left = (z - share * values).abs()
+    return ValueMap(weight, bias, norm, float(torch.where((left == 0) & (size == 0), 0.0, left / size).max()))
 
 
 def _match(z: Float[Tensor, "probe head width"], slices: Float[Tensor, "probe slice width"]) -> tuple[float, Tensor]:
