@@ -177,7 +177,8 @@ class Result:
         return frame
 
     def plot(self):
-        """An Altair chart chosen by the result's dims."""
+        """An Altair chart chosen by the result's dims. A notebook without a network shows it after
+        `altair.renderers.enable("svg")`: the interactive form fetches its scripts."""
         from reward_lens.charts import chart
 
         return chart(self)
