@@ -66,6 +66,14 @@ def test_every_form_is_drawn(shape, tmp_path):
     assert "<script" not in svg
 
 
+def test_a_saved_svg_has_room_for_labels_in_a_wider_font(tmp_path):
+    """In DejaVu Sans 'L0.attn -> L0.mlp' began 8 pixels left of the picture, as measured in Liberation Sans."""
+    svg = save_chart(shapes.contributions(), tmp_path / "chart.svg").read_text()
+    png = save_chart(shapes.contributions(), tmp_path / "chart.png").read_bytes()
+    width = int.from_bytes(png[16:20], "big") / 2  # drawn at twice the size
+    assert float(re.search(r'width="([\d.]+)"', svg)[1]) >= width + 25
+
+
 @pytest.mark.parametrize("shape", FORMS)
 def test_any_label_is_drawn(shape, tmp_path):
     result = getattr(shapes, shape)()

@@ -33,6 +33,8 @@ MAX_LINES = 8  # lines of one chart, as many as there are colours
 MAX_PANELS = 8  # small multiples of one result
 TABLE_ROWS = 20  # of the table that stands in for a chart
 STILL_WIDTH = 720  # pixels of a chart in a file, where no container gives the width
+# Who opens an SVG draws its labels in a font of their own, often a wider one than they were measured in.
+SVG_PADDING = {"left": 28, "right": 12, "top": 5, "bottom": 5}
 SUFFIXES = (".svg", ".png", ".pdf", ".html")
 
 
@@ -73,6 +75,7 @@ def save_chart(result: Result, path: str | Path, dark: bool = False) -> Path:
     elif suffix == ".pdf":
         path.write_bytes(vl_convert.vegalite_to_pdf(drawn, vl_version=version))
     elif suffix == ".svg":
+        drawn["padding"] = SVG_PADDING
         path.write_text(vl_convert.vegalite_to_svg(drawn, vl_version=version), encoding="utf-8")
     else:
         path.write_text(vl_convert.vegalite_to_html(drawn, vl_version=version, bundle=True), encoding="utf-8")
