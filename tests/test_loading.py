@@ -658,7 +658,7 @@ class TestTexts:
         long = "word " * 10_000
         with pytest.raises(rl.DataError, match=r"longer than the model can read.*at most 512 tokens.*truncation='l"):
             rm.score("Hello", long)
-        with pytest.raises(rl.DataError, match="truncation='left' may cut"):
+        with pytest.raises(rl.DataError, match="truncation='left' may cut.*pass truncation='right' [(]cuts"):
             rl.RewardModel(rm.module, rm.tokenizer.hf, truncation="left").score("Hello", long)
         with pytest.raises(rl.DataError, match="Pair b: a conversation is longer than"):
             rm.score_pairs([rl.Pair("Hello", "a", "b", id="a"), rl.Pair("Hello", "a", long, id="b")])

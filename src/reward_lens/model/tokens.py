@@ -236,13 +236,15 @@ class Tokenizer:
             return list(range(length)), []
         room = {"left": range(1, first), "right": range(first, end), None: range(0)}[truncation]
         if excess > len(room):
+            ways = {"left": "'left' (cuts the prompt's beginning)",
+                    "right": "'right' (cuts the response's end, which changes what is judged)"}  # fmt: skip
             raise DataError(
                 "A conversation is longer than the model can read",
                 found=f"{length} tokens ({first} of prompt, {end - first} of response)"
                 + (f" of which truncation={truncation!r} may cut {len(room)}" if truncation else ""),
                 expected=f"at most {self.max_length} tokens (config.max_position_embeddings)",
-                do="shorten the text, or pass truncation='left' (cuts the prompt's beginning) or 'right' (cuts the "
-                "response's end, which changes what is judged)",
+                do="shorten the text, or pass truncation="
+                + " or ".join(way for name, way in ways.items() if name != truncation),
             )
         cut = list(room[:excess]) if truncation == "left" else list(room[len(room) - excess :])
         gone = set(cut)
