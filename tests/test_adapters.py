@@ -11,6 +11,7 @@ import reward_lens as rl
 from encoders import tiny_encoder
 from every_method import METHODS
 from families import TEXT_PAIRS, tiny_model
+from language_models import tiny_language_model
 from reward_lens.model.adapters import is_adapted
 from reward_lens.model.linear_maps import linear_weight
 from step_models import causal_model
@@ -171,3 +172,33 @@ def test_a_reward_models_adapter_is_no_policy(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(rl.LoadError, match="not a language model.*adapter of task type SEQ_CLS"):
         rl.implicit_reward(tmp_path, tmp_path, PAIRS)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("at", ["lm_head", "embed_tokens", "whole lm_head"])
+def test_an_adapted_unembedding_is_read_as_it_runs(family, at, tmp_path):
+    """Live and saved; of a tied pair (Gemma-2) the adapter changes one table alone, merged in its base as well."""
+    module, tokenizer = tiny_language_model(family, seed=2)
+    module.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    whole = {"modules_to_save": ["lm_head"]} if at == "whole lm_head" else {}
+    config = LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False, **whole,
+                        target_modules=["q_proj", *([] if whole else [at])])  # fmt: skip
+    torch.manual_seed(0)
+    live = get_peft_model(type(module).from_pretrained(tmp_path / "base"), config).eval()
+    with torch.no_grad():
+        for name, tensor in live.named_parameters():
+            tensor.mul_(1.3 if "modules_to_save" in name else 1)
+    live.save_pretrained(tmp_path / "adapter")
+    readout = rl.VocabReadout("A", "B", before_cap=True)
+    rm = rl.RewardModel(live, tokenizer, readout=readout)
+    with torch.no_grad():
+        logits = live(input_ids=torch.tensor([rm.tokenize("a", "b").ids])).logits[0, -1].double()
+    logits = 3 * torch.atanh(logits / 3) if family == "gemma2" else logits
+    a, b = (tokenizer.encode(text, add_special_tokens=False)[0] for text in "AB")
+    loaded = rl.load(tmp_path / "adapter", readout=readout)
+    assert rm.score("a", "b") == pytest.approx(float(logits[a] - logits[b]), abs=1e-5)
+    assert loaded.score("a", "b") == pytest.approx(rm.score("a", "b"), abs=1e-5)
+    plain = rl.load(tmp_path / "base", readout=readout)
+    assert abs(plain.score("a", "b") - rm.score("a", "b")) > 1e-2

@@ -54,7 +54,24 @@ def adapted_weight(module: Any) -> Tensor:
 def merged(module: Any) -> Any:
     """A `PeftModel` with its active adapters in the weights, without the wrapper; every other module itself. The module
     given is used up: pass a copy."""
-    return module.merge_and_unload() if network_in(module) is not module else module
+    if network_in(module) is module:
+        return module
+    _untie(network_in(module))
+    return module.merge_and_unload()
+
+
+def _untie(module: Any) -> None:
+    """Give an unembedding that is the embedding too weights of its own where one of them has an adapter: live that
+    changes this one alone, and merged it would change both."""
+    tables = [saved_whole(getattr(module, f"get_{side}_embeddings", lambda: None)()) for side in ("input", "output")]
+    plain: Any = [getattr(table, "base_layer", table) for table in tables]
+    first, last = (getattr(table, "weight", None) for table in plain)
+    if first is None or last is None:
+        return
+    if first is last and plain != tables:
+        plain[1].weight = nn.Parameter(last.detach().clone(), requires_grad=False)
+    if first is not plain[1].weight:
+        module.config.tie_word_embeddings = module.config.get_text_config().tie_word_embeddings = False
 
 
 def require_no_live_adapter(module: Any, question: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from reward_lens.errors import LoadError
-from reward_lens.model import heads
+from reward_lens.model import adapters, heads
 from reward_lens.model.checkpoint_files import adapter_shapes, require_places, some_of, tensors_in
 from reward_lens.model.heads.local import ValueHeadScore
 
@@ -103,7 +103,7 @@ def merged(module: Any, path: str, revision: str | None) -> Any:
             expected="every weight of the adapter, each with its place in the base",
             do="load the base that the adapter was trained on, or save the adapter again",
         )
-    return adapted.merge_and_unload()
+    return adapters.merged(adapted)
 
 
 def _with_value_head(module: Any) -> bool:
@@ -112,11 +112,11 @@ def _with_value_head(module: Any) -> bool:
 
 
 def _whole_embedding(module: Any, saved: Iterable[str]) -> set[str]:
-    """Names under which an adapter holds all rows of the embedding: peft saves them where tokens were added, or where
-    it adapts the embedding, within the wrappers that it put around it."""
-    table = module.get_input_embeddings()
-    at = IN_PEFT + next(name for name, part in module.named_modules() if part is table)
-    inside = re.compile(re.escape(at) + r"(\.token_adapter)?(\.base_layer|\.modules_to_save)?\.weight")
+    """Names under which an adapter holds all rows of the embedding or the unembedding: peft saves them where tokens
+    were added, or where it adapts either, within the wrappers that it put around it."""
+    tables = [module.get_input_embeddings(), getattr(module, "get_output_embeddings", lambda: None)()]
+    at = [re.escape(IN_PEFT + name) for name, part in module.named_modules() if any(part is t for t in tables)]
+    inside = re.compile(f"({'|'.join(at)})" + r"(\.token_adapter)?(\.base_layer|\.modules_to_save)?\.weight")
     return {name for name in saved if inside.fullmatch(name)}
 
 

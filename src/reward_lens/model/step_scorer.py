@@ -152,7 +152,7 @@ def _head(module: Any, steps: StepReadout) -> nn.Module:
     named = dict(module.named_modules()) | dict(network_in(module).named_modules())
     head = next((saved_whole(named[path]) for path in paths if path in named), None)
     if head is None and not steps.head and isinstance(steps.positive, str):
-        head = module.get_output_embeddings()
+        head = saved_whole(module.get_output_embeddings())
     if head is None or not (is_linear(head) or is_hidden(head)):
         raise StructureError(
             f"The head of {type(module).__name__} is not one that steps can be read from exactly",

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from reward_lens.engine import hooks
 from reward_lens.errors import DataError, LoadError, StructureError
 from reward_lens.model import usable_module
+from reward_lens.model.adapters import saved_whole
 from reward_lens.model.judge import JudgeTokenizer, check_template, digest
 from reward_lens.model.linear_maps import is_linear, linear_bias, linear_weight
 from reward_lens.model.norm import measure_norm
@@ -202,7 +203,7 @@ def vocabulary_of(readout: Any, module: Any, tokenizer: Any) -> VocabRows | None
 def unembedding(module: Any) -> Any:
     """The module that gives a language model's logits; raises where there is none, or none that can be read."""
     find = getattr(module, "get_output_embeddings", None)
-    head = find() if find is not None else None
+    head = saved_whole(find()) if find is not None else None
     if head is None:
         raise StructureError(
             f"{type(module).__name__} has no vocabulary to read a reward from",
