@@ -118,7 +118,10 @@ def windows(rm: RewardModel, inputs: Any, batch_size: int | None = None, known: 
 
 def tokens_of(rm: RewardModel, source: Source) -> Tokens:
     prompt, response = source
-    return rm.tokenizer.text(response, rm.truncation) if prompt is None else rm.tokenize(prompt, response)
+    if prompt is not None:
+        return rm.tokenize(prompt, response)
+    assert isinstance(response, str)  # a raw text
+    return rm.tokenizer.text(response, rm.truncation)
 
 
 def measured(rm: RewardModel, inputs: Any, most: int) -> tuple[list[Tokens], int, int, float]:
