@@ -240,5 +240,6 @@ def gate_place(ids: Sequence[int], pattern: tuple[int, ...]) -> int:
         "The end of the user turn was not found, where this head reads what weighs its objectives",
         found=f"a text without the tokens {list(pattern)}",
         expected="a conversation in the template that the model was trained with",
-        do="pass a prompt and a response (not a raw text), and use the model's own tokenizer and template",
+        do="pass a prompt and a response (not a raw text) of which truncation leaves the end of the user turn, and use "
+        "the model's own tokenizer and template",
     )
