@@ -1,5 +1,7 @@
 """Changes of the prompt under a prompt-gated head, against whole forwards of the Hugging Face module."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -290,7 +292,7 @@ def test_what_has_no_gates_route_is_refused(models):
     with pytest.raises(rl.DataError, match="noise has nothing to patch in the prompt"):
         rl.gate_routes(rm, PAIRS, mode="noise")
     with pytest.raises(rl.DataError, match="gate_routes was asked for a mode it does not have"):
-        rl.gate_routes.__wrapped__(rm, PAIRS, mode="swap")
+        inspect.unwrap(rl.gate_routes)(rm, PAIRS, mode="swap")
 
 
 def test_prompts_cut_to_different_lengths_differ_at_the_gate(tmp_path):
