@@ -214,6 +214,10 @@ def test_positions_one_by_one(family):
         change = patched_reward(rm, chosen, [("L1.mlp", [b], held[[s]])]) - rm.hf_score(pair.prompt, pair.chosen)
         assert abs(float(result.value[i, 0, 1]) + change) < 2e-5
     assert np.isnan(result.value.values).any()  # the padding of the shorter pair
+    assert result.mean is None  # position k of one pair is no word of another
+    (first,) = result.top(1).itertuples()
+    cell = result.value.sel(pair=first.pair, component=first.component, position=first.position)
+    assert cell.item() == first.value and cell["piece"].item() == first.piece
 
 
 def test_positions_of_equal_responses_are_none_and_stop_no_sweep():

@@ -215,9 +215,9 @@ def test_repr_of_pairs_alone_shows_the_values():
 
 
 def test_repr_is_short_for_large_results():
-    value = xr.DataArray(np.ones((40, 30, 20)), dims=("pair", "depth", "position"))
+    value = xr.DataArray(np.ones((40, 30, 200)), dims=("pair", "depth", "position"))
     text = repr(Result("lens", value.assign_coords(pair=np.arange(40)), unit="reward"))
-    assert len(text.splitlines()) < 30
+    assert len(text.splitlines()) < 30 and max(map(len, text.splitlines())) < 160
 
 
 def test_html_escapes_what_users_wrote():

@@ -23,6 +23,7 @@ from reward_lens.errors import CheckFailed, DataError
 
 FORMAT = "reward-lens result 1"
 MISSING = "\\N"
+SHOWN: dict[str, Any] = {"float_format": lambda x: f"{x:.4g}", "max_rows": 14, "max_cols": 14}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -214,13 +215,13 @@ class Result:
     def __repr__(self) -> str:
         sizes = ", ".join(f"{k} {v}" for k, v in self.value.sizes.items())
         title = f"{self.name} [{self.unit}]" + (f"  ({sizes})" if sizes else "") + self._of_which()
-        body = self._table().to_string(float_format=lambda x: f"{x:.4g}", max_rows=14)
+        body = self._table().to_string(**SHOWN)
         return "\n".join([title, body, *(str(check) for check in self.checks)])
 
     def _repr_html_(self) -> str:
         from html import escape
 
-        table = self._table().to_html(float_format=lambda x: f"{x:.4g}", max_rows=14, escape=True, border=0)
+        table = self._table().to_html(**SHOWN, escape=True, border=0)
         checks = "".join(f"<li>{escape(str(c))}</li>" for c in self.checks)
         title = f"<b>{escape(self.name)}</b> [{escape(self.unit)}]{escape(self._of_which())}"
         return f"<p>{title}</p>{table}<ul>{checks}</ul>"

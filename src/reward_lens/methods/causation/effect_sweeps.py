@@ -224,6 +224,7 @@ def effects_result(
     }
     return paired_result(
         rm, name, pairs, values, dims, coords, checks=[*checks, *more_checks], undefined=undefined, settings=settings,
+        interval=group != "position",  # the tokens at one position of different texts have nothing in common
         seed=seed, noise_floor=rm.noise_floor, **(words | meta),
     )  # fmt: skip
 

@@ -93,10 +93,11 @@ def effects(
     options: of an estimator: `steps`, `calibrate`, `grad_drop`.
 
     Returns value (pair, component), with `side` before it for ablations and `position` or `span` after it, in reward
-    units; mean and interval over prompts. Coordinate `recovered` of noise and denoise: effect / margin, NaN where the
-    margin is under the noise floor. Checks: "clean row" (the unchanged row of each sweep is the run's reward).
-    Raises `AlignmentError` for lengths that need an alignment, `StructureError` for a site the model lacks, `DataError`
-    for empty spans and overlapping references, `CheckFailed` for values that are not finite.
+    units; mean and interval over prompts (none by position: other texts have other tokens there). Coordinate
+    `recovered` of noise and denoise: effect / margin, NaN where the margin is under the noise floor. Checks: "clean
+    row" (the unchanged row of each sweep is the run's reward). Raises `AlignmentError` for lengths that need an
+    alignment, `StructureError` for a site the model lacks, `DataError` for empty spans and overlapping references,
+    `CheckFailed` for values that are not finite.
     """
     pairs = data.as_pairs(pairs)
     wanted = asked_sites(rm, sites, layers)

@@ -81,9 +81,10 @@ def gate_routes(
 
     Returns value (pair, side, component, route), without `side` for noise and denoise and with `position` or `span`
     after it, in reward units and with the signs of `effects` (a loss is positive); route = value, gate, interaction,
-    total. Mean and interval over prompts. Checks: "clean row" as in `effects`; "interaction" (what is left of the total
-    is the product of both changes, above: 1e-5 of the scale of effects, 2e-2 in 16 bits). Raises `StructureError` for a
-    head without a prompt gate, `DataError` for positions that a mode does not have, and what `effects` raises.
+    total. Mean and interval as in `effects`. Checks: "clean row" as in `effects`; "interaction" (what is left of the
+    total is the product of both changes, above: 1e-5 of the scale of effects, 2e-2 in 16 bits). Raises
+    `StructureError` for a head without a prompt gate, `DataError` for positions that a mode does not have, and what
+    `effects` raises.
     What it cannot show: which objectives' weights moved (`gate_weights` of both prompts says), nor that the changed
     prompt is one that the network ever reads.
     """

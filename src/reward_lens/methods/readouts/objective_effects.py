@@ -55,7 +55,7 @@ def objective_effects(
     sites, mode, at, align, spans, reference, n_draws, layers, max_rows, progress: as in `effects`.
 
     Returns value (pair, component, objective), with `side` before `component` for ablations and `position` or `span`
-    last, in units of each objective's reward; mean and interval over prompts. Coordinates `margin` (pair, objective)
+    last, in units of each objective's reward; mean and interval as in `effects`. Coordinates `margin` (pair, objective)
     and `recovered` of noise and denoise, as in `effects`. Checks: "clean row" (of the objective that the model was run
     for), "last residual" where it is among the sites (its effect is the margin of every objective). Raises
     `StructureError` for a head with one objective, and what `effects` raises.
