@@ -27,6 +27,8 @@ from reward_lens.data import (
     load_pairs,
     load_style_items,
 )
+from reward_lens.data.concepts import load_concepts
+from reward_lens.data.counts import load_counts
 from reward_lens.errors import DataError
 
 ROW = {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "Seven."}
@@ -467,6 +469,13 @@ def test_invalid_utf8_is_refused_with_its_offset(tmp_path):
         load_pairs(path)
     path.write_bytes(b"\xef\xbb\xbf" + good)
     assert load_pairs(path)[0] == Pair(**ROW, id="1")
+
+
+def test_the_sets_of_pairs_are_named_where_pairs_are_read(tmp_path):
+    for read, named in ((load_pairs, True), (load_counts, False), (load_concepts, False)):
+        with pytest.raises(DataError, match="nothing at that path") as caught:
+            read(tmp_path / "none.csv")
+        assert ("'demo'" in caught.value.expected) is named
 
 
 def test_a_missing_file_an_unknown_kind_and_a_folder(tmp_path):

@@ -19,9 +19,10 @@ _BOM = b"\xef\xbb\xbf"
 _SAVED = ("dataset_info.json", "dataset_dict.json")  # of what the datasets library saves
 _BUNDLED = {"demo": "pairs.jsonl", "diagnostic": "diagnostic.jsonl", "misalignment": "misalignment.jsonl"}
 _FORMS = (
-    "'demo', 'diagnostic', 'misalignment', a .jsonl, .json, .parquet or .csv file, a data set of the datasets library "
-    "or the folder it is saved in, or a hub id such as 'org/name'"
+    "a .jsonl, .json, .parquet or .csv file, a data set of the datasets library or the folder it is saved in, or a hub "
+    "id such as 'org/name'"
 )
+_SETS = ", ".join(map(repr, _BUNDLED)) + f", {_FORMS}"  # which are of pairs
 
 
 def open_rows(
@@ -34,6 +35,7 @@ def open_rows(
         raise unreadable(f"{name} with limit={limit}", "no rows asked for", "1 or more", "raise the limit")
     if given:
         return name, itertools.islice(joined(_rows_of(name, source, split)), limit)
+    forms = _FORMS if joined is iter else _SETS
     path = resources.files("reward_lens") / "assets" / _BUNDLED[name] if name in _BUNDLED else Path(source)
     kind = Path(path.name).suffix.lower()
     if kind not in _READERS and _HUB_ID.fullmatch(name) and not os.path.exists(name):
@@ -41,13 +43,13 @@ def open_rows(
     if any((path / file).is_file() for file in _SAVED):
         return name, itertools.islice(joined(_saved_rows(name, split)), limit)
     if kind not in _READERS and os.path.isfile(name):
-        raise unreadable(name, f"a file ending in '{kind}'", _FORMS, "convert the file")
+        raise unreadable(name, f"a file ending in '{kind}'", forms, "convert the file")
     try:
         data = path.read_bytes()
     except (OSError, ValueError) as error:
         found = {FileNotFoundError: "nothing at that path", IsADirectoryError: "a folder"}.get(type(error), error)
         do = "name a file in the folder" if isinstance(error, IsADirectoryError) else "check the path"
-        raise unreadable(name, found, _FORMS, do) from error
+        raise unreadable(name, found, forms, do) from error
     if split is not None:
         do = "leave split out, or cut the result: pairs[:100]"
         raise unreadable(f"{name} with split={split!r}", "a file", "a hub data set, which has splits", do)
