@@ -1,5 +1,7 @@
 """Tuned and gradient lens: against the obvious loops, finite differences, and a model whose rule is known."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -189,7 +191,7 @@ def test_gradient_lens_leaves_nothing_behind():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in rm.module.modules())
     assert torch.equal(rm.rewards([rm.tokenize("a", "b")]), before)
     with pytest.raises(DataError, match="at='first'"):
-        gradient_lens.__wrapped__(rm, PAIRS, "first")
+        inspect.unwrap(gradient_lens)(rm, PAIRS, "first")
 
 
 def test_round_trip(planted, tuned, tmp_path):
