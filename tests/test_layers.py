@@ -162,5 +162,9 @@ def test_the_front_door_is_light():
     assert heavy_after("import reward_lens") == []
 
 
+def test_help_does_not_wait_for_the_networks():
+    assert not {"torch", "transformers", "scipy"} & set(heavy_after("import reward_lens.cli"))
+
+
 def test_the_front_door_test_can_fail():
     assert "pandas" in heavy_after("import reward_lens, pandas")

@@ -29,8 +29,6 @@ from reward_lens.cli.common import (
     say,
     show,
 )
-from reward_lens.model.head import editable_readout
-from reward_lens.model.saving import require_empty
 from reward_lens.report.sections import interval_words
 
 
@@ -85,6 +83,9 @@ def edit(
     if others:
         names = ", ".join(one.name for one in (chosen, *others))
         raise typer.BadParameter(f"{remove!r} is a family of edits: name one of {names}")
+    from reward_lens.model.head import editable_readout  # not at the top: they import torch
+    from reward_lens.model.saving import require_empty
+
     require_empty(output)  # before the work, not after it
     rm, data = load_both(model, pairs, split, limit, objective, truncation)
     editable_readout(rm)

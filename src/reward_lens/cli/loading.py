@@ -9,7 +9,6 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-import torch
 import typer
 
 import reward_lens as rl
@@ -50,6 +49,8 @@ class Loading:
 
     def settings(self) -> dict[str, Any]:
         """As keyword arguments of `rl.load` and `rl.load_language_model`, the readout apart."""
+        import torch  # not at the top: it takes longer to import than --help to print
+
         device = self.device
         if device is None and self.device_map is None:
             device = "cuda" if torch.cuda.is_available() else None
