@@ -28,6 +28,7 @@ LOADERS = {
     "SAE": "SAE.load", "Crosscoder": "Crosscoder.load",
 }  # fmt: skip
 WIDER = {int: numbers.Integral, float: numbers.Real}
+MODULES = re.compile(r"\b(collections\.abc|typing|pathlib|reward_lens|rl)\.([a-z_]+\.)*")
 OF_MANY: tuple[Any, ...] = (Sequence, Mapping)
 
 
@@ -88,9 +89,7 @@ def _is_of(value: Any, hint: Any) -> bool:
 
 def _refusal(function: Callable, name: str, value: Any) -> DataError:
     hint = inspect.formatannotation(inspect.signature(function).parameters[name].annotation)
-    hint = (
-        re.sub(r"\b(collections\.abc|typing|pathlib|reward_lens)\.([a-z_]+\.)*", "", hint).replace("rl.", "").strip("'")
-    )
+    hint = MODULES.sub("", hint).strip("'")
     do = f"see help(rl.{function.__qualname__})"
     loader = next((LOADERS[kind] for kind in hint.split(" | ") if kind in LOADERS), None)
     if loader and isinstance(value, str | Path):

@@ -13,7 +13,7 @@ from reward_lens.model.checkpoint_files import adapter_shapes, require_places, s
 from reward_lens.model.heads.local import ValueHeadScore
 
 HEAD_SUFFIXES = ("score.weight", "classifier.weight", "v_head.weight", "regression_head.weight")
-IN_PEFT = "base_model.model."  # what an adapter's file puts before the names of its base
+_IN_PEFT = "base_model.model."  # what an adapter's file puts before the names of its base
 
 
 def is_adapter(path: str, revision: str | None) -> bool:
@@ -43,8 +43,7 @@ def load_adapter(path: str, options: dict, settings: dict):
     adapter = PeftConfig.from_pretrained(path, revision=options["revision"])
     base = str(adapter.base_model_name_or_path)
     saved = saved_shapes(path, options["revision"])
-    of_heads = [shape[0] for key, shape in saved.items() if key.endswith(HEAD_SUFFIXES)]
-    rows = {"num_labels": of_heads[0]} if of_heads else rows_in(base, adapter.revision)
+    rows = head_rows(saved) or rows_in(base, adapter.revision)
     base_options = {"trust_remote_code": options["trust_remote_code"], "revision": adapter.revision}
     module = heads.load_known(base, base_options | settings, (path, options["revision"]))
     info: dict[str, Any] = {"missing_keys": [], "unexpected_keys": []}  # load_known has refused either
@@ -53,7 +52,7 @@ def load_adapter(path: str, options: dict, settings: dict):
             module, info = AutoModelForSequenceClassification.from_pretrained(
                 base, output_loading_info=True, **rows, **base_options, **settings
             )
-    missing = sorted(k for k in info["missing_keys"] if IN_PEFT + k not in saved)
+    missing = in_neither(info["missing_keys"], saved)
     if missing:
         raise LoadError(
             f"The adapter {path} has no trained reward head",
@@ -78,12 +77,23 @@ def saved_shapes(path: str, revision: str | None) -> dict[str, list[int]]:
     return {whole.sub("", key): shape for key, shape in adapter_shapes(path, revision).items()}
 
 
+def head_rows(saved: dict[str, list[int]]) -> dict[str, int]:
+    """The number of labels of a head that was saved with the adapter, as an option of `from_pretrained`."""
+    of_heads = [shape[0] for key, shape in saved.items() if key.endswith(HEAD_SUFFIXES)]
+    return {"num_labels": of_heads[0]} if of_heads else {}
+
+
+def in_neither(missing: Iterable[str], saved: dict[str, list[int]]) -> list[str]:
+    """Weights that the base lacks and the adapter does not bring."""
+    return sorted(key for key in missing if _IN_PEFT + key not in saved)
+
+
 def merged(module: Any, path: str, revision: str | None) -> Any:
     """The base with the adapter in its weights. peft only warns of weights that it does not find, and drops those that
     it has no place for: either leaves another model than the one that was trained."""
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
-    base = {IN_PEFT + name for name in module.state_dict()}
+    base = {_IN_PEFT + name for name in module.state_dict()}
     shapes = saved_shapes(path, revision)
     whole = _whole_embedding(module, shapes)
     rows = {shapes[name][0] for name in whole}
@@ -115,7 +125,7 @@ def _whole_embedding(module: Any, saved: Iterable[str]) -> set[str]:
     """Names under which an adapter holds all rows of the embedding or the unembedding: peft saves them where tokens
     were added, or where it adapts either, within the wrappers that it put around it."""
     tables = [module.get_input_embeddings(), getattr(module, "get_output_embeddings", lambda: None)()]
-    at = [re.escape(IN_PEFT + name) for name, part in module.named_modules() if any(part is t for t in tables)]
+    at = [re.escape(_IN_PEFT + name) for name, part in module.named_modules() if any(part is t for t in tables)]
     inside = re.compile(f"({'|'.join(at)})" + r"(\.token_adapter)?(\.base_layer|\.modules_to_save)?\.weight")
     return {name for name in saved if inside.fullmatch(name)}
 

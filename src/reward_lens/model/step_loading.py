@@ -19,7 +19,7 @@ from reward_lens.model.checkpoint_files import require_places, tensors_in
 from reward_lens.model.loading import tokenizer_of
 from reward_lens.model.precision import require_precision
 from reward_lens.model.reward_model import RewardModel
-from reward_lens.model.saved_adapters import HEAD_SUFFIXES, IN_PEFT, is_adapter, merged, saved_shapes
+from reward_lens.model.saved_adapters import head_rows, in_neither, is_adapter, merged, saved_shapes
 from reward_lens.model.step_readout import StepReadout
 from reward_lens.model.step_scorer import step_model
 from reward_lens.model.structure import Structure
@@ -112,10 +112,9 @@ def _load_adapter(auto: Any, path: str, revision: str | None, settings: dict) ->
 
     adapter = PeftConfig.from_pretrained(path, revision=revision)
     base, saved = str(adapter.base_model_name_or_path), saved_shapes(path, revision)
-    of_heads = [shape[0] for key, shape in saved.items() if key.endswith(HEAD_SUFFIXES)]
-    rows = {"num_labels": of_heads[0]} if of_heads else {}
-    module, info = auto.from_pretrained(base, revision=adapter.revision, output_loading_info=True, **rows, **settings)
-    missing = sorted(key for key in info["missing_keys"] if IN_PEFT + key not in saved)
+    options = head_rows(saved) | settings
+    module, info = auto.from_pretrained(base, revision=adapter.revision, output_loading_info=True, **options)
+    missing = in_neither(info["missing_keys"], saved)
     require_places(base, module, info["unexpected_keys"])
     return module if missing else merged(module, path, revision), missing, base
 
